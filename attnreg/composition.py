@@ -1,0 +1,176 @@
+"""What a backend lacks is composed: attention from the two products, a backward from a differentiable forward.
+
+The compositions hold no kernel of their own for the products; they call the backend's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg.backend import Backend, GradAttention
+from attnreg.problem import OPS
+from attnreg.window import Window
+
+Function = Callable[..., Any]
+
+
+def complete(backend: Backend) -> dict[str, Function]:
+    """All functions of ``backend`` by name (``op`` and ``op_backward``): its own, then those that can be composed."""
+    functions: dict[str, Function] = {}
+    for name in (*OPS, *(f"{op}_backward" for op in OPS)):
+        own = getattr(backend, name)
+        if own is not None:
+            functions[name] = own
+    if {"local_dot_product", "local_weighted_average"} <= functions.keys():
+        functions.setdefault("local_attention", functools.partial(_attention, functions))
+    if backend.differentiable:
+        for op in OPS:
+            if op in functions:
+                functions.setdefault(f"{op}_backward", functools.partial(_BACKWARD_BY_AUTOGRAD[op], functions[op]))
+    if {"local_dot_product_backward", "local_weighted_average_backward"} <= functions.keys():
+        functions.setdefault("local_attention_backward", functools.partial(_attention_backward, functions))
+    return functions
+
+
+def _attention(
+    functions: dict[str, Function],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    scores = functions["local_dot_product"](
+        query, key, window, bias=bias, key_lengths=key_lengths, scale=scale
+    )
+    log_sum_exp = scores.to(_accumulator(scores)).logsumexp(-1)
+    weights = _weights(scores, log_sum_exp)
+    return functions["local_weighted_average"](weights, value, window, key_lengths=key_lengths), log_sum_exp
+
+
+def _attention_backward(
+    functions: dict[str, Function],
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+    needs_grad: tuple[bool, bool, bool, bool],
+) -> GradAttention:
+    scores = functions["local_dot_product"](
+        query, key, window, bias=bias, key_lengths=key_lengths, scale=scale
+    )
+    weights = _weights(scores, log_sum_exp)
+    needs_query, needs_key, needs_value, needs_bias = needs_grad
+    needs_scores = needs_query or needs_key or needs_bias
+    # dP = dO . V and dV = P^T dO
+    grad_weights, grad_value = functions["local_weighted_average_backward"](
+        grad_output, weights, value, window, key_lengths=key_lengths, needs_grad=(needs_scores, needs_value)
+    )
+    if not needs_scores:
+        return None, None, grad_value, None
+    # dS = P * (dP - D) with D = rowsum(dO * O)
+    accumulator = _accumulator(scores)
+    row_sum = (grad_output.to(accumulator) * output.to(accumulator)).sum(-1, keepdim=True)
+    grad_scores = (weights.to(accumulator) * (grad_weights.to(accumulator) - row_sum)).to(scores.dtype)
+    grad_query, grad_key, grad_bias = functions["local_dot_product_backward"](
+        grad_scores,
+        query,
+        key,
+        window,
+        bias=bias,
+        key_lengths=key_lengths,
+        scale=scale,
+        needs_grad=(needs_query, needs_key, needs_bias),
+    )
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def _weights(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """``P = exp(S - log_sum_exp)``, 0 in a row without a visible key."""
+    visible_row = log_sum_exp.unsqueeze(-1) != -torch.inf
+    shifted = scores.to(log_sum_exp.dtype) - log_sum_exp.unsqueeze(-1).where(visible_row, 0.0)
+    return shifted.exp().to(scores.dtype)
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _dot_product_backward_by_autograd(
+    forward: Function, grad_scores: Tensor, query: Tensor, key: Tensor, window: Window, **options: Any
+) -> tuple[Tensor | None, ...]:
+    needs_grad = options.pop("needs_grad")
+    bias = options.pop("bias")
+    return _gradients(
+        lambda query, key, bias: forward(query, key, window, bias=bias, **options),
+        (query, key, bias),
+        needs_grad,
+        grad_scores,
+    )
+
+
+def _weighted_average_backward_by_autograd(
+    forward: Function, grad_output: Tensor, weights: Tensor, value: Tensor, window: Window, **options: Any
+) -> tuple[Tensor | None, ...]:
+    needs_grad = options.pop("needs_grad")
+    return _gradients(
+        lambda weights, value: forward(weights, value, window, **options), (weights, value), needs_grad, grad_output
+    )
+
+
+def _attention_backward_by_autograd(
+    forward: Function,
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    window: Window,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    needs_grad = options.pop("needs_grad")
+    bias = options.pop("bias")
+    return _gradients(
+        lambda query, key, value, bias: forward(query, key, value, window, bias=bias, **options)[0],
+        (query, key, value, bias),
+        needs_grad,
+        grad_output,
+    )
+
+
+_BACKWARD_BY_AUTOGRAD: dict[str, Function] = {
+    "local_dot_product": _dot_product_backward_by_autograd,
+    "local_weighted_average": _weighted_average_backward_by_autograd,
+    "local_attention": _attention_backward_by_autograd,
+}
+
+
+def _gradients(
+    forward: Function, inputs: tuple[Tensor | None, ...], needs_grad: tuple[bool, ...], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``forward(*inputs)`` that are wanted; the forward is computed again to be differentiated."""
+    leaves = [
+        None if given is None else given.detach().requires_grad_(needed)
+        for given, needed in zip(inputs, needs_grad)
+    ]
+    wanted = [leaf for leaf, needed in zip(leaves, needs_grad) if leaf is not None and needed]
+    with torch.enable_grad():
+        output = forward(*leaves)
+    found = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True, materialize_grads=True))
+    return tuple(next(found) if leaf is not None and needed else None for leaf, needed in zip(leaves, needs_grad))

@@ -1,0 +1,129 @@
+"""Looking without running: which backends there are, and which one a call would get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from attnreg.backend import Backend, has_backward, has_op, why_unavailable
+from attnreg.dispatch import Decision
+from attnreg.functional import local_attention, local_dot_product, local_weighted_average
+from attnreg.plan import explain_problem
+from attnreg.problem import (
+    OPS,
+    Problem,
+    attention_problem,
+    check_scale,
+    dot_product_problem,
+    weighted_average_problem,
+)
+from attnreg.registry import registry
+
+_PROBLEMS: dict[str, Callable[..., Problem]] = {
+    "local_dot_product": dot_product_problem,
+    "local_weighted_average": weighted_average_problem,
+    "local_attention": attention_problem,
+}
+_FUNCTIONS = (local_dot_product, local_weighted_average, local_attention)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One registered backend, or one plug-in that could not be used.
+
+    Attributes:
+        name: the backend's name, or the broken plug-in's.
+        distribution: the distribution it comes from.
+        backend: the backend; None for a broken plug-in.
+        ops: the ops that it has, its own and those composed of its products.
+        backward_ops: those of them whose gradients it has.
+        reason: why it cannot run on this machine, or what broke the plug-in; None where it runs.
+    """
+
+    name: str
+    distribution: str
+    backend: Backend | None
+    ops: tuple[str, ...]
+    backward_ops: tuple[str, ...]
+    reason: str | None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether nothing stands against the backend on this machine."""
+        return self.reason is None
+
+
+def backends() -> tuple[BackendStatus, ...]:
+    """What is registered, in order of registration, with the reason where one cannot run here; broken plug-ins last."""
+    failed = registry.failed
+    statuses = [
+        BackendStatus(
+            entry.backend.name,
+            entry.distribution,
+            entry.backend,
+            tuple(op for op in OPS if has_op(entry.backend, op)),
+            tuple(op for op in OPS if has_backward(entry.backend, op)),
+            failed.get(entry.backend.name) or why_unavailable(entry.backend),
+        )
+        for entry in registry.entries
+    ]
+    statuses += [
+        BackendStatus(fault.plugin, fault.distribution, None, (), (), f"broken plug-in: {fault.error}")
+        for fault in registry.faults
+    ]
+    return tuple(statuses)
+
+
+def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs: Any) -> Decision:
+    """The decision that an op's call with these arguments would be given, without running it.
+
+    Args:
+        args, kwargs: the op's arguments, as its function takes them.
+        op: the op's name or function. It can be left out where the arguments tell: three tensors are
+            ``local_attention``; of two tensors, at least one is to be named (``query=``, ``key=`` or ``weights=``).
+
+    Returns:
+        The decision: the problem, the chosen backend, why, and every other candidate with the reasons to refuse it.
+        ``str()`` of it is the readable trace. Nothing is built: a backend that is built on first use counts as usable until
+        its build has failed.
+
+    Raises:
+        TypeError, ValueError, BackendError: as the op itself.
+    """
+    name = _op_name(op, args, kwargs)
+    backend = kwargs.pop("backend", None)
+    scale = kwargs.pop("scale", None)
+    if scale is not None and name != "local_weighted_average":
+        check_scale(scale)
+    problem = _PROBLEMS[name](*args, **kwargs, needs_grad=_needs_grad((*args, *kwargs.values())))
+    return explain_problem(problem, backend)
+
+
+def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    if op in _FUNCTIONS:
+        return op.__name__  # type: ignore[union-attr]
+    if op is not None:
+        if op not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)}, or one of these functions; got {op!r}")
+        return str(op)
+    if "weights" in kwargs:
+        return "local_weighted_average"
+    tensors = sum(isinstance(argument, Tensor) for argument in args)
+    if "value" in kwargs or tensors == 3 or (tensors == 2 and "key" in kwargs):
+        return "local_attention"
+    if "query" in kwargs or "key" in kwargs:
+        return "local_dot_product"
+    raise TypeError(
+        "explain cannot tell local_dot_product from local_weighted_average by two tensors; say which with op="
+    )
+
+
+def _needs_grad(arguments: tuple[Any, ...]) -> bool:
+    import torch
+
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )

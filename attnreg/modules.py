@@ -1,0 +1,60 @@
+"""Local attention as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from attnreg.functional import local_attention
+from attnreg.problem import check_scale, check_window
+from attnreg.window import Window
+
+
+class LocalAttention(nn.Module):
+    """``local_attention`` with its window, scale and backend kept; the projections are the caller's.
+
+    It takes the place of ``scaled_dot_product_attention``: query (N, H, Lq, E), key (N, Hkv, Lk, E) and value (N, Hkv, Lk, D) in,
+    output (N, H, Lq, D) out. It has no parameters.
+
+    Args:
+        window: which keys a query sees.
+        scale: factor of the dot products; None means ``1 / sqrt(E)``.
+        backend: the backend to use, by name; None lets attnreg choose at each call.
+
+    Raises:
+        TypeError, ValueError: the window is no Window, the scale no finite number, or the backend no name.
+    """
+
+    def __init__(self, window: Window, *, scale: float | None = None, backend: str | None = None) -> None:
+        super().__init__()
+        check_window(window)
+        if backend is not None and not isinstance(backend, str):
+            raise TypeError(f"backend must be a backend's name or None, got {backend!r} ({type(backend).__name__})")
+        self.window = window
+        self.scale = None if scale is None else check_scale(scale)
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        bias: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """See :func:`attnreg.local_attention`, which this calls."""
+        return local_attention(
+            query,
+            key,
+            value,
+            self.window,
+            bias=bias,
+            key_lengths=key_lengths,
+            scale=self.scale,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, for the module's representation."""
+        scale = "1/sqrt(E)" if self.scale is None else self.scale
+        return f"{self.window}, scale={scale}, backend={self.backend!r}"

@@ -1,0 +1,366 @@
+"""The three ops for torch: torch.library ops with fake kernels, and their autograd.
+
+Each op has a ``_backward`` op beside it; the autograd functions at the end join the two. The ops themselves carry no
+autograd formula: an outer ``torch.autograd.Function`` costs a third of a registered one.
+
+Every op takes ``backend`` and ``chosen``. ``chosen`` says that the backend's filter has passed this very call;
+otherwise the op chooses here, ``backend`` being the name asked for, or None. That is how a compiled graph, whose calls
+never pass the plan cache, still gets a backend for the tensors that it really runs on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attnreg.composition import Function
+from attnreg.plan import chosen_backend
+from attnreg.problem import attention_problem, dot_product_problem, weighted_average_problem
+from attnreg.registry import registry
+from attnreg.window import Window
+
+_library = torch.library.Library("attnreg", "DEF")
+
+_COMMON = "str? backend, bool chosen"
+_BAND = "Tensor? key_lengths, SymInt left, SymInt right"
+for schema in (
+    f"local_dot_product(Tensor query, Tensor key, Tensor? bias, {_BAND}, float scale, {_COMMON}, bool needs_grad) -> Tensor",
+    f"local_dot_product_backward(Tensor grad_scores, Tensor query, Tensor key, Tensor? bias, {_BAND}, float scale, "
+    f"{_COMMON}, bool[] needs_grad) -> Tensor[]",
+    f"local_weighted_average(Tensor weights, Tensor value, {_BAND}, {_COMMON}, bool needs_grad) -> Tensor",
+    f"local_weighted_average_backward(Tensor grad_output, Tensor weights, Tensor value, {_BAND}, {_COMMON}, "
+    f"bool[] needs_grad) -> Tensor[]",
+    f"local_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, {_BAND}, float scale, {_COMMON}, "
+    f"bool needs_grad) -> (Tensor, Tensor)",
+    f"local_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, "
+    f"Tensor log_sum_exp, Tensor? bias, {_BAND}, float scale, {_COMMON}, bool[] needs_grad) -> Tensor[]",
+):
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _local_dot_product(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    backend: str | None,
+    chosen: bool,
+    needs_grad: bool,
+) -> Tensor:
+    window = _window(left, right)
+    if not chosen:
+        backend = chosen_backend(
+            dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad), backend
+        )
+    if not query.numel() or not key.numel():
+        return query.new_full((*query.shape[:3], window.size), -torch.inf)
+    scores: Tensor = _function(backend, "local_dot_product")(
+        _rows(query), _rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale
+    )
+    return scores
+
+
+def _local_dot_product_backward(
+    grad_scores: Tensor,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    backend: str | None,
+    chosen: bool,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    window = _window(left, right)
+    if not chosen:
+        backend = chosen_backend(
+            dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=True), backend
+        )
+    if not query.numel() or not key.numel():
+        return _zeros((query, key, bias), needs_grad)
+    gradients = _function(backend, "local_dot_product_backward")(
+        _rows(grad_scores),
+        _rows(query),
+        _rows(key),
+        window,
+        bias=bias,
+        key_lengths=key_lengths,
+        scale=scale,
+        needs_grad=tuple(needs_grad),
+    )
+    return _wanted(gradients, needs_grad)
+
+
+def _local_weighted_average(
+    weights: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    left: int,
+    right: int,
+    backend: str | None,
+    chosen: bool,
+    needs_grad: bool,
+) -> Tensor:
+    window = _window(left, right)
+    if not chosen:
+        backend = chosen_backend(
+            weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=needs_grad), backend
+        )
+    if not weights.numel() or not value.numel():
+        return weights.new_zeros((*weights.shape[:3], value.shape[3]))
+    output: Tensor = _function(backend, "local_weighted_average")(
+        _rows(weights), _rows(value), window, key_lengths=key_lengths
+    )
+    return output
+
+
+def _local_weighted_average_backward(
+    grad_output: Tensor,
+    weights: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    left: int,
+    right: int,
+    backend: str | None,
+    chosen: bool,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    window = _window(left, right)
+    if not chosen:
+        backend = chosen_backend(
+            weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=True), backend
+        )
+    if not weights.numel() or not value.numel():
+        return _zeros((weights, value), needs_grad)
+    gradients = _function(backend, "local_weighted_average_backward")(
+        _rows(grad_output),
+        _rows(weights),
+        _rows(value),
+        window,
+        key_lengths=key_lengths,
+        needs_grad=tuple(needs_grad),
+    )
+    return _wanted(gradients, needs_grad)
+
+
+def _local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    backend: str | None,
+    chosen: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    window = _window(left, right)
+    if not chosen:
+        backend = chosen_backend(
+            attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad),
+            backend,
+        )
+    if not query.numel() or not value.numel():
+        log_sum_exp = query.new_full(query.shape[:3], -torch.inf, dtype=_log_sum_exp_dtype(query))
+        return query.new_zeros((*query.shape[:3], value.shape[3])), log_sum_exp
+    result: tuple[Tensor, Tensor] = _function(backend, "local_attention")(
+        _rows(query), _rows(key), _rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
+    )
+    return result
+
+
+def _local_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    backend: str | None,
+    chosen: bool,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    window = _window(left, right)
+    if not chosen:
+        backend = chosen_backend(
+            attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=True), backend
+        )
+    if not query.numel() or not value.numel():
+        return _zeros((query, key, value, bias), needs_grad)
+    gradients = _function(backend, "local_attention_backward")(
+        _rows(grad_output),
+        _rows(query),
+        _rows(key),
+        _rows(value),
+        output,
+        log_sum_exp,
+        window,
+        bias=bias,
+        key_lengths=key_lengths,
+        scale=scale,
+        needs_grad=tuple(needs_grad),
+    )
+    return _wanted(gradients, needs_grad)
+
+
+def _fake_dot_product(query: Tensor, key: Tensor, bias: Any, key_lengths: Any, left: int, right: int, *_: Any) -> Tensor:
+    return query.new_empty((*query.shape[:3], left + right + 1))
+
+
+def _fake_dot_product_backward(_: Tensor, query: Tensor, key: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
+    return _zeros((query, key, bias), rest[-1])
+
+
+def _fake_weighted_average(weights: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return weights.new_empty((*weights.shape[:3], value.shape[3]))
+
+
+def _fake_weighted_average_backward(_: Tensor, weights: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    return _zeros((weights, value), rest[-1])
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=_log_sum_exp_dtype(query))
+    return query.new_empty((*query.shape[:3], value.shape[3])), log_sum_exp
+
+
+def _fake_attention_backward(
+    _: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum_exp: Tensor, bias: Any, *rest: Any
+) -> list[Tensor]:
+    return _zeros((query, key, value, bias), rest[-1])
+
+
+for name, implementation, fake in (
+    ("local_dot_product", _local_dot_product, _fake_dot_product),
+    ("local_dot_product_backward", _local_dot_product_backward, _fake_dot_product_backward),
+    ("local_weighted_average", _local_weighted_average, _fake_weighted_average),
+    ("local_weighted_average_backward", _local_weighted_average_backward, _fake_weighted_average_backward),
+    ("local_attention", _local_attention, _fake_attention),
+    ("local_attention_backward", _local_attention_backward, _fake_attention_backward),
+):
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnreg::{name}", fake, lib=_library)
+
+
+class LocalDotProduct(torch.autograd.Function):
+    """``apply(query, key, bias, key_lengths, left, right, scale, backend, chosen) -> scores``."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None, *rest: Any) -> Tensor:
+        ctx.save_for_backward(query, key, bias, key_lengths)
+        ctx.rest = rest
+        scores: Tensor = torch.ops.attnreg.local_dot_product.default(query, key, bias, key_lengths, *rest, True)
+        return scores
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
+        needs_grad = ctx.needs_input_grad[:3]
+        gradients = torch.ops.attnreg.local_dot_product_backward.default(
+            grad_scores, *ctx.saved_tensors, *ctx.rest, needs_grad
+        )
+        return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
+
+
+class LocalWeightedAverage(torch.autograd.Function):
+    """``apply(weights, value, key_lengths, left, right, backend, chosen) -> output``."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, value: Tensor, key_lengths: Tensor | None, *rest: Any) -> Tensor:
+        ctx.save_for_backward(weights, value, key_lengths)
+        ctx.rest = rest
+        output: Tensor = torch.ops.attnreg.local_weighted_average.default(weights, value, key_lengths, *rest, True)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs_grad = ctx.needs_input_grad[:2]
+        gradients = torch.ops.attnreg.local_weighted_average_backward.default(
+            grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad
+        )
+        return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
+
+
+class LocalAttention(torch.autograd.Function):
+    """``apply(query, key, value, bias, key_lengths, left, right, scale, backend, chosen) -> output``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        key_lengths: Tensor | None,
+        *rest: Any,
+    ) -> Tensor:
+        output: Tensor
+        output, log_sum_exp = torch.ops.attnreg.local_attention.default(
+            query, key, value, bias, key_lengths, *rest, True
+        )
+        ctx.save_for_backward(query, key, value, output, log_sum_exp, bias, key_lengths)
+        ctx.rest = rest
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs_grad = ctx.needs_input_grad[:4]
+        gradients = torch.ops.attnreg.local_attention_backward.default(
+            grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad
+        )
+        return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _window(left: int, right: int) -> Window:
+    return Window(left, right)
+
+
+def _function(backend: str | None, name: str) -> Function:
+    assert backend is not None
+    return registry.functions(backend)[name]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``tensor`` with a contiguous last dimension, as the contract promises to backends."""
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
+
+
+def _log_sum_exp_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _zeros(inputs: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
+    return [given.new_zeros(given.shape) for given, needed in zip(inputs, needs_grad) if given is not None and needed]
+
+
+def _wanted(gradients: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
+    wanted = [gradient for gradient, needed in zip(gradients, needs_grad) if needed]
+    if any(gradient is None for gradient in wanted):
+        raise RuntimeError(f"a backend's backward function left out a gradient that was asked for: {needs_grad}")
+    return wanted  # type: ignore[return-value]
+
+
+def _in_place(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The wanted gradients, each in the place of its input; None elsewhere."""
+    remaining = iter(gradients)
+    return tuple(next(remaining) if needed else None for needed in needs_grad)
