@@ -48,12 +48,9 @@ def _attention(
     key_lengths: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    scores = functions["local_dot_product"](
-        query, key, window, bias=bias, key_lengths=key_lengths, scale=scale
-    )
+    scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
     log_sum_exp = scores.to(_accumulator(scores)).logsumexp(-1)
-    weights = _weights(scores, log_sum_exp)
-    return functions["local_weighted_average"](weights, value, window, key_lengths=key_lengths), log_sum_exp
+    return functions["local_weighted_average"](_softmax(scores), value, window, key_lengths=key_lengths), log_sum_exp
 
 
 def _attention_backward(
@@ -71,10 +68,9 @@ def _attention_backward(
     scale: float,
     needs_grad: tuple[bool, bool, bool, bool],
 ) -> GradAttention:
-    scores = functions["local_dot_product"](
-        query, key, window, bias=bias, key_lengths=key_lengths, scale=scale
-    )
-    weights = _weights(scores, log_sum_exp)
+    scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
+    weights = _softmax(scores)
+    del output, log_sum_exp
     needs_query, needs_key, needs_value, needs_bias = needs_grad
     needs_scores = needs_query or needs_key or needs_bias
     # dP = dO . V and dV = P^T dO
@@ -83,10 +79,11 @@ def _attention_backward(
     )
     if not needs_scores:
         return None, None, grad_value, None
-    # dS = P * (dP - D) with D = rowsum(dO * O)
+    # dS = P * (dP - rowsum(P * dP)). The row sum equals rowsum(dO * O), but cancels to the last bit.
     accumulator = _accumulator(scores)
-    row_sum = (grad_output.to(accumulator) * output.to(accumulator)).sum(-1, keepdim=True)
-    grad_scores = (weights.to(accumulator) * (grad_weights.to(accumulator) - row_sum)).to(scores.dtype)
+    weights, grad_weights = weights.to(accumulator), grad_weights.to(accumulator)
+    row_sum = (weights * grad_weights).sum(-1, keepdim=True)
+    grad_scores = (weights * (grad_weights - row_sum)).to(scores.dtype)
     grad_query, grad_key, grad_bias = functions["local_dot_product_backward"](
         grad_scores,
         query,
@@ -100,11 +97,10 @@ def _attention_backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _weights(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """``P = exp(S - log_sum_exp)``, 0 in a row without a visible key."""
-    visible_row = log_sum_exp.unsqueeze(-1) != -torch.inf
-    shifted = scores.to(log_sum_exp.dtype) - log_sum_exp.unsqueeze(-1).where(visible_row, 0.0)
-    return shifted.exp().to(scores.dtype)
+def _softmax(scores: Tensor) -> Tensor:
+    """``softmax(S)`` in the scores' dtype, 0 in a row without a visible key."""
+    no_key = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.masked_fill(no_key, 0.0).softmax(-1).masked_fill(no_key, 0.0)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

@@ -235,15 +235,10 @@ def local_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output (N, H, Lq, D) and log-sum-exp (N, H, Lq): softmax on the dense blocks, so that no band is ever copied."""
     blocks = Blocks.of(query, key, window)
-    scores = _dense_scores(blocks, query, key, bias, key_lengths, scale)
-    highest = scores.amax(-1, keepdim=True)
-    highest.masked_fill_(highest == -torch.inf, 0.0)
-    weights = scores.sub_(highest).exp_()
-    total = weights.sum(-1, keepdim=True)
+    weights, log_sum_exp = _dense_weights(blocks, query, key, bias, key_lengths, scale)
     values = blocks.split_keys(_operand(value), key_lengths)
-    output = blocks.average(weights.to(values.dtype), values) / total.where(total > 0, 1.0)
-    log_sum_exp = blocks.join_rows(highest + total.log()).squeeze(-1)
-    return blocks.join_rows(output).to(query.dtype), log_sum_exp
+    output = blocks.join_rows(blocks.average(weights.to(values.dtype), values))
+    return output.to(query.dtype), blocks.join_rows(log_sum_exp).squeeze(-1)
 
 
 def local_attention_backward(
@@ -260,22 +255,21 @@ def local_attention_backward(
     scale: float,
     needs_grad: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``P = exp(S - lse)``, ``dV = P^T dO``, ``dS = P * (dO V^T - D)`` with ``D = rowsum(dO * O)``; then as for scores."""
+    """``P = softmax(S)``, ``dV = P^T dO``, ``dS = P * (dP - rowsum(P * dP))`` with ``dP = dO V^T``; then as for scores."""
+    del output, log_sum_exp  # both are made again here, at no more rounding than the forward's
     needs_query, needs_key, needs_value, needs_bias = needs_grad
     blocks = Blocks.of(query, key, window)
-    scores = _dense_scores(blocks, query, key, bias, key_lengths, scale)
-    shift = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0).unsqueeze(-1)
-    weights = scores.sub_(blocks.split_rows(shift)).exp_()
+    weights, _ = _dense_weights(blocks, query, key, bias, key_lengths, scale)
     grad_rows = blocks.split_rows(_operand(grad_output))
     grad_query = grad_key = grad_value = grad_bias = None
     if needs_value:
         grad_value = blocks.join_keys(blocks.average_transposed(weights.to(grad_rows.dtype), grad_rows)).to(value.dtype)
     if needs_query or needs_key or needs_bias:
         values = blocks.split_keys(_operand(value), key_lengths)
-        accumulator = _accumulator(query)
-        row_sum = (grad_output.to(accumulator) * output.to(accumulator)).sum(-1, keepdim=True)
-        grad_weights = blocks.product(grad_rows, values).to(accumulator)
-        grad_scores = weights.mul_(grad_weights.sub_(blocks.split_rows(row_sum)))
+        grad_weights = blocks.product(grad_rows, values).to(_accumulator(query))
+        # Summed here rather than taken as rowsum(dO * O), which is the same but for rounding: so dS cancels exactly.
+        row_sum = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_scores = weights.mul_(grad_weights.sub_(row_sum))
         if needs_bias and bias is not None:
             band = blocks.join_rows(blocks.band(grad_scores))
             grad_bias = band.sum_to_size(bias.shape).to(bias.dtype)
@@ -289,16 +283,22 @@ def local_attention_backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _dense_scores(
+def _dense_weights(
     blocks: Blocks, query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None, scale: float
-) -> Tensor:
-    """Scores of every row of a block against every key of it, -inf where invisible, in the accumulator's dtype."""
+) -> tuple[Tensor, Tensor]:
+    """``P = softmax(S)`` on dense blocks and the log-sum-exp of S, in the accumulator's dtype; P is 0 where invisible."""
     keys = blocks.split_keys(_operand(key), key_lengths)
     scores = blocks.product(blocks.split_rows(_operand(query)), keys).to(_accumulator(query)).mul_(scale)
     if bias is not None:
         shape = (blocks.batch, query.shape[1], blocks.query_length, blocks.window.size)
         blocks.band(scores).add_(blocks.split_rows(bias.to(scores.dtype).expand(shape)))
-    return scores.masked_fill_(~blocks.visible_dense(key_lengths, query.device), -torch.inf)
+    scores.masked_fill_(~blocks.visible_dense(key_lengths, query.device), -torch.inf)
+    # A row without a visible key has no highest score; with 0 in its place its weights become 0 and its sum too.
+    highest = scores.amax(-1, keepdim=True)
+    highest.masked_fill_(highest == -torch.inf, 0.0)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return weights.div_(total.where(total > 0, 1.0)), highest + total.log()
 
 
 def _operand(tensor: Tensor) -> Tensor:

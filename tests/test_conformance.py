@@ -1,0 +1,237 @@
+"""Every backend computes the same thing: values and all gradients against float64, for every case of the table."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from cases import CASES, LARGE_CASES, OPS, Case, make_inputs, small_case
+from reference import brute_force_visible, call, truth
+from running import runs
+
+import attnreg
+from attnreg import Window
+
+CASES_OF = {case.name: case for case in [*CASES, *LARGE_CASES]}
+
+
+@lru_cache(maxsize=64)
+def true_and_naive(op: str, name: str, device: str, dtype: torch.dtype):
+    """The truth in float64 for inputs rounded to ``dtype``, and what PyTorch makes of it naively in ``dtype``."""
+    case = CASES_OF[name]
+    inputs = make_inputs(op, case, dtype, device)
+    return truth(op, inputs.to(torch.float64), case.window), truth(op, inputs, case.window)
+
+
+def assert_within_budget(
+    what: str, got: torch.Tensor, true: torch.Tensor, naive: torch.Tensor, scale: float = 0.0
+) -> None:
+    """The error is at most twice that of the naive computation in the same dtype, plus one rounding step.
+
+    The step is one of the result's own size, or of ``scale`` where the truth is what is left when larger terms cancel.
+    """
+    assert got.shape == true.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(true.shape)}"
+    # In float64 the truth is itself rounded, in another order: a few steps of difference are its own.
+    step = torch.finfo(got.dtype).eps * (16 if got.dtype == torch.float64 else 1)
+    finite = true.isfinite()
+    assert torch.equal(got[~finite].double(), true[~finite]), f"{what}: -inf is not where it should be"
+    got, true, naive = (tensor[finite].double() for tensor in (got, true, naive))
+    assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
+    for norm in (2, torch.inf):
+        size, error, allowed = (float(torch.linalg.vector_norm(x, norm)) if x.numel() else 0.0
+                                for x in (true, got - true, naive - true))  # fmt: skip
+        limit = 2 * allowed + step * max(size, scale)
+        assert error <= limit, f"{what}: error {error:.3g} in norm {norm}, allowed {limit:.3g} (size {size:.3g})"
+
+
+def check(op: str, case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(op, case, dtype, device)
+    output, gradients = call(op, inputs, case.window, backend=backend)
+    (true, true_gradients), (naive, naive_gradients) = true_and_naive(op, case.name, device, dtype)
+    assert output.dtype == dtype
+    assert_within_budget("value", output, true, naive)
+    # Softmax ignores what is added to a whole row: under it some gradients are exactly 0, a difference of equal terms.
+    scale = max(float(true.abs().max()) for true in true_gradients.values() if true.numel()) if output.numel() else 0.0
+    for name, gradient in gradients.items():
+        assert gradient.dtype == inputs.tensors[name].dtype
+        true, naive = true_gradients[name], naive_gradients[name]
+        assert_within_budget(f"gradient of {name}", gradient, true, naive, scale)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs())
+def test_values_and_gradients_are_within_the_error_budget(op, case, backend, device, dtype):
+    check(op, case, backend, device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"),
+    [run for run in runs() if run.values[1] == "cuda" and run.values[0] != "torch"],
+)
+def test_values_and_gradients_of_large_cases_are_within_the_error_budget(op, case, backend, device, dtype):
+    check(op, case, backend, device, dtype)
+
+
+SMALL_LENGTHS = [(1, 1), (1, 3), (3, 1), (2, 2), (3, 4), (4, 3), (5, 5)]
+
+
+@pytest.mark.parametrize(("query_length", "key_length"), SMALL_LENGTHS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
+def test_every_small_window_sees_exactly_the_keys_of_the_definition(op, query_length, key_length, backend, device, dtype):
+    """Loops over all windows up to one wider than both sequences: an off-by-one has nowhere to hide."""
+    for left in range(6):
+        for right in range(6 - left):
+            case = small_case(query_length, key_length, left, right)
+            inputs = make_inputs(op, case, dtype, device)
+            output, gradients = call(op, inputs, case.window, backend=backend)
+            true, true_gradients = truth(op, inputs.to(torch.float64), case.window)
+            assert torch.allclose(output.double(), true, atol=1e-5), f"{case}: value"
+            for name, gradient in gradients.items():
+                assert torch.allclose(gradient.double(), true_gradients[name], atol=1e-5), f"{case}: gradient of {name}"
+
+
+@pytest.mark.parametrize(("query_length", "key_length"), SMALL_LENGTHS)
+def test_the_reference_itself_sees_the_keys_that_loops_find(query_length, key_length):
+    """The truth the other tests rest on, against plain Python loops over (row, slot, key)."""
+    for left in range(6):
+        for right in range(6):
+            case = small_case(query_length, key_length, left, right)
+            inputs = make_inputs("local_dot_product", case, torch.float64)
+            scores, _ = truth("local_dot_product", inputs, case.window)
+            expected = torch.full_like(scores, -torch.inf)
+            for row, slot, key in brute_force_visible(query_length, key_length, left, right):
+                expected[0, 0, row, slot] = inputs.tensors["query"][0, 0, row] @ inputs.tensors["key"][0, 0, key]
+            assert torch.allclose(scores, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.bfloat16))
+def test_the_same_call_gives_the_same_bits(op, backend, device, dtype):
+    case = CASES_OF["everything"]
+    inputs = make_inputs(op, case, dtype, device)
+    first_output, first = call(op, inputs, case.window, backend=backend)
+    second_output, second = call(op, inputs, case.window, backend=backend)
+    assert torch.equal(first_output, second_output)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.bfloat16))
+def test_what_lies_in_an_invisible_slot_or_key_is_never_used(op, backend, device, dtype):
+    """NaN in invisible weights, in incoming gradients of invisible scores, and in keys past their length, is harmless."""
+    case = Case("lengths", query_length=40, key_length=33, window=Window(5, 4), key_lengths=(20, 0), bias="NHLW", hidden=0.3)
+    clean = make_inputs(op, case, dtype, device)
+    dirty = make_inputs(op, case, dtype, device)
+    past_length = torch.arange(case.key_length, device=device) >= clean.key_lengths[:, None]
+    for name in {"key", "value"} & dirty.tensors.keys():
+        dirty.tensors[name][past_length[:, None].expand(dirty.tensors[name].shape[:3])] = torch.nan
+    if op == "local_dot_product":
+        scores, _ = truth(op, clean.to(torch.float64), case.window)
+        dirty.grad[scores == -torch.inf] = torch.nan
+    if op == "local_weighted_average":
+        unit = Case(**{**case.__dict__, "name": "unit", "bias": None})
+        scores, _ = truth("local_dot_product", make_inputs("local_dot_product", unit, torch.float64, device), case.window)
+        dirty.tensors["weights"][scores == -torch.inf] = torch.nan
+    expected, expected_gradients = call(op, clean, case.window, backend=backend)
+    output, gradients = call(op, dirty, case.window, backend=backend)
+    assert torch.equal(output, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected_gradients[name]), name
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.float16))
+def test_a_row_without_a_visible_key_gives_zeros_and_zero_gradients(backend, device, dtype):
+    case = Case("no_key", batch=1, key_lengths=(0,))
+    inputs = make_inputs("local_attention", case, dtype, device)
+    output, gradients = call("local_attention", inputs, case.window, backend=backend)
+    assert torch.equal(output, torch.zeros_like(output))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
+    scores, _ = call(
+        "local_dot_product", make_inputs("local_dot_product", case, dtype, device), case.window, backend=backend
+    )
+    assert (scores == -torch.inf).all()
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "bias"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
+def test_a_gradient_asked_for_alone_is_the_same_as_among_all(wanted, backend, device, dtype):
+    for op in OPS:
+        case = CASES_OF["everything"]
+        inputs = make_inputs(op, case, dtype, device)
+        if wanted not in inputs.tensors:
+            continue
+        _, gradients = call(op, inputs, case.window, backend=backend)
+        leaves = {name: tensor.detach().requires_grad_(name == wanted) for name, tensor in inputs.tensors.items()}
+        positional = [leaf for name, leaf in leaves.items() if name != "bias"]
+        bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
+        output = getattr(attnreg, op)(
+            *positional, case.window, **bias, key_lengths=inputs.key_lengths, **inputs.options, backend=backend
+        )
+        output.backward(inputs.grad)
+        assert torch.equal(leaves[wanted].grad, gradients[wanted]), op
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
+def test_an_expanded_incoming_gradient_is_taken(backend, device, dtype):
+    """``.sum().backward()`` sends a gradient of ones with stride 0 in every dimension."""
+    case = CASES_OF["causal"]
+    for op in OPS:
+        inputs = make_inputs(op, case, dtype, device)
+        inputs.grad = torch.ones((), dtype=dtype, device=device).expand(inputs.grad.shape)
+        _, gradients = call(op, inputs, case.window, backend=backend)
+        _, true = truth(op, inputs.to(torch.float64), case.window)
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient.double(), true[name], atol=1e-5), f"{op}: {name}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_reference_backend_is_differentiable_twice(op):
+    case = Case("twice", batch=1, heads=2, kv_heads=1, query_length=4, key_length=5, head_dim=2, value_dim=3,
+                window=Window(2, 1), bias="H1W", key_lengths=(4,))  # fmt: skip
+    inputs = make_inputs(op, case, torch.float64)
+    names = list(inputs.tensors)
+    leaves = tuple(tensor.requires_grad_() for tensor in inputs.tensors.values())
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(names, tensors))
+        bias = {"bias": given.pop("bias")} if "bias" in given else {}
+        output = getattr(attnreg, op)(
+            *given.values(), case.window, **bias, key_lengths=inputs.key_lengths, backend="torch"
+        )
+        return output.where(output != -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
+def test_log_sum_exp_and_backward_agree_across_backends(op, backend, device, dtype):
+    """A compiled graph may run one backend forward and another backward: the log-sum-exp means the same everywhere."""
+    if op != "local_attention":
+        from attnreg.registry import registry
+
+        assert {op, f"{op}_backward"} <= registry.functions(backend).keys()
+        return
+    from attnreg.registry import registry
+
+    case = CASES_OF["everything"]
+    inputs = make_inputs(op, case, dtype, device)
+    tensors = inputs.tensors
+    options = {"bias": tensors["bias"][None], "key_lengths": inputs.key_lengths, "scale": 0.3}
+    arguments = (tensors["query"], tensors["key"], tensors["value"], case.window)
+    output, log_sum_exp = registry.functions(backend)[op](*arguments, **options)
+    expected, expected_log_sum_exp = registry.functions("torch")[op](*arguments, **options)
+    assert log_sum_exp.dtype == torch.float32
+    assert torch.allclose(output, expected, atol=1e-5)
+    assert torch.allclose(log_sum_exp, expected_log_sum_exp, atol=1e-5)
