@@ -330,7 +330,7 @@ def _agree(plan: Plan, key: Tensor, value: Tensor, bias: Tensor | None, key_leng
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return _is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return _is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...] | None:

@@ -342,7 +342,11 @@ def _function(backend: str | None, name: str) -> Function:
 
 def _rows(tensor: Tensor) -> Tensor:
     """``tensor`` with a contiguous last dimension, as the contract promises to backends."""
-    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
+    if tensor.stride()[-1] == 1:
+        return tensor
+    if tensor.layout is not torch.strided:  # a dense call of the same shapes has passed the checks before
+        raise TypeError(f"every tensor must be a dense (strided) one, got layout {tensor.layout}")
+    return tensor.contiguous()
 
 
 def _log_sum_exp_dtype(query: Tensor) -> torch.dtype:

@@ -1,0 +1,109 @@
+"""A bad call is refused before any kernel runs, by an error that names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import attnreg
+from attnreg import Window
+
+QUERY = torch.randn(2, 4, 5, 8)
+KEY = torch.randn(2, 2, 6, 8)
+VALUE = torch.randn(2, 2, 6, 3)
+WINDOW = Window(2, 1)
+LENGTHS = torch.tensor([6, 3])
+
+ATTENTION = {"query": QUERY, "key": KEY, "value": VALUE, "window": WINDOW}
+AVERAGE = {"weights": torch.randn(2, 4, 5, 4), "value": VALUE, "window": WINDOW}
+
+BAD = [
+    # (op, changed arguments, error, what the message must say)
+    ("local_attention", {"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+    ("local_attention", {"value": None}, TypeError, "value must be a torch.Tensor, got NoneType"),
+    ("local_attention", {"query": QUERY[0]}, ValueError, "query must have four dimensions.*(4, 5, 8)"),
+    ("local_attention", {"key": KEY.long()}, TypeError, "key must have a floating-point dtype, got torch.int64"),
+    ("local_attention", {"key": KEY.double()}, TypeError, "key must have query's dtype, torch.float32; got torch.float64"),
+    ("local_attention", {"value": VALUE.half()}, TypeError, "value must have query's dtype.*torch.float16"),
+    ("local_attention", {"key": KEY.to("meta")}, ValueError, "key must be on query's device, cpu; got meta"),
+    ("local_attention", {"value": VALUE.to("meta")}, ValueError, "value must be on query's device, cpu; got meta"),
+    ("local_attention", {"query": QUERY.to_sparse()}, TypeError, "must be a dense"),
+    ("local_attention", {"query": QUERY[..., :7]}, ValueError, "head_dim must be query's, 7.*(2, 4, 5, 7).*(2, 2, 6, 8)"),
+    ("local_attention", {"query": QUERY[..., :0], "key": KEY[..., :0]}, ValueError, "head_dim must be at least 1"),
+    ("local_attention", {"query": QUERY[:1]}, ValueError, "key: its batch size must be query's, 1"),
+    ("local_attention", {"query": QUERY[:, :3]}, ValueError, "H = 3.*must be a multiple of.*Hkv = 2"),
+    ("local_attention", {"key": KEY[:, :0], "value": VALUE[:, :0]}, ValueError, "Hkv = 0"),
+    ("local_attention", {"value": VALUE[:, :, :4]}, ValueError, "value: must agree with key in (N, Hkv, Lk), (2, 2, 6); got shape (2, 2, 4, 3)"),
+    ("local_attention", {"window": None}, TypeError, "window must be an attnreg.Window, got None"),
+    ("local_attention", {"window": (2, 1)}, TypeError, "window must be an attnreg.Window, got (2, 1)"),
+    ("local_attention", {"bias": 1.0}, TypeError, "bias must be a torch.Tensor or None, got float"),
+    ("local_attention", {"bias": torch.ones(5, 4, dtype=torch.bool)}, TypeError, "torch.bool; band_from_dense"),
+    ("local_attention", {"bias": torch.randn(5, 6)}, ValueError, "bias: shape (5, 6) does not broadcast to (N, H, Lq, W) = (2, 4, 5, 4)"),
+    ("local_attention", {"bias": torch.randn(1, 2, 4, 5, 4)}, ValueError, "bias: shape (1, 2, 4, 5, 4) does not broadcast"),
+    ("local_attention", {"bias": torch.randn(4, device="meta")}, ValueError, "bias must be on query's device, cpu; got meta"),
+    ("local_attention", {"key_lengths": [6, 3]}, TypeError, "key_lengths must be an integer torch.Tensor or None, got list"),
+    ("local_attention", {"key_lengths": LENGTHS.float()}, TypeError, "key_lengths must have an integer dtype, got torch.float32"),
+    ("local_attention", {"key_lengths": LENGTHS[:1]}, ValueError, "key_lengths must have shape (N,) = (2,), got (1,)"),
+    ("local_attention", {"key_lengths": LENGTHS.to("meta")}, ValueError, "key_lengths must be on query's device, cpu; got meta"),
+    ("local_attention", {"key_lengths": torch.tensor([7, 3])}, ValueError, "key_lengths: every length must lie in 0..6 (Lk), got 7"),
+    ("local_attention", {"key_lengths": torch.tensor([6, -1])}, ValueError, "key_lengths: every length must lie in 0..6 (Lk), got -1"),
+    ("local_attention", {"scale": "big"}, TypeError, "scale must be a float, got 'big'"),
+    ("local_attention", {"scale": torch.tensor(1.0)}, TypeError, "scale must be a float, got tensor(1.)"),
+    ("local_attention", {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ("local_attention", {"backend": 3}, TypeError, "backend must be a backend's name or None, got 3"),
+    ("local_attention", {"backend": ["torch"]}, TypeError, "backend must be a backend's name or None, got ['torch']"),
+    ("local_attention", {"backend": ""}, ValueError, "no backend is called ''"),
+    ("local_attention", {"backend": "nonesuch"}, ValueError, "no backend is called 'nonesuch'.*registered:.*torch_block"),
+    ("local_dot_product", {"key": KEY[..., :7]}, ValueError, "key: its head_dim must be query's, 8"),
+    ("local_dot_product", {"bias": torch.randn(3)}, ValueError, "bias: shape (3,) does not broadcast"),
+    ("local_dot_product", {"scale": None}, TypeError, "scale must be a float, got None"),
+    ("local_weighted_average", {"weights": torch.randn(2, 4, 5, 5)}, ValueError, "weights: the last dimension must be the window's size, 4"),
+    ("local_weighted_average", {"value": VALUE[:1]}, ValueError, "value: its batch size must be weights's, 2"),
+    ("local_weighted_average", {"value": VALUE.double()}, TypeError, "value must have weights's dtype"),
+    ("local_weighted_average", {"key_lengths": torch.tensor([7, 3])}, ValueError, "key_lengths: every length must lie in"),
+]  # fmt: skip
+
+
+def _arguments(op: str) -> dict:
+    if op == "local_weighted_average":
+        return dict(AVERAGE)
+    return {name: given for name, given in ATTENTION.items() if op == "local_attention" or name != "value"}
+
+
+def _pattern(message: str) -> str:
+    return ".*".join(re.escape(part) for part in message.split(".*"))
+
+
+@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=[f"{row[0]}-{row[3][:40]}" for row in BAD])
+def test_the_error_says_which_argument_was_bad_and_how(op, change, error, message):
+    arguments = {**_arguments(op), **change}
+    with pytest.raises(error, match=_pattern(message)):
+        getattr(attnreg, op)(**arguments)
+
+
+@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=[f"{row[0]}-{row[3][:40]}" for row in BAD])
+def test_a_bad_call_is_refused_after_good_calls_of_the_same_kind_too(op, change, error, message):
+    """The plan of an earlier call must not let a later, bad one slip through."""
+    good = _arguments(op)
+    getattr(attnreg, op)(**good)
+    if op != "local_weighted_average":
+        getattr(attnreg, op)(**good, bias=torch.randn(1), key_lengths=LENGTHS)
+    with pytest.raises(error, match=_pattern(message)):
+        getattr(attnreg, op)(**{**good, **change})
+
+
+def test_explain_refuses_what_the_op_refuses():
+    with pytest.raises(ValueError, match="head_dim must be query's"):
+        attnreg.explain(QUERY[..., :7], KEY, VALUE, WINDOW)
+    with pytest.raises(TypeError, match="op="):
+        attnreg.explain(QUERY, KEY, WINDOW)
+    with pytest.raises(ValueError, match="op must be one of"):
+        attnreg.explain(QUERY, KEY, WINDOW, op="attention")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_key_lengths_may_have_any_integer_dtype(dtype):
+    expected = attnreg.local_attention(QUERY, KEY, VALUE, WINDOW, key_lengths=LENGTHS)
+    assert torch.equal(attnreg.local_attention(QUERY, KEY, VALUE, WINDOW, key_lengths=LENGTHS.to(dtype)), expected)
