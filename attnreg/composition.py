@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -166,7 +167,19 @@ def _gradients(
         for given, needed in zip(inputs, needs_grad)
     ]
     wanted = [leaf for leaf, needed in zip(leaves, needs_grad) if leaf is not None and needed]
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_included():
         output = forward(*leaves)
     found = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True, materialize_grads=True))
     return tuple(next(found) if leaf is not None and needed else None for leaf, needed in zip(leaves, needs_grad))
+
+
+def _autograd_included() -> AbstractContextManager[None]:
+    """Let autograd record here although this code runs inside an op, below the layer at which torch records.
+
+    Torch excludes that layer only where a dispatch mode is active, and has no public way to include it again.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(), excluded
+    )
+    return guard

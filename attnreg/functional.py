@@ -87,7 +87,8 @@ def local_dot_product(
     if plan is None or not _agree(plan, key, key, bias, key_lengths):
         cast = _autocast(query, key)
         if cast is not None:
-            return local_dot_product(*cast, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend)
+            query, key = cast
+            return local_dot_product(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend)
         needs_grad = _needs_grad(query, key, bias)
         problem = dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad)
         if plan is None:
@@ -99,14 +100,15 @@ def local_dot_product(
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
     if plan.direct is not None:
-        return plan.direct(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)  # type: ignore[no-any-return]
+        scores: Tensor = plan.direct(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
+        return scores
     if plan.problem.needs_grad:
-        return ops.LocalDotProduct.apply(
+        return ops.local_dot_product_with_grad(
             query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True
-        )  # type: ignore[no-any-return]
-    return torch.ops.attnreg.local_dot_product.default(
+        )
+    return ops.local_dot_product(
         query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
-    )  # type: ignore[no-any-return]
+    )
 
 
 def local_weighted_average(
@@ -156,7 +158,8 @@ def local_weighted_average(
     if plan is None or not _agree(plan, value, value, None, key_lengths):
         cast = _autocast(weights, value)
         if cast is not None:
-            return local_weighted_average(*cast, window, key_lengths=key_lengths, backend=backend)
+            weights, value = cast
+            return local_weighted_average(weights, value, window, key_lengths=key_lengths, backend=backend)
         needs_grad = _needs_grad(weights, value)
         problem = weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=needs_grad)
         if plan is None:
@@ -164,14 +167,15 @@ def local_weighted_average(
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
     if plan.direct is not None:
-        return plan.direct(weights, value, window, key_lengths=key_lengths)  # type: ignore[no-any-return]
+        output: Tensor = plan.direct(weights, value, window, key_lengths=key_lengths)
+        return output
     if plan.problem.needs_grad:
-        return ops.LocalWeightedAverage.apply(
+        return ops.local_weighted_average_with_grad(
             weights, value, key_lengths, window.left, window.right, plan.backend, True
-        )  # type: ignore[no-any-return]
-    return torch.ops.attnreg.local_weighted_average.default(
+        )
+    return ops.local_weighted_average(
         weights, value, key_lengths, window.left, window.right, plan.backend, True, False
-    )  # type: ignore[no-any-return]
+    )
 
 
 def local_attention(
@@ -236,7 +240,10 @@ def local_attention(
     if plan is None or not _agree(plan, key, value, bias, key_lengths):
         cast = _autocast(query, key, value)
         if cast is not None:
-            return local_attention(*cast, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend)
+            query, key, value = cast
+            return local_attention(
+                query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend
+            )
         needs_grad = _needs_grad(query, key, value, bias)
         problem = attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad)
         if plan is None:
@@ -248,14 +255,15 @@ def local_attention(
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
     if plan.direct is not None:
-        return plan.direct(query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale)[0]  # type: ignore[no-any-return]
+        output: Tensor = plan.direct(query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale)[0]
+        return output
     if plan.problem.needs_grad:
-        return ops.LocalAttention.apply(
+        return ops.local_attention_with_grad(
             query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True
-        )  # type: ignore[no-any-return]
-    return torch.ops.attnreg.local_attention.default(
+        )
+    return ops.local_attention(
         query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
-    )[0]  # type: ignore[no-any-return]
+    )[0]
 
 
 # Under torch.compile a call is traced once for many: the op itself chooses the backend when the graph runs.
@@ -277,8 +285,8 @@ def _traced_dot_product(
         bias = _four_dimensional(bias)
     call = (query, key, bias, key_lengths, window.left, window.right, scale, backend, False)
     if needs_grad:
-        return ops.LocalDotProduct.apply(*call)  # type: ignore[no-any-return]
-    return torch.ops.attnreg.local_dot_product.default(*call, False)  # type: ignore[no-any-return]
+        return ops.local_dot_product_with_grad(*call)
+    return ops.local_dot_product(*call, False)
 
 
 def _traced_weighted_average(
@@ -288,8 +296,8 @@ def _traced_weighted_average(
     weights, value = _autocast(weights, value) or (weights, value)
     call = (weights, value, key_lengths, window.left, window.right, backend, False)
     if _needs_grad(weights, value):
-        return ops.LocalWeightedAverage.apply(*call)  # type: ignore[no-any-return]
-    return torch.ops.attnreg.local_weighted_average.default(*call, False)  # type: ignore[no-any-return]
+        return ops.local_weighted_average_with_grad(*call)
+    return ops.local_weighted_average(*call, False)
 
 
 def _traced_attention(
@@ -311,8 +319,8 @@ def _traced_attention(
         bias = _four_dimensional(bias)
     call = (query, key, value, bias, key_lengths, window.left, window.right, scale, backend, False)
     if needs_grad:
-        return ops.LocalAttention.apply(*call)  # type: ignore[no-any-return]
-    return torch.ops.attnreg.local_attention.default(*call, False)[0]  # type: ignore[no-any-return]
+        return ops.local_attention_with_grad(*call)
+    return ops.local_attention(*call, False)[0]
 
 
 def _agree(plan: Plan, key: Tensor, value: Tensor, bias: Tensor | None, key_lengths: Tensor | None) -> bool:

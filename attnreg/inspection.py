@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnreg.backend import Backend, has_backward, has_op, why_unavailable
@@ -103,12 +104,11 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
 
 
 def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    if op in _FUNCTIONS:
-        return op.__name__  # type: ignore[union-attr]
     if op is not None:
-        if op not in OPS:
+        name = op if isinstance(op, str) else getattr(op, "__name__", "")
+        if name not in OPS or not (op is name or op in _FUNCTIONS):
             raise ValueError(f"op must be one of {', '.join(OPS)}, or one of these functions; got {op!r}")
-        return str(op)
+        return name
     if "weights" in kwargs:
         return "local_weighted_average"
     tensors = sum(isinstance(argument, Tensor) for argument in args)
@@ -122,8 +122,6 @@ def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwar
 
 
 def _needs_grad(arguments: tuple[Any, ...]) -> bool:
-    import torch
-
     return torch.is_grad_enabled() and any(
         isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
     )

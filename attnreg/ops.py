@@ -11,7 +11,7 @@ never pass the plan cache, still gets a backend for the tensors that it really r
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -259,6 +259,14 @@ for name, implementation, fake in (
     torch.library.register_fake(f"attnreg::{name}", fake, lib=_library)
 
 
+local_dot_product: Callable[..., Tensor] = torch.ops.attnreg.local_dot_product.default
+local_dot_product_backward: Callable[..., list[Tensor]] = torch.ops.attnreg.local_dot_product_backward.default
+local_weighted_average: Callable[..., Tensor] = torch.ops.attnreg.local_weighted_average.default
+local_weighted_average_backward: Callable[..., list[Tensor]] = torch.ops.attnreg.local_weighted_average_backward.default
+local_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.attnreg.local_attention.default
+local_attention_backward: Callable[..., list[Tensor]] = torch.ops.attnreg.local_attention_backward.default
+
+
 class LocalDotProduct(torch.autograd.Function):
     """``apply(query, key, bias, key_lengths, left, right, scale, backend, chosen) -> scores``."""
 
@@ -266,14 +274,13 @@ class LocalDotProduct(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None, *rest: Any) -> Tensor:
         ctx.save_for_backward(query, key, bias, key_lengths)
         ctx.rest = rest
-        scores: Tensor = torch.ops.attnreg.local_dot_product.default(query, key, bias, key_lengths, *rest, True)
-        return scores
+        return local_dot_product(query, key, bias, key_lengths, *rest, True)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:3]
-        gradients = torch.ops.attnreg.local_dot_product_backward.default(
+        gradients = local_dot_product_backward(
             grad_scores, *ctx.saved_tensors, *ctx.rest, needs_grad
         )
         return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
@@ -286,14 +293,13 @@ class LocalWeightedAverage(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, value: Tensor, key_lengths: Tensor | None, *rest: Any) -> Tensor:
         ctx.save_for_backward(weights, value, key_lengths)
         ctx.rest = rest
-        output: Tensor = torch.ops.attnreg.local_weighted_average.default(weights, value, key_lengths, *rest, True)
-        return output
+        return local_weighted_average(weights, value, key_lengths, *rest, True)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:2]
-        gradients = torch.ops.attnreg.local_weighted_average_backward.default(
+        gradients = local_weighted_average_backward(
             grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad
         )
         return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
@@ -312,8 +318,7 @@ class LocalAttention(torch.autograd.Function):
         key_lengths: Tensor | None,
         *rest: Any,
     ) -> Tensor:
-        output: Tensor
-        output, log_sum_exp = torch.ops.attnreg.local_attention.default(
+        output, log_sum_exp = local_attention(
             query, key, value, bias, key_lengths, *rest, True
         )
         ctx.save_for_backward(query, key, value, output, log_sum_exp, bias, key_lengths)
@@ -321,13 +326,18 @@ class LocalAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:4]
-        gradients = torch.ops.attnreg.local_attention_backward.default(
+        gradients = local_attention_backward(
             grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad
         )
         return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
+
+
+local_dot_product_with_grad: Callable[..., Tensor] = LocalDotProduct.apply
+local_weighted_average_with_grad: Callable[..., Tensor] = LocalWeightedAverage.apply
+local_attention_with_grad: Callable[..., Tensor] = LocalAttention.apply
 
 
 @functools.lru_cache(maxsize=4096)
@@ -358,10 +368,10 @@ def _zeros(inputs: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[
 
 
 def _wanted(gradients: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
-    wanted = [gradient for gradient, needed in zip(gradients, needs_grad) if needed]
-    if any(gradient is None for gradient in wanted):
+    wanted = [gradient for gradient, needed in zip(gradients, needs_grad) if needed and gradient is not None]
+    if len(wanted) != sum(needs_grad):
         raise RuntimeError(f"a backend's backward function left out a gradient that was asked for: {needs_grad}")
-    return wanted  # type: ignore[return-value]
+    return wanted
 
 
 def _in_place(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -103,7 +103,8 @@ class use_backend:  # noqa: N801 - reads as a statement: with use_backend("torch
                 with self:
                     return function(*args, **kwargs)
 
-        return functools.wraps(function)(wrapper)
+        functools.update_wrapper(wrapper, function)
+        return wrapper  # type: ignore[no-any-return]
 
 
 def forced(selector: object) -> Forced | None:

@@ -122,8 +122,7 @@ class Registry:
             if self._discovery != "due":
                 return
             self._discovery = "running"
-            # By name, so that two processes see the same order whatever that of the file system is.
-            for entry_point in sorted(metadata.entry_points(group="attnreg"), key=lambda found: found.name):
+            for entry_point in sorted(metadata.entry_points(group="attnreg"), key=_order):
                 self._load(entry_point)
             self._discovery = "done"
 
@@ -145,6 +144,12 @@ class Registry:
                 raise ValueError("attnreg_backends() yielded no backend")
         except (Exception, SystemExit) as error:
             keep_fault(error)
+
+
+def _order(entry_point: metadata.EntryPoint) -> tuple[bool, str, str]:
+    """attnreg's own plug-ins first, so that nobody takes their names; the rest in an order that no file system decides."""
+    distribution = entry_point.dist.name if entry_point.dist else ""
+    return distribution != "attnreg", distribution, entry_point.name
 
 
 def _offer(plugin: object, name: str) -> Iterable[Backend]:

@@ -98,11 +98,11 @@ class Blocks:
 
     def product(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Every row of a block against every key of it: (…, G, B, E) x (…, P, E) -> (…, G, B, P)."""
-        return (rows.flatten(3, 4) @ keys.transpose(-1, -2)).unflatten(3, (self.group, self.rows))
+        return (rows.flatten(3, 4) @ keys.transpose(-1, -2)).view(*rows.shape[:-1], keys.shape[3])
 
     def average(self, dense: Tensor, keys: Tensor) -> Tensor:
         """(…, G, B, P) x (…, P, X) -> (…, G, B, X)."""
-        return (dense.flatten(3, 4) @ keys).unflatten(3, (self.group, self.rows))
+        return (dense.flatten(3, 4) @ keys).view(*dense.shape[:-1], keys.shape[4])
 
     def average_transposed(self, dense: Tensor, rows: Tensor) -> Tensor:
         """(…, G, B, P) x (…, G, B, X) -> (…, P, X)."""

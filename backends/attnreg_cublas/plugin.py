@@ -1,0 +1,27 @@
+"""What attnreg finds through the entry point: the backend's name and capability, and its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from attnreg import Backend, Capability, hookimpl
+from attnreg_cublas import build, functions
+
+
+@hookimpl
+def attnreg_backends() -> Iterator[Backend]:
+    """Offer ``cublas_block``; it is built when it is first used."""
+    yield Backend(
+        name="cublas_block",
+        summary="dense blocks around the band, multiplied by cuBLAS; built with nvcc at first use",
+        capability=Capability(devices={"cuda"}, dtypes=(torch.float32, torch.float16, torch.bfloat16)),
+        local_dot_product=functions.local_dot_product,
+        local_dot_product_backward=functions.local_dot_product_backward,
+        local_weighted_average=functions.local_weighted_average,
+        local_weighted_average_backward=functions.local_weighted_average_backward,
+        unavailable=build.unavailable,
+        prepare=build.prepare,
+        rank=60,
+    )

@@ -1,0 +1,186 @@
+"""``local_attention``: ``O = softmax(scale * Q K^T + bias) V`` in one pass over the keys in each window.
+
+The softmax is computed online: the maximum m of a row and the sum of its exponentials are carried along, and what was
+accumulated under an older maximum is rescaled. The log-sum-exp ``m + log(sum)`` is kept for the backward.
+"""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnreg import Window
+from attnreg_triton import tiles as tile_table
+from attnreg_triton.band import (
+    in_window,
+    keys_of_rows,
+    load_bias,
+    load_rows,
+    locate_program,
+    store_rows,
+    visible_length,
+)
+from attnreg_triton.interpreter import cast, dot, span
+from attnreg_triton.launch import bias_strides, ceil_div, clip_window, input_precision, launch, origin, padded, strides
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output (N, H, Lq, D) and the natural log-sum-exp of each row's visible scores (N, H, Lq)."""
+    batch, heads, len_q, head_dim = query.shape
+    _, kv_heads, len_k, value_dim = value.shape
+    window = clip_window(window, bias, len_q, len_k)
+    output = torch.empty((batch, heads, len_q, value_dim), dtype=query.dtype, device=query.device)
+    log_sum_exp = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
+    tiles = tile_table.attention(query.dtype, head_dim, value_dim, window)
+    row_tiles = ceil_div(len_q, tiles.rows)
+    launch(
+        _attention,
+        batch * heads * row_tiles,
+        tiles,
+        query,
+        key,
+        value,
+        bias,
+        key_lengths,
+        output,
+        log_sum_exp,
+        strides(query),
+        strides(key),
+        strides(value),
+        *bias_strides(bias),
+        strides(output),
+        heads,
+        heads // kv_heads,
+        row_tiles,
+        len_q,
+        len_k,
+        origin(window, len_q, len_k),
+        window.size,
+        scale,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_HEAD=padded(head_dim),
+        BLOCK_VALUE=padded(value_dim),
+        PRECISION=input_precision(query.dtype),
+        device=query.device,
+    )
+    return output, log_sum_exp
+
+
+@triton.jit
+def scores(qk, scale, b, HAS_BIAS: tl.constexpr):
+    """The scores, in units of which ``exponential`` is to be taken.
+
+    Without a bias log2(e) is folded into the scale. A bias must not be multiplied by it before the maximum is taken
+    off: the most negative finite number, as many masks have it, would become -inf.
+    """
+    s = qk * scale if HAS_BIAS else qk * (scale * _LOG2E)
+    if HAS_BIAS:
+        s += b
+    return s
+
+
+@triton.jit
+def exponential(x, HAS_BIAS: tl.constexpr):
+    """``exp`` of differences of ``scores``."""
+    return tl.exp2(x * _LOG2E) if HAS_BIAS else tl.exp2(x)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "bias_strides",
+        "heads",
+        "group",
+        "row_tiles",
+        "len_q",
+        "len_k",
+        "origin",
+        "width",
+        "scale",
+    ]
+)
+def _attention(
+    query,
+    key,
+    value,
+    bias,
+    key_lengths,
+    output,
+    log_sum_exp,
+    query_strides,
+    key_strides,
+    value_strides,
+    bias_strides,
+    bias_column_stride,
+    output_strides,
+    heads,
+    group,
+    row_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    HAS_BIAS: tl.constexpr = bias is not None
+    n, h, h_kv, tile = locate_program(heads, group, row_tiles)
+    i_begin = tile * BLOCK_M
+    i_end = tl.minimum(i_begin + BLOCK_M, len_q)
+    i_tile = i_begin + tl.arange(0, BLOCK_M)
+    i = i_tile[:, None]
+    begin, end = keys_of_rows(i_begin, i_end, visible_length(key_lengths, n, len_k), origin, width)
+
+    q = load_rows(query, query_strides, n, h, i_tile, i_tile < i_end, HEAD_DIM, BLOCK_HEAD)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
+    for j_begin in span(begin, end, BLOCK_N):
+        j_tile = j_begin + tl.arange(0, BLOCK_N)
+        j = j_tile[None, :]
+        k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
+        visible = (j < end) & in_window(i, j, origin, width)
+        b = 0.0
+        if HAS_BIAS:
+            b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible & (i < i_end))
+            visible = b != float("-inf")
+        s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
+        s = tl.where(visible, s, float("-inf"))
+
+        # While a row has seen no visible key its maximum is -inf, and -inf - -inf would be NaN.
+        m_new = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = exponential(s - shift[:, None], HAS_BIAS)
+        rescale = exponential(m - shift, HAS_BIAS)
+        m = m_new
+        total = total * rescale + tl.sum(p, 1)
+        v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
+        acc = dot(cast(p, v.dtype), v, PRECISION, acc * rescale[:, None])
+
+    # A row without a visible key has a total of 0 and acc = 0: O = 0 and a log-sum-exp of -inf.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    store_rows(output, output_strides, n, h, i_tile, i_tile < i_end, acc, VALUE_DIM, BLOCK_VALUE)
+    if not HAS_BIAS:
+        m *= _LN2
+    tl.store(log_sum_exp + (n * heads + h) * len_q + i_tile, m + tl.log(total), mask=i_tile < i_end)

@@ -1,0 +1,133 @@
+"""Geometry of the band, and the loads and stores that all kernels share.
+
+Key j is in slot c = j - i - origin of row i, with origin = Lk - Lq - left. A kernel works on tiles of BLOCK_M rows by
+BLOCK_N keys, through which the columns of a band run skewed. With row stride s the element (i, c) lies at
+``i * s + c = i * (s - 1) + (j - origin)``: the sum of a part by row and a part by key, so a skewed tile is addressed as
+cheaply as a straight one.
+
+Positions are 32-bit. Offsets are 64-bit, since a tensor may have more than 2**31 elements.
+"""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnreg_triton.interpreter import cast, span
+
+
+@triton.jit
+def locate_program(heads, group, tiles):
+    """(n, h, h_kv, tile) of this program in a grid of N * H * tiles.
+
+    The query heads of a group vary fastest: programs that read the same keys run at the same time.
+    """
+    program = tl.program_id(0)
+    member = program % group
+    tile = program // group % tiles
+    kv_head = program // group // tiles
+    kv_heads = heads // group
+    n = kv_head // kv_heads
+    h_kv = kv_head % kv_heads
+    return n.to(tl.int64), (h_kv * group + member).to(tl.int64), h_kv.to(tl.int64), tile
+
+
+@triton.jit
+def visible_length(key_lengths, n, len_k):
+    """How many keys of sequence n are visible at all, clamped to 0..Lk."""
+    length = len_k
+    if key_lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(key_lengths + n), 0), len_k).to(tl.int32)
+    return length
+
+
+@triton.jit
+def keys_of_rows(i_begin, i_end, length, origin, width):
+    """[begin, end): the keys in 0..length that rows [i_begin, i_end) see. Never reversed, if empty."""
+    begin = tl.maximum(i_begin + origin, 0)
+    end = tl.minimum(i_end + origin + width - 1, length)
+    return begin, tl.maximum(begin, end)
+
+
+@triton.jit
+def rows_of_keys(j_begin, j_end, len_q, origin, width):
+    """[begin, end): the rows in 0..Lq that see one of the keys [j_begin, j_end). Never reversed, if empty."""
+    begin = tl.maximum(j_begin - origin - width + 1, 0)
+    end = tl.minimum(j_end - origin, len_q)
+    return begin, tl.where(j_end > j_begin, tl.maximum(begin, end), begin)
+
+
+@triton.jit
+def in_window(i, j, origin, width):
+    """Whether row i has a slot for key j."""
+    column = j - i - origin
+    return (column >= 0) & (column < width)
+
+
+@triton.jit
+def band_pointers(band, band_strides, column_stride, n, h, i, j, origin):
+    """Pointers to row i's slot for key j; ``i`` and ``j`` are tiles that vary along different axes."""
+    rows = band + n * band_strides[0] + h * band_strides[1] + i.to(tl.int64) * (band_strides[2] - column_stride)
+    return rows + (j - origin).to(tl.int64) * column_stride
+
+
+@triton.jit
+def load_band(band, band_strides, n, h, i, j, origin, visible):
+    """The band's values of a tile, 0 in invisible slots, which are not read."""
+    return tl.load(band_pointers(band, band_strides, 1, n, h, i, j, origin), mask=visible, other=0.0)
+
+
+@triton.jit
+def load_bias(bias, bias_strides, column_stride, n, h, i, j, origin, visible):
+    """The bias of a tile in fp32, -inf in invisible slots."""
+    pointers = band_pointers(bias, bias_strides, column_stride, n, h, i, j, origin)
+    return tl.load(pointers, mask=visible, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def store_band(band, band_strides, n, h, i, j, origin, width, len_q, values):
+    """Write those values of a tile that are slots of the band, inside the sequence or not."""
+    slot = in_window(i, j, origin, width) & (i < len_q)
+    tl.store(band_pointers(band, band_strides, 1, n, h, i, j, origin), cast(values, band.dtype.element_ty), mask=slot)
+
+
+@triton.jit
+def fill_band(
+    band, band_strides, n, h, i, j_begin, j_end, origin, width, len_q, VALUE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Write VALUE to the slots of rows ``i`` for keys [j_begin, j_end), which may lie outside the sequence."""
+    for j_tile in span(j_begin, j_end, BLOCK_N):
+        j = j_tile + tl.arange(0, BLOCK_N)[None, :]
+        slot = in_window(i, j, origin, width) & (i < len_q) & (j < j_end)
+        tl.store(band_pointers(band, band_strides, 1, n, h, i, j, origin), VALUE, mask=slot)
+
+
+@triton.jit
+def row_pointers(tensor, tensor_strides, n, h, position, BLOCK: tl.constexpr):
+    """Pointers to the rows of (N, H, L, DIM) at ``position``."""
+    rows = tensor + n * tensor_strides[0] + h * tensor_strides[1] + position.to(tl.int64)[:, None] * tensor_strides[2]
+    return rows + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def row_mask(valid, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of a padded tile exist."""
+    mask = valid[:, None]
+    if DIM != BLOCK:
+        mask = mask & (tl.arange(0, BLOCK)[None, :] < DIM)
+    return mask
+
+
+@triton.jit
+def load_rows(tensor, tensor_strides, n, h, position, valid, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of (N, H, L, DIM) at ``position``, padded with zeros to BLOCK; rows that are not valid are zeros."""
+    pointers = row_pointers(tensor, tensor_strides, n, h, position, BLOCK)
+    return tl.load(pointers, mask=row_mask(valid, DIM, BLOCK), other=0.0)
+
+
+@triton.jit
+def store_rows(tensor, tensor_strides, n, h, position, valid, values, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the valid rows of a padded tile."""
+    pointers = row_pointers(tensor, tensor_strides, n, h, position, BLOCK)
+    tl.store(pointers, cast(values, tensor.dtype.element_ty), mask=row_mask(valid, DIM, BLOCK))

@@ -1,0 +1,131 @@
+"""A band times keys gives rows: ``out_i = scale * sum_c band[i, c] * y_j``, over the visible slots.
+
+The weighted average of the values, and the gradient of the query, dS . K, where slots that the bias hides are left out.
+"""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnreg import Window
+from attnreg_triton.band import (
+    in_window,
+    keys_of_rows,
+    load_band,
+    load_bias,
+    load_rows,
+    locate_program,
+    store_rows,
+    visible_length,
+)
+from attnreg_triton.interpreter import dot, span
+from attnreg_triton.launch import bias_strides, ceil_div, input_precision, launch, origin, padded, strides
+from attnreg_triton.tiles import product_by_rows
+
+
+def band_average(
+    band: Tensor,
+    keys: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None = None,
+    key_lengths: Tensor | None,
+    scale: float = 1.0,
+) -> Tensor:
+    """(N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D)."""
+    batch, heads, len_q, _ = band.shape
+    _, kv_heads, len_k, head_dim = keys.shape
+    rows = torch.empty((batch, heads, len_q, head_dim), dtype=keys.dtype, device=keys.device)
+    tiles = product_by_rows(keys.dtype, head_dim, window)
+    row_tiles = ceil_div(len_q, tiles.rows)
+    launch(
+        _band_average,
+        batch * heads * row_tiles,
+        tiles,
+        band,
+        keys,
+        bias,
+        key_lengths,
+        rows,
+        strides(band),
+        strides(keys),
+        *bias_strides(bias),
+        strides(rows),
+        heads,
+        heads // kv_heads,
+        row_tiles,
+        len_q,
+        len_k,
+        origin(window, len_q, len_k),
+        window.size,
+        scale,
+        DIM=head_dim,
+        BLOCK_DIM=padded(head_dim),
+        PRECISION=input_precision(keys.dtype),
+        device=keys.device,
+    )
+    return rows
+
+
+@triton.jit(
+    do_not_specialize=[
+        "band_strides",
+        "bias_strides",
+        "heads",
+        "group",
+        "row_tiles",
+        "len_q",
+        "len_k",
+        "origin",
+        "width",
+        "scale",
+    ]
+)
+def _band_average(
+    band,
+    keys,
+    bias,
+    key_lengths,
+    rows,
+    band_strides,
+    keys_strides,
+    bias_strides,
+    bias_column_stride,
+    rows_strides,
+    heads,
+    group,
+    row_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n, h, h_kv, tile = locate_program(heads, group, row_tiles)
+    i_begin = tile * BLOCK_M
+    i_end = tl.minimum(i_begin + BLOCK_M, len_q)
+    i_tile = i_begin + tl.arange(0, BLOCK_M)
+    i = i_tile[:, None]
+    begin, end = keys_of_rows(i_begin, i_end, visible_length(key_lengths, n, len_k), origin, width)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
+    for j_begin in span(begin, end, BLOCK_N):
+        j_tile = j_begin + tl.arange(0, BLOCK_N)
+        j = j_tile[None, :]
+        visible = (j < end) & (i < i_end) & in_window(i, j, origin, width)
+        if bias is not None:
+            b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible)
+            visible = b != float("-inf")
+        w = load_band(band, band_strides, n, h, i, j, origin, visible)
+        y = load_rows(keys, keys_strides, n, h_kv, j_tile, j_tile < end, DIM, BLOCK_DIM)
+        acc = dot(w, y, PRECISION, acc)
+    store_rows(rows, rows_strides, n, h, i_tile, i_tile < i_end, acc * scale, DIM, BLOCK_DIM)

@@ -1,0 +1,80 @@
+"""How kernels are launched, and the arguments that all of them take in the same form."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import Window, allow_tf32
+from attnreg_triton.tiles import Tiles
+
+Strides = tuple[int, int, int]
+
+
+def launch(kernel: Any, programs: int, tiles: Tiles, *args: Any, device: torch.device, **constants: Any) -> None:
+    """Start ``programs`` instances of ``kernel`` on the current stream of ``device``, whichever device is current.
+
+    The grid has one dimension, the only one that may exceed 65535.
+    """
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[(programs,)](
+            *args,
+            **constants,
+            BLOCK_M=tiles.rows,
+            BLOCK_N=tiles.keys,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+
+
+def strides(tensor: Tensor | None) -> Strides:
+    """The strides of all dimensions but the last, which is contiguous."""
+    if tensor is None:
+        return (0, 0, 0)
+    batch, head, row, _ = tensor.stride()
+    return batch, head, row
+
+
+def bias_strides(bias: Tensor | None) -> tuple[Strides, int]:
+    """The strides of a bias in (N, H, Lq) and in W, 0 where it broadcasts."""
+    if bias is None:
+        return (0, 0, 0), 0
+    batch, head, row, column = (
+        0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)
+    )
+    return (batch, head, row), column
+
+
+def origin(window: Window, query_length: int, key_length: int) -> int:
+    """The key position of slot 0 of row 0: slot c of row i is key ``i + origin + c``."""
+    return key_length - query_length - window.left
+
+
+def clip_window(window: Window, bias: Tensor | None, query_length: int, key_length: int) -> Window:
+    """A window with the same keys that reaches no further than the sequences, so that positions fit 32 bits.
+
+    Only where no tensor has a column per slot.
+    """
+    if bias is not None and bias.shape[3] != 1:
+        return window
+    reach = query_length + key_length
+    return Window(min(window.left, reach), min(window.right, reach))
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How fp32 enters the matrix units: as one TF32 number, or split in two such that the product is fp32-accurate."""
+    return "tf32" if dtype != torch.float32 or allow_tf32() else "tf32x3"
+
+
+def padded(head_dim: int) -> int:
+    """The extent of a tile that holds ``head_dim``: a power of two, at least the 16 that ``tl.dot`` asks for."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def ceil_div(count: int, size: int) -> int:
+    """How many tiles of ``size`` cover ``count``."""
+    return -(-count // size)

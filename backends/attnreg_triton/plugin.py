@@ -1,0 +1,53 @@
+"""What attnreg finds through the entry point: the backend's name and capability, and its functions by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from attnreg import Backend, Capability, Problem, hookimpl
+from attnreg_triton.availability import DEVICES, unavailable
+
+
+def _deferred(module: str, name: str) -> Callable[..., Any]:
+    """``attnreg_triton.<module>.<name>``, whose import (and that of triton with it) waits for the first call."""
+    function: Callable[..., Any] | None = None
+
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal function
+        if function is None:
+            function = getattr(import_module(f"attnreg_triton.{module}"), name)
+        return function(*args, **options)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+def _rank(problem: Problem) -> float:
+    """First choice on a GPU. The interpreter (CPU) is for tests and comes after everything else."""
+    return 10 if problem.device.type == "cuda" else 1000
+
+
+@hookimpl
+def attnreg_backends() -> Iterator[Backend]:
+    """One backend, for all three ops, forward and backward."""
+    yield Backend(
+        name="triton",
+        summary="Triton kernels that visit only the keys inside the window",
+        capability=Capability(
+            devices=DEVICES,
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            head_dims=range(1, 257),
+        ),
+        local_dot_product=_deferred("dot_product", "local_dot_product"),
+        local_dot_product_backward=_deferred("dot_product", "local_dot_product_backward"),
+        local_weighted_average=_deferred("weighted_average", "local_weighted_average"),
+        local_weighted_average_backward=_deferred("weighted_average", "local_weighted_average_backward"),
+        local_attention=_deferred("attention", "local_attention"),
+        local_attention_backward=_deferred("attention_backward", "local_attention_backward"),
+        unavailable=unavailable,
+        rank=_rank,
+    )

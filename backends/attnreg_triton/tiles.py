@@ -1,0 +1,88 @@
+"""How many rows and keys a program works on, and with how many warps: the one place to tune.
+
+Every entry fits into the 99 KiB of shared memory that the smaller GPUs have. fp32 needs smaller tiles: it is twice as
+wide, and its accurate product splits each factor in two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from attnreg import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A tile of the band, rows by keys; a program owns one of the two extents and loops along the other."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int = 2
+
+
+# For head dims up to 64, 128 and 256: of fp16 and bf16, and of fp32.
+_DIMS = (64, 128, 256)
+_PRODUCT = (
+    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 8)),
+    (Tiles(64, 64, 8), Tiles(32, 64, 8), Tiles(16, 32, 8)),
+)
+_ATTENTION = (
+    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(32, 64, 8)),
+    (Tiles(64, 32, 4), Tiles(32, 32, 8), Tiles(16, 16, 8)),
+)
+_BACKWARD_ROWS = (
+    (Tiles(64, 64, 4), Tiles(64, 64, 8), Tiles(32, 32, 8)),
+    (Tiles(32, 32, 4), Tiles(16, 32, 8), Tiles(16, 16, 8)),
+)
+_BACKWARD_KEYS = (
+    (Tiles(32, 64, 4), Tiles(32, 64, 8), Tiles(32, 32, 8)),
+    (Tiles(32, 32, 4), Tiles(16, 32, 8), Tiles(16, 16, 8)),
+)
+
+# The keys of 64 rows and a window of at most this size fit three steps of 32 keys; steps of 64 would take two.
+_NARROW_WINDOW = 33
+
+# A band that is only added up.
+BAND_SUM = Tiles(32, 64, 4)
+
+
+def product_by_rows(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
+    """For ``band_dot`` and ``band_average``, whose programs own rows."""
+    return _fit(_entry(_PRODUCT, dtype, dim), window)
+
+
+def product_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
+    """For ``band_average_transposed``, whose programs own keys."""
+    tiles = product_by_rows(dtype, dim, window)
+    return replace(tiles, rows=tiles.keys, keys=tiles.rows)
+
+
+def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window) -> Tiles:
+    """For the fused attention, whose programs own rows."""
+    return _fit(_entry(_ATTENTION, dtype, max(head_dim, value_dim)), window)
+
+
+def attention_backward_by_rows(dtype: torch.dtype, head_dim: int, value_dim: int, has_bias: bool) -> Tiles:
+    """For the gradients of query and bias.
+
+    Never more rows than keys, which ``bias_gradient.store_column_sums`` relies on.
+    """
+    tiles = _entry(_BACKWARD_ROWS, dtype, max(head_dim, value_dim))
+    return replace(tiles, rows=min(tiles.rows, 32)) if has_bias else tiles
+
+
+def attention_backward_by_keys(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tiles:
+    """For the gradients of key and value."""
+    return _entry(_BACKWARD_KEYS, dtype, max(head_dim, value_dim))
+
+
+def _entry(table: tuple[tuple[Tiles, ...], ...], dtype: torch.dtype, dim: int) -> Tiles:
+    by_dim = table[dtype == torch.float32]
+    return by_dim[next(index for index, limit in enumerate(_DIMS) if dim <= limit)]
+
+
+def _fit(tiles: Tiles, window: Window) -> Tiles:
+    return replace(tiles, keys=min(tiles.keys, 32)) if window.size <= _NARROW_WINDOW else tiles

@@ -1,0 +1,133 @@
+// The band: slot c of query row i is key j = i + shift + c, visible iff 0 <= j < key length and its bias is not -inf.
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "rows.cuh"
+
+namespace attnreg {
+
+using torch::headeronly::ScalarType;
+
+// Calls run(T{}) with the C++ type of a dtype that scores and weights may have.
+template <class Run>
+void dispatch_dtype(ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case ScalarType::Float: return run(float{});
+    case ScalarType::Half: return run(__half{});
+    case ScalarType::BFloat16: return run(__nv_bfloat16{});
+    default: STD_TORCH_CHECK(false, "attnreg cublas_block: dtype must be float32, float16 or bfloat16");
+  }
+}
+
+// A dimension of size 1 broadcasts, whatever stride it carries.
+inline int64_t broadcast_stride(const Tensor& tensor, int64_t dim) {
+  return tensor.size(dim) == 1 ? 0 : tensor.stride(dim);
+}
+
+// Additive bias of any floating-point dtype, read through strides that are 0 where it broadcasts.
+struct Bias {
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t stride_n = 0, stride_h = 0, stride_i = 0, stride_c = 0;
+
+  explicit Bias(const std::optional<Tensor>& bias) {
+    if (!bias) return;
+    data = bias->const_data_ptr();
+    dtype = bias->scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                        dtype == ScalarType::Double,
+                    "attnreg cublas_block: bias must be a floating-point tensor");
+    stride_n = broadcast_stride(*bias, 0);
+    stride_h = broadcast_stride(*bias, 1);
+    stride_i = broadcast_stride(*bias, 2);
+    stride_c = broadcast_stride(*bias, 3);
+  }
+
+  // The value at an offset; `hidden` tells -inf from a finite float64 below float's range.
+  __host__ __device__ float read(int64_t offset, bool& hidden) const {
+    float value = 0;
+    if (dtype == ScalarType::Double) {
+      const double wide = static_cast<const double*>(data)[offset];
+      hidden = wide == -INFINITY;
+      return static_cast<float>(wide);
+    }
+    if (dtype == ScalarType::Float) value = static_cast<const float*>(data)[offset];
+    if (dtype == ScalarType::Half) value = __half2float(static_cast<const __half*>(data)[offset]);
+    if (dtype == ScalarType::BFloat16) value = __bfloat162float(static_cast<const __nv_bfloat16*>(data)[offset]);
+    hidden = value == -INFINITY;
+    return value;
+  }
+};
+
+// Key lengths, clamped to [0, keys]; every sequence has all keys where there are none.
+struct Lengths {
+  const void* data = nullptr;
+  bool wide = false;
+  int64_t keys;
+
+  Lengths(const std::optional<Tensor>& lengths, int64_t keys) : keys(keys) {
+    if (!lengths) return;
+    data = lengths->const_data_ptr();
+    wide = lengths->scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(wide || lengths->scalar_type() == ScalarType::Int,
+                    "attnreg cublas_block: key_lengths must be int32 or int64");
+  }
+
+  __host__ __device__ int64_t operator[](int64_t n) const {
+    if (data == nullptr) return keys;
+    const int64_t length = wide ? static_cast<const int64_t*>(data)[n] : static_cast<const int32_t*>(data)[n];
+    return length < 0 ? 0 : length < keys ? length : keys;
+  }
+};
+
+// What decides which slots of the band are visible.
+struct Visibility {
+  int64_t shift;  // the key of slot 0 in row 0: Lk - Lq - left
+  Lengths lengths;
+  Bias bias;
+
+  // One row of the band; its bias starts at `bias_offset`.
+  struct Row {
+    int64_t first_key, length, bias_offset;
+  };
+
+  __host__ __device__ Row row(int64_t n, int64_t h, int64_t i) const {
+    return {i + shift, lengths[n], n * bias.stride_n + h * bias.stride_h + i * bias.stride_i};
+  }
+
+  // Whether slot c is visible, and its bias (0 where there is none).
+  __host__ __device__ bool sees(const Row& row, int64_t c, float& bias_value) const {
+    bias_value = 0;
+    const int64_t key = row.first_key + c;
+    if (key < 0 || key >= row.length) return false;
+    if (bias.data == nullptr) return true;
+    bool hidden;
+    bias_value = bias.read(row.bias_offset + c * bias.stride_c, hidden);
+    return !hidden;
+  }
+};
+
+// A (N, H, Lq, W) tensor over the band, with unit stride along the window.
+template <class T>
+struct BandTensor {
+  T* data;
+  int64_t heads, queries, width, stride_n, stride_h, stride_i;
+
+  BandTensor(const Tensor& tensor, T* data)
+      : data(data), heads(tensor.size(1)), queries(tensor.size(2)), width(tensor.size(3)), stride_n(tensor.stride(0)),
+        stride_h(tensor.stride(1)), stride_i(tensor.stride(2)) {
+    STD_TORCH_CHECK(tensor.dim() == 4 && (width == 1 || tensor.stride(3) == 1),
+                    "attnreg cublas_block: a band needs four dimensions, the last one contiguous");
+  }
+
+  __host__ __device__ T* row(int64_t n, int64_t h, int64_t i) const {
+    return data + n * stride_n + h * stride_h + i * stride_i;
+  }
+};
+
+}  // namespace attnreg

@@ -1,0 +1,35 @@
+// The ops of the cublas_block backend, registered through torch's stable ABI: one build serves many torch versions.
+//
+// Every op writes into a tensor that it is given; the products between them are torch's own (cuBLAS). The host kernels
+// are the same code in a plain loop: they test the index arithmetic where there is no GPU.
+#include "gather.cuh"
+#include "mask.cuh"
+#include "pack.cuh"
+#include "scatter.cuh"
+
+STABLE_TORCH_LIBRARY(attnreg_cublas, m) {
+  m.def("pack(Tensor source, Tensor(a!) packed, Tensor? key_lengths, int keys, int first, int reach, "
+        "int extent) -> ()");
+  m.def("gather_band(Tensor dense, Tensor(a!) band, Tensor? bias, Tensor? key_lengths, int keys, int shift, "
+        "int block_rows, int diagonal, float hidden) -> ()");
+  m.def("scatter_band(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int keys, int shift, "
+        "int block_rows, int diagonal) -> ()");
+  m.def("scatter_band_by_key(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int keys, int shift, "
+        "int first, int diagonal) -> ()");
+  m.def("mask_band(Tensor band, Tensor(a!) masked, Tensor? bias, Tensor? key_lengths, int keys, int shift) -> ()");
+}
+
+namespace {
+
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("pack", TORCH_BOX(&attnreg::pack));
+  m.impl("gather_band", TORCH_BOX(&attnreg::gather_band));
+  m.impl("scatter_band", TORCH_BOX(&attnreg::scatter_band));
+  m.impl("scatter_band_by_key", TORCH_BOX(&attnreg::scatter_band_by_key));
+  m.impl("mask_band", TORCH_BOX(&attnreg::mask_band));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnreg_cublas, CUDA, m) { register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(attnreg_cublas, CPU, m) { register_kernels(m); }

@@ -1,0 +1,107 @@
+"""band_from_dense and the module."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import attnreg
+from attnreg import LocalAttention, Window, band_from_dense
+
+
+@pytest.mark.parametrize(("query_length", "key_length"), [(1, 1), (4, 4), (3, 6), (6, 3), (1, 5), (5, 1)])
+@pytest.mark.parametrize("window", [Window(0, 0), Window(2, 0), Window(0, 2), Window(3, 1), Window(9, 9)], ids=str)
+def test_each_slot_of_the_band_is_the_masks_element_for_its_key(query_length, key_length, window):
+    mask = torch.randn(2, query_length, key_length)
+    band = band_from_dense(mask, window)
+    assert band.shape == (2, query_length, window.size)
+    for i in range(query_length):
+        for c in range(window.size):
+            j = i + key_length - query_length - window.left + c
+            expected = mask[:, i, j] if 0 <= j < key_length else torch.full((2,), -torch.inf)
+            assert torch.equal(band[:, i, c], expected)
+
+
+def test_a_boolean_mask_hides_where_it_is_false():
+    mask = torch.rand(6, 6) < 0.5
+    band = band_from_dense(mask, Window(2, 1))
+    assert band.dtype == torch.get_default_dtype()
+    additive = torch.zeros(6, 6).masked_fill(~mask, -torch.inf)
+    assert torch.equal(band, band_from_dense(additive, Window(2, 1)))
+    assert band_from_dense(mask, Window(2, 1), dtype=torch.float16).dtype == torch.float16
+
+
+def test_attention_with_the_band_is_attention_with_the_dense_mask():
+    query, key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 4)
+    mask = torch.randn(2, 1, 7, 9)
+    window = Window(3, 2)
+    dense_window = torch.full((7, 9), -torch.inf)
+    for i in range(7):
+        for j in range(9):
+            if -3 <= j - (i + 2) <= 2:
+                dense_window[i, j] = 0
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask + dense_window)
+    got = attnreg.local_attention(query, key, value, window, bias=band_from_dense(mask, window))
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_the_band_passes_gradients_to_an_additive_mask():
+    mask = torch.randn(4, 4, requires_grad=True)
+    band = band_from_dense(mask, Window(1, 0))
+    band.where(band.isfinite(), 0).sum().backward()
+    assert torch.equal(mask.grad, torch.eye(4) + torch.eye(4).roll(1, 0).tril())
+
+
+def test_no_tensor_larger_than_the_result_is_built():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != mask.untyped_storage().data_ptr():
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    mask = torch.randn(300, 300)
+    with Watch():
+        band = band_from_dense(mask, Window(3, 0))
+    assert largest == band.untyped_storage().nbytes() == 300 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "error", "message"),
+    [
+        ([[1.0]], {}, TypeError, "mask must be a torch.Tensor, got list"),
+        (torch.ones(3, 3, dtype=torch.int32), {}, TypeError, "mask must be boolean .* got torch.int32"),
+        (torch.ones(3), {}, ValueError, r"at least two dimensions.*\(3,\)"),
+        (torch.ones(3, 3), {"dtype": torch.int64}, TypeError, "dtype must be a floating-point dtype, got torch.int64"),
+    ],
+)
+def test_a_bad_mask_is_refused(mask, options, error, message):
+    with pytest.raises(error, match=message):
+        band_from_dense(mask, Window(1, 0), **options)
+
+
+def test_the_module_is_the_function_with_its_settings_kept():
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
+    bias, lengths = torch.randn(4, 1, 4), torch.tensor([6, 2])
+    module = LocalAttention(Window(2, 1), scale=0.3, backend="torch")
+    got = module(query, key, value, bias=bias, key_lengths=lengths)
+    assert torch.equal(
+        got, attnreg.local_attention(query, key, value, Window(2, 1), bias=bias, key_lengths=lengths, scale=0.3, backend="torch")
+    )
+    assert not list(module.parameters())
+    assert "Window(left=2, right=1)" in repr(module)
+    assert torch.equal(copy.deepcopy(module)(query, key, value, bias=bias, key_lengths=lengths), got)
+    assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"scale": "1"}, TypeError), ({"scale": float("inf")}, ValueError), ({"backend": 1}, TypeError)]
+)
+def test_a_module_put_together_wrongly_says_so_at_once(options, error):
+    with pytest.raises(error):
+        LocalAttention(Window(2, 1), **options)

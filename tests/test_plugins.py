@@ -1,0 +1,177 @@
+"""The door: a stranger's backend comes in as the built-in ones do, and a broken one costs only itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnreg
+from attnreg import Window
+
+EXAMPLE = Path(__file__).parent / "example_plugin"
+
+
+@pytest.fixture(scope="session")
+def example_site(tmp_path_factory):
+    """The example plug-in, built and installed for real, in a folder of its own."""
+    site = tmp_path_factory.mktemp("site")
+    source = tmp_path_factory.mktemp("source")
+    for file in EXAMPLE.glob("*.*"):
+        (source / file.name).write_bytes(file.read_bytes())
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*install, "--target", str(site), str(source)], check=True, capture_output=True, text=True)
+    return site
+
+
+@pytest.fixture
+def discovered(monkeypatch):
+    """Put folders on the path as if installed, and let plug-ins be discovered anew."""
+    imported = set(sys.modules)
+
+    def discover(*folders: Path) -> None:
+        for folder in folders:
+            monkeypatch.syspath_prepend(str(folder))
+        attnreg.reset()
+
+    yield discover
+    monkeypatch.undo()
+    for name in set(sys.modules) - imported:
+        if name.startswith("plugged_") or name == "attnreg_example":
+            del sys.modules[name]
+    attnreg.reset()
+
+
+@pytest.fixture
+def distribution(tmp_path):
+    """Write a distribution called ``plugged-NAME`` with one module and one entry point."""
+
+    def write(name: str, source: str) -> Path:
+        folder = tmp_path / name
+        info = folder / f"plugged_{name}-9.1.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"plugged_{name}.py").write_text(source)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: plugged-{name}\nVersion: 9.1\n")
+        (info / "entry_points.txt").write_text(f"[attnreg]\n{name} = plugged_{name}\n")
+        return folder
+
+    return write
+
+
+HEADER = """
+import torch
+from attnreg import Backend, Capability, hookimpl
+
+def dot(query, key, window, *, bias, key_lengths, scale):
+    return query.new_full((*query.shape[:3], window.size), 5.0)
+
+def backend(name):
+    return Backend(name=name, capability=Capability(dtypes={torch.float32}), local_dot_product=dot)
+"""
+
+BROKEN = {
+    "import": ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
+    "syntax": ("def broken(:", "SyntaxError"),
+    "exits": ("raise SystemExit('this plug-in gives up')", "SystemExit: this plug-in gives up"),
+    "raises": (HEADER + "@hookimpl\ndef attnreg_backends():\n    raise OSError('no licence')", "OSError: no licence"),
+    "late": (
+        HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('early')\n    raise OSError('too late')",
+        "OSError: too late",
+    ),
+    "type": (HEADER + "@hookimpl\ndef attnreg_backends():\n    yield 'backend'", "must be an attnreg.Backend, got 'backend'"),
+    "returns": (HEADER + "@hookimpl\ndef attnreg_backends():\n    return backend('x')", "must yield backends, it returned Backend"),
+    "number": (HEADER + "@hookimpl\ndef attnreg_backends():\n    return 3", "must yield backends, it returned int"),
+    "nothing": (HEADER + "@hookimpl\ndef attnreg_backends():\n    return []", "yielded no backend"),
+    "none": (HEADER + "@hookimpl\ndef attnreg_backends():\n    pass", "has no @attnreg.hookimpl attnreg_backends()"),
+    "unmarked": (HEADER + "def attnreg_backends():\n    yield backend('x')", "has no @attnreg.hookimpl attnreg_backends()"),
+    "misnamed": (HEADER + "@hookimpl\ndef attnreg_backend():\n    yield backend('x')", "PluginValidationError"),
+    "taken": (HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('torch')", "'torch' is taken by the backend of attnreg"),
+    "arguments": (HEADER + "@hookimpl\ndef attnreg_backends(device):\n    yield backend('x')", "PluginValidationError"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_is_shown_with_its_distribution_and_error_and_the_rest_works(kind, distribution, discovered):
+    source, error = BROKEN[kind]
+    discovered(distribution(kind, source), distribution("good", HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('good')"))
+    (fault,) = [status for status in attnreg.backends() if status.backend is None]
+    assert fault.name == kind
+    assert fault.distribution == f"plugged-{kind} 9.1"
+    assert error in fault.reason
+    assert not fault.runs_here
+    query = torch.randn(1, 1, 4, 4)
+    assert (attnreg.local_dot_product(query, query, Window(1, 1), backend="good") == 5.0).all()
+    assert attnreg.local_attention(query, query, query, Window(1, 1)).shape == query.shape
+    trace = str(attnreg.explain(query, query, query, Window(1, 1)))
+    assert f"plugged-{kind} 9.1" in trace
+    assert error in trace
+    with pytest.raises(attnreg.BackendError, match=f"plugged-{kind}"):
+        attnreg.local_attention(query, query, query, Window(1, 1), backend="nonesuch")
+
+
+def test_what_a_plugin_offered_before_it_failed_is_kept(distribution, discovered):
+    discovered(distribution("late", BROKEN["late"][0]))
+    assert "early" in [status.name for status in attnreg.backends()]
+
+
+def test_a_taken_name_does_not_cost_the_plugins_other_backends(distribution, discovered):
+    source = HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('torch')\n    yield backend('other')"
+    discovered(distribution("two", source))
+    assert "other" in [status.name for status in attnreg.backends()]
+
+
+def test_a_plugin_that_asks_for_backends_while_it_is_loaded_gets_those_found_so_far(distribution, discovered):
+    source = HEADER + "import attnreg\nattnreg.backends()\n@hookimpl\ndef attnreg_backends():\n    yield backend('curious')"
+    discovered(distribution("curious", source))
+    assert "curious" in [status.name for status in attnreg.backends()]
+
+
+def test_the_example_plugin_is_installed_and_runs(example_site, discovered):
+    discovered(example_site)
+    (status,) = [status for status in attnreg.backends() if status.name == "example"]
+    assert status.distribution == "attnreg-example 1.2.3"
+    assert status.runs_here
+    query, key = torch.randn(2, 2, 9, 4, requires_grad=True), torch.randn(2, 2, 9, 4)
+    scores = attnreg.local_dot_product(query, key, Window(3, 2), backend="example")
+    assert torch.allclose(scores, attnreg.local_dot_product(query, key, Window(3, 2), backend="torch"))
+    scores.where(scores.isfinite(), 0).square().sum().backward()
+    assert query.grad.abs().sum() > 0
+    with pytest.raises(attnreg.BackendError, match="it takes none"):
+        attnreg.local_dot_product(query, key, Window(3, 2), bias=torch.zeros(1), backend="example")
+
+
+def test_the_command_shows_a_plugin_and_a_fault_with_the_distributions_name(example_site, distribution):
+    broken = distribution("raises", BROKEN["raises"][0])
+    run = subprocess.run(
+        [sys.executable, "-m", "attnreg", "backends"],
+        env={"PATH": "", "PYTHONPATH": f"{example_site}:{broken}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for text in ("example", "attnreg-example 1.2.3", "plugged-raises 9.1", "OSError: no licence"):
+        assert text in run.stdout
+
+
+def test_the_core_names_no_backend():
+    """Only pyproject.toml names the built-in packages; the core imports and mentions none of them."""
+    core = Path(attnreg.__file__).parent
+    for file in core.glob("*.py"):
+        if file.name in ("demo.py", "cli.py"):
+            continue
+        text = file.read_text()
+        for name in ("attnreg_torch", "attnreg_triton", "attnreg_cublas", '"triton"', '"torch_block"', '"cublas_block"'):
+            assert name not in text, f"{file.name} names {name}"
+
+
+def test_importing_attnreg_imports_no_backend_no_plugin_machinery_and_no_command():
+    code = (
+        "import sys, torch; before = set(sys.modules); import attnreg; new = set(sys.modules) - before;"
+        "print(*sorted(new))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = run.stdout.split()
+    assert "attnreg.functional" in new
+    for module in ("triton", "attnreg_torch", "attnreg_triton", "attnreg_cublas", "pluggy", "typer", "rich"):
+        assert module not in new
