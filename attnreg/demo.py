@@ -1,7 +1,7 @@
 """The demo behind ``attnreg demo``: a small byte-level language model on ``LocalAttention``. Meant to be copied from.
 
-Three parts, each of use alone: the model, ``train``, which yields the loss of every step, and ``measure``, which times one
-window and compares it with float64. Nothing here prints; that is the command's work.
+Three parts, each of use alone: the model, ``train``, which yields the loss of every step, and ``measure``, which times
+one window and compares it with float64. Nothing here prints; that is the command's work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ BYTES = 256
 
 
 class Attention(nn.Module):
-    """Local attention between its projections, with a learned bias for each distance: all that the model knows of order."""
+    """Local attention between its projections, with a learned bias for each distance.
+
+    That bias is all that the model knows of the order of bytes: it has no position embedding.
+    """
 
     def __init__(self, width: int, heads: int, window: Window, backend: str | None) -> None:
         super().__init__()
@@ -44,6 +47,7 @@ class Attention(nn.Module):
         return query, key, value
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Each position's mixture of those that it sees, (N, L, width) in and out."""
         attended = self.attention(*self.project(inputs), bias=self.distance)
         return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -59,6 +63,7 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Both halves of the layer, each added to what comes in, (N, L, width)."""
         hidden = hidden + self.attention(self.attention_norm(hidden))
         return hidden + self.mlp(self.mlp_norm(hidden))  # type: ignore[no-any-return]
 
@@ -111,7 +116,7 @@ def train(
     steps: int,
     batch: int = 8,
     context: int = 128,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 4e-3,
     seed: int = 0,
 ) -> Iterator[float]:
     """Train ``model`` on random slices of ``text``; yields each step's loss, in bits per byte, after the step.
@@ -122,7 +127,8 @@ def train(
         model: on the device where it is to be trained.
         text: bytes as a one-dimensional integer tensor, more than ``context`` of them.
         steps: how many optimizer steps.
-        batch, context: slices a step, and predicted bytes a slice.
+        batch: slices a step.
+        context: predicted bytes a slice.
         learning_rate: reached after a short warm-up, then falling to 0 along a cosine.
         seed: of the order of the slices.
     """
@@ -192,7 +198,9 @@ def measure(
     """Run ``local_attention`` forward and backward on one window: what was chosen, how long it takes, how exact it is.
 
     Args:
-        query, key, value: (N, H, L, E), as many keys as queries.
+        query: (N, H, L, E).
+        key: as query.
+        value: as query.
         window: a causal window.
         backend: the backend to use, by name; None lets attnreg choose.
         runs: how many runs to time at most, after one that is not timed.
@@ -228,10 +236,8 @@ def measure(
     )
 
 
-def _in_float64(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, grad_output: Tensor
-) -> tuple[Tensor, ...]:
-    """Output and gradients by a dense masked softmax: float64, and nothing of attnreg in it but the window's definition."""
+def _in_float64(query: Tensor, key: Tensor, value: Tensor, window: Window, grad_output: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients by a dense masked softmax, with nothing of attnreg in it but the meaning of a window."""
     query, key, value = (tensor.detach().double().requires_grad_() for tensor in (query, key, value))
     offset = torch.arange(key.shape[2], device=key.device) - torch.arange(query.shape[2], device=key.device)[:, None]
     hidden = (offset < -window.left) | (offset > window.right)
@@ -251,7 +257,7 @@ def _synchronize(device: torch.device) -> None:
 
 def own_text() -> bytes:
     """A real text that every installation has: attnreg's README, from the installed metadata, and its own source."""
-    readme = metadata.metadata("attnreg").get_payload()
+    readme = metadata.metadata("attnreg").json.get("description", "")
     sources = sorted(file.name for file in resources.files("attnreg").iterdir() if file.name.endswith(".py"))
     return b"\n".join(
         [str(readme).encode(), *(resources.files("attnreg").joinpath(name).read_bytes() for name in sources)]

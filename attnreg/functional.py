@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnreg import ops
+from attnreg.ops import is_plain, rows
 from attnreg.plan import ENVIRONMENT_KEY, Plan, environment, remember, requested
 from attnreg.problem import (
     attention_problem,
@@ -99,16 +100,18 @@ def local_dot_product(
         bias = _four_dimensional(bias)
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
-    if plan.direct is not None:
-        scores: Tensor = plan.direct(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
+    scores: Tensor
+    if plan.forward is not None and (plan.differentiable or (not plan.needs_grad and is_plain(query, key))):
+        scores = plan.forward(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
         return scores
-    if plan.problem.needs_grad:
+    if plan.needs_grad:
         return ops.local_dot_product_with_grad(
             query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True
         )
-    return ops.local_dot_product(
+    scores = ops.local_dot_product(
         query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
     )
+    return scores
 
 
 def local_weighted_average(
@@ -166,16 +169,18 @@ def local_weighted_average(
             plan = remember(call, problem, backend)
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
-    if plan.direct is not None:
-        output: Tensor = plan.direct(weights, value, window, key_lengths=key_lengths)
+    output: Tensor
+    if plan.forward is not None and (plan.differentiable or (not plan.needs_grad and is_plain(weights, value))):
+        output = plan.forward(rows(weights), rows(value), window, key_lengths=key_lengths)
         return output
-    if plan.problem.needs_grad:
+    if plan.needs_grad:
         return ops.local_weighted_average_with_grad(
             weights, value, key_lengths, window.left, window.right, plan.backend, True
         )
-    return ops.local_weighted_average(
+    output = ops.local_weighted_average(
         weights, value, key_lengths, window.left, window.right, plan.backend, True, False
     )
+    return output
 
 
 def local_attention(
@@ -254,16 +259,20 @@ def local_attention(
         bias = _four_dimensional(bias)
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
-    if plan.direct is not None:
-        output: Tensor = plan.direct(query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale)[0]
+    output: Tensor
+    if plan.forward is not None and (plan.differentiable or (not plan.needs_grad and is_plain(query, key, value))):
+        output, _ = plan.forward(
+            rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
+        )
         return output
-    if plan.problem.needs_grad:
+    if plan.needs_grad:
         return ops.local_attention_with_grad(
             query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True
         )
-    return ops.local_attention(
+    output, _ = ops.local_attention(
         query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
-    )[0]
+    )
+    return output
 
 
 # Under torch.compile a call is traced once for many: the op itself chooses the backend when the graph runs.
@@ -286,7 +295,8 @@ def _traced_dot_product(
     call = (query, key, bias, key_lengths, window.left, window.right, scale, backend, False)
     if needs_grad:
         return ops.local_dot_product_with_grad(*call)
-    return ops.local_dot_product(*call, False)
+    scores: Tensor = ops.local_dot_product(*call, False)
+    return scores
 
 
 def _traced_weighted_average(
@@ -297,7 +307,8 @@ def _traced_weighted_average(
     call = (weights, value, key_lengths, window.left, window.right, backend, False)
     if _needs_grad(weights, value):
         return ops.local_weighted_average_with_grad(*call)
-    return ops.local_weighted_average(*call, False)
+    output: Tensor = ops.local_weighted_average(*call, False)
+    return output
 
 
 def _traced_attention(
@@ -320,7 +331,9 @@ def _traced_attention(
     call = (query, key, value, bias, key_lengths, window.left, window.right, scale, backend, False)
     if needs_grad:
         return ops.local_attention_with_grad(*call)
-    return ops.local_attention(*call, False)[0]
+    output: Tensor
+    output, _ = ops.local_attention(*call, False)
+    return output
 
 
 def _agree(plan: Plan, key: Tensor, value: Tensor, bias: Tensor | None, key_lengths: Tensor | None) -> bool:

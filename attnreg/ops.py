@@ -1,7 +1,8 @@
 """The three ops for torch: torch.library ops with fake kernels, and their autograd.
 
 Each op has a ``_backward`` op beside it; the autograd functions at the end join the two. The ops themselves carry no
-autograd formula: an outer ``torch.autograd.Function`` costs a third of a registered one.
+autograd formula: an outer ``torch.autograd.Function`` costs a third of a registered one. Where nobody watches, not even
+the op is called, but what it is made of: see ``is_plain``.
 
 Every op takes ``backend`` and ``chosen``. ``chosen`` says that the backend's filter has passed this very call;
 otherwise the op chooses here, ``backend`` being the name asked for, or None. That is how a compiled graph, whose calls
@@ -63,7 +64,7 @@ def _local_dot_product(
     if not query.numel() or not key.numel():
         return query.new_full((*query.shape[:3], window.size), -torch.inf)
     scores: Tensor = _function(backend, "local_dot_product")(
-        _rows(query), _rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale
+        rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale
     )
     return scores
 
@@ -89,9 +90,9 @@ def _local_dot_product_backward(
     if not query.numel() or not key.numel():
         return _zeros((query, key, bias), needs_grad)
     gradients = _function(backend, "local_dot_product_backward")(
-        _rows(grad_scores),
-        _rows(query),
-        _rows(key),
+        rows(grad_scores),
+        rows(query),
+        rows(key),
         window,
         bias=bias,
         key_lengths=key_lengths,
@@ -119,7 +120,7 @@ def _local_weighted_average(
     if not weights.numel() or not value.numel():
         return weights.new_zeros((*weights.shape[:3], value.shape[3]))
     output: Tensor = _function(backend, "local_weighted_average")(
-        _rows(weights), _rows(value), window, key_lengths=key_lengths
+        rows(weights), rows(value), window, key_lengths=key_lengths
     )
     return output
 
@@ -143,9 +144,9 @@ def _local_weighted_average_backward(
     if not weights.numel() or not value.numel():
         return _zeros((weights, value), needs_grad)
     gradients = _function(backend, "local_weighted_average_backward")(
-        _rows(grad_output),
-        _rows(weights),
-        _rows(value),
+        rows(grad_output),
+        rows(weights),
+        rows(value),
         window,
         key_lengths=key_lengths,
         needs_grad=tuple(needs_grad),
@@ -176,7 +177,7 @@ def _local_attention(
         log_sum_exp = query.new_full(query.shape[:3], -torch.inf, dtype=_log_sum_exp_dtype(query))
         return query.new_zeros((*query.shape[:3], value.shape[3])), log_sum_exp
     result: tuple[Tensor, Tensor] = _function(backend, "local_attention")(
-        _rows(query), _rows(key), _rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
+        rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
     )
     return result
 
@@ -205,10 +206,10 @@ def _local_attention_backward(
     if not query.numel() or not value.numel():
         return _zeros((query, key, value, bias), needs_grad)
     gradients = _function(backend, "local_attention_backward")(
-        _rows(grad_output),
-        _rows(query),
-        _rows(key),
-        _rows(value),
+        rows(grad_output),
+        rows(query),
+        rows(key),
+        rows(value),
         output,
         log_sum_exp,
         window,
@@ -259,12 +260,44 @@ for name, implementation, fake in (
     torch.library.register_fake(f"attnreg::{name}", fake, lib=_library)
 
 
-local_dot_product: Callable[..., Tensor] = torch.ops.attnreg.local_dot_product.default
-local_dot_product_backward: Callable[..., list[Tensor]] = torch.ops.attnreg.local_dot_product_backward.default
-local_weighted_average: Callable[..., Tensor] = torch.ops.attnreg.local_weighted_average.default
-local_weighted_average_backward: Callable[..., list[Tensor]] = torch.ops.attnreg.local_weighted_average_backward.default
-local_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.attnreg.local_attention.default
-local_attention_backward: Callable[..., list[Tensor]] = torch.ops.attnreg.local_attention_backward.default
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody but autograd watches these tensors: no subclass, no dispatch mode, no functorch transform.
+
+    Then the backend's function can be called as it is. The op, which all those watchers need to see, would cost as much as
+    all the rest of a call: about 3 us in a tight loop, and up to 20 where the caches hold other work.
+    """
+    return (
+        not _dispatch_modes()
+        and _functorch_transforms() is None
+        and all([type(tensor) in _PLAIN_TYPES for tensor in tensors])  # a list: a generator costs twice as much
+    )
+
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+# There is no public question for either.
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_functorch_transforms: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+
+
+def _called(name: str, implementation: Function) -> Function:
+    """The op, or its implementation where a backend is chosen already and nobody watches."""
+    op = getattr(torch.ops.attnreg, name).default
+    chosen = [argument.name for argument in op._schema.arguments].index("chosen")
+
+    def call(*arguments: Any) -> Any:
+        if arguments[chosen] and is_plain(arguments[0], arguments[1]):
+            return implementation(*arguments)
+        return op(*arguments)
+
+    return call
+
+
+local_dot_product = _called("local_dot_product", _local_dot_product)
+local_dot_product_backward = _called("local_dot_product_backward", _local_dot_product_backward)
+local_weighted_average = _called("local_weighted_average", _local_weighted_average)
+local_weighted_average_backward = _called("local_weighted_average_backward", _local_weighted_average_backward)
+local_attention = _called("local_attention", _local_attention)
+local_attention_backward = _called("local_attention_backward", _local_attention_backward)
 
 
 class LocalDotProduct(torch.autograd.Function):
@@ -274,7 +307,8 @@ class LocalDotProduct(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None, *rest: Any) -> Tensor:
         ctx.save_for_backward(query, key, bias, key_lengths)
         ctx.rest = rest
-        return local_dot_product(query, key, bias, key_lengths, *rest, True)
+        scores: Tensor = local_dot_product(query, key, bias, key_lengths, *rest, True)
+        return scores
 
     @staticmethod
     @once_differentiable
@@ -293,7 +327,8 @@ class LocalWeightedAverage(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, value: Tensor, key_lengths: Tensor | None, *rest: Any) -> Tensor:
         ctx.save_for_backward(weights, value, key_lengths)
         ctx.rest = rest
-        return local_weighted_average(weights, value, key_lengths, *rest, True)
+        output: Tensor = local_weighted_average(weights, value, key_lengths, *rest, True)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -318,6 +353,7 @@ class LocalAttention(torch.autograd.Function):
         key_lengths: Tensor | None,
         *rest: Any,
     ) -> Tensor:
+        output: Tensor
         output, log_sum_exp = local_attention(
             query, key, value, bias, key_lengths, *rest, True
         )
@@ -350,9 +386,9 @@ def _function(backend: str | None, name: str) -> Function:
     return registry.functions(backend)[name]
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Tensor) -> Tensor:
     """``tensor`` with a contiguous last dimension, as the contract promises to backends."""
-    if tensor.stride()[-1] == 1:
+    if tensor.is_contiguous() or tensor.stride()[-1] == 1:
         return tensor
     if tensor.layout is not torch.strided:  # a dense call of the same shapes has passed the checks before
         raise TypeError(f"every tensor must be a dense (strided) one, got layout {tensor.layout}")

@@ -41,8 +41,9 @@ class Plan:
 
     Attributes:
         backend: the chosen backend's name.
-        direct: the backend's forward function where torch's autograd differentiates it, else None: then the call goes
-            through the torch.library op.
+        forward: the backend's forward function; None where a tensor of the call has no element, which the op settles.
+        differentiable: whether the forward function consists of torch operations that autograd differentiates.
+        needs_grad: whether any gradient may be asked for.
         window: the window, without what lies outside the sequence on either side where nothing depends on it.
         scale: the op's default scale.
         problem: the call.
@@ -50,7 +51,9 @@ class Plan:
     """
 
     backend: str
-    direct: Function | None
+    forward: Function | None
+    differentiable: bool
+    needs_grad: bool
     window: Window
     scale: float
     problem: Problem
@@ -147,11 +150,16 @@ def make_plan(problem: Problem, backend: str | None) -> Plan:
         if registry.prepare(decision.backend):
             break
     (chosen,) = (entry.backend for entry in registry.entries if entry.backend.name == decision.backend)
-    direct = None
-    if chosen.differentiable and not is_empty(problem):
-        direct = registry.functions(chosen.name)[problem.op]
-    scale = problem.head_dim**-0.5 if problem.op == "local_attention" else 1.0
-    return Plan(chosen.name, direct, _visible_part(problem), scale, problem, problem.device.type)
+    return Plan(
+        backend=chosen.name,
+        forward=None if is_empty(problem) else registry.functions(chosen.name)[problem.op],
+        differentiable=chosen.differentiable,
+        needs_grad=problem.needs_grad,
+        window=_visible_part(problem),
+        scale=problem.head_dim**-0.5 if problem.op == "local_attention" else 1.0,
+        problem=problem,
+        device_type=problem.device.type,
+    )
 
 
 def remember(call: Hashable, problem: Problem, backend: str | None) -> Plan:

@@ -130,13 +130,9 @@ def sources() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where builds are kept."""
+    """Where builds are kept: ``ATTNREG_CACHE_DIR``, or ``attnreg`` in the user's cache directory (``XDG_CACHE_HOME``)."""
     given = os.environ.get("ATTNREG_CACHE_DIR")
-    if given:
-        return Path(given)
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("attnreg"))
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnreg"
 
 
 @cache

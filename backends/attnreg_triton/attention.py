@@ -3,7 +3,7 @@
 The softmax is computed online: the maximum m of a row and the sum of its exponentials are carried along, and what was
 accumulated under an older maximum is rescaled. The log-sum-exp ``m + log(sum)`` is kept for the backward.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def exponential(x, HAS_BIAS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "bias_strides",
+        "bias_stride_n",
+        "bias_stride_h",
+        "bias_stride_i",
         "heads",
         "group",
         "row_tiles",
@@ -125,8 +127,10 @@ def _attention(
     query_strides,
     key_strides,
     value_strides,
-    bias_strides,
-    bias_column_stride,
+    bias_stride_n,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_c,
     output_strides,
     heads,
     group,
@@ -144,6 +148,7 @@ def _attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     HAS_BIAS: tl.constexpr = bias is not None
     n, h, h_kv, tile = locate_program(heads, group, row_tiles)
     i_begin = tile * BLOCK_M
@@ -163,7 +168,7 @@ def _attention(
         visible = (j < end) & in_window(i, j, origin, width)
         b = 0.0
         if HAS_BIAS:
-            b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible & (i < i_end))
+            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible & (i < i_end))
             visible = b != float("-inf")
         s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
         s = tl.where(visible, s, float("-inf"))

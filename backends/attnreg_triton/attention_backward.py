@@ -11,7 +11,7 @@ time.
 A bias can move the scores of a row so far (-1e4, or the most negative finite number, as masks have it) that their fp32
 log-sum-exp has lost its last digits, or all of them. With a bias, P is therefore divided by its own row sum.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def local_attention_backward(
             strides(output),
             *bias_strides(bias),
             strides(grad_query),
-            strides(grad_bias),
+            *strides(grad_bias),
             heads,
             heads // kv_heads,
             row_tiles,
@@ -166,8 +166,12 @@ def local_attention_backward(
 
 @triton.jit(
     do_not_specialize=[
-        "bias_strides",
-        "grad_bias_strides",
+        "bias_stride_n",
+        "bias_stride_h",
+        "bias_stride_i",
+        "grad_bias_stride_n",
+        "grad_bias_stride_h",
+        "grad_bias_stride_i",
         "heads",
         "group",
         "row_tiles",
@@ -196,10 +200,14 @@ def _attention_backward_rows(
     key_strides,
     value_strides,
     output_strides,
-    bias_strides,
-    bias_column_stride,
+    bias_stride_n,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_c,
     grad_query_strides,
-    grad_bias_strides,
+    grad_bias_stride_n,
+    grad_bias_stride_h,
+    grad_bias_stride_i,
     heads,
     group,
     row_tiles,
@@ -217,6 +225,8 @@ def _attention_backward_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    grad_bias_strides = (grad_bias_stride_n, grad_bias_stride_h, grad_bias_stride_i)
+    bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     HAS_BIAS: tl.constexpr = bias is not None
     n, h, h_kv, tile = locate_program(heads, group, row_tiles)
     i_begin = tile * BLOCK_M
@@ -239,7 +249,7 @@ def _attention_backward_rows(
             j = j_tile[None, :]
             k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
             visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
-            b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible)
+            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
             s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
             p = exponential(s - lse[:, None], HAS_BIAS)
             total += tl.sum(tl.where(b != float("-inf"), p, 0.0), 1)
@@ -272,7 +282,7 @@ def _attention_backward_rows(
             visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
             b = 0.0
             if HAS_BIAS:
-                b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible)
+                b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
                 visible = b != float("-inf")
             s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
             p = exponential(s - lse[:, None], HAS_BIAS)
@@ -308,7 +318,9 @@ def _attention_backward_rows(
 
 @triton.jit(
     do_not_specialize=[
-        "bias_strides",
+        "bias_stride_n",
+        "bias_stride_h",
+        "bias_stride_i",
         "kv_heads",
         "group",
         "key_tiles",
@@ -335,8 +347,10 @@ def _attention_backward_keys(
     query_strides,
     key_strides,
     value_strides,
-    bias_strides,
-    bias_column_stride,
+    bias_stride_n,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_c,
     grad_key_strides,
     grad_value_strides,
     kv_heads,
@@ -355,6 +369,7 @@ def _attention_backward_keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     # Everything is transposed here, keys by rows: then P^T and dS^T are the left factors as they come.
     HAS_BIAS: tl.constexpr = bias is not None
     n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
@@ -385,7 +400,7 @@ def _attention_backward_keys(
             visible = (j < j_end) & (i < end) & in_window(i, j, origin, width)
             b = 0.0
             if HAS_BIAS:
-                b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible)
+                b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
                 visible = b != float("-inf")
             s = scores(dot(k, tl.trans(q), PRECISION), scale, b, HAS_BIAS)
             p = exponential(s - lse[None, :], HAS_BIAS)

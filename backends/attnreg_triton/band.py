@@ -7,7 +7,7 @@ cheaply as a straight one.
 
 Positions are 32-bit. Offsets are 64-bit, since a tensor may have more than 2**31 elements.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The weighted average of the values, and the gradient of the query, dS . K, where slots that the bias hides are left out.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def band_average(
         bias,
         key_lengths,
         rows,
-        strides(band),
+        *strides(band),
         strides(keys),
         *bias_strides(bias),
         strides(rows),
@@ -73,8 +73,12 @@ def band_average(
 
 @triton.jit(
     do_not_specialize=[
-        "band_strides",
-        "bias_strides",
+        "band_stride_n",
+        "band_stride_h",
+        "band_stride_i",
+        "bias_stride_n",
+        "bias_stride_h",
+        "bias_stride_i",
         "heads",
         "group",
         "row_tiles",
@@ -91,10 +95,14 @@ def _band_average(
     bias,
     key_lengths,
     rows,
-    band_strides,
+    band_stride_n,
+    band_stride_h,
+    band_stride_i,
     keys_strides,
-    bias_strides,
-    bias_column_stride,
+    bias_stride_n,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_c,
     rows_strides,
     heads,
     group,
@@ -110,6 +118,8 @@ def _band_average(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
+    band_strides = (band_stride_n, band_stride_h, band_stride_i)
     n, h, h_kv, tile = locate_program(heads, group, row_tiles)
     i_begin = tile * BLOCK_M
     i_end = tl.minimum(i_begin + BLOCK_M, len_q)
@@ -123,7 +133,7 @@ def _band_average(
         j = j_tile[None, :]
         visible = (j < end) & (i < i_end) & in_window(i, j, origin, width)
         if bias is not None:
-            b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible)
+            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
             visible = b != float("-inf")
         w = load_band(band, band_strides, n, h, i, j, origin, visible)
         y = load_rows(keys, keys_strides, n, h_kv, j_tile, j_tile < end, DIM, BLOCK_DIM)

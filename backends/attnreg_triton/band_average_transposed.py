@@ -3,7 +3,7 @@
 The gradients of the value, P^T dO, and of the key, dS^T Q. A program owns a tile of keys and sums over the rows that
 see them, in every query head of their group; nothing is shared between programs, so no atomics are needed.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def band_average_transposed(
         bias,
         key_lengths,
         keys,
-        strides(band),
+        *strides(band),
         strides(rows),
         *bias_strides(bias),
         strides(keys),
@@ -75,8 +75,12 @@ def band_average_transposed(
 
 @triton.jit(
     do_not_specialize=[
-        "band_strides",
-        "bias_strides",
+        "band_stride_n",
+        "band_stride_h",
+        "band_stride_i",
+        "bias_stride_n",
+        "bias_stride_h",
+        "bias_stride_i",
         "kv_heads",
         "group",
         "key_tiles",
@@ -93,10 +97,14 @@ def _band_average_transposed(
     bias,
     key_lengths,
     keys,
-    band_strides,
+    band_stride_n,
+    band_stride_h,
+    band_stride_i,
     rows_strides,
-    bias_strides,
-    bias_column_stride,
+    bias_stride_n,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_c,
     keys_strides,
     kv_heads,
     group,
@@ -112,6 +120,8 @@ def _band_average_transposed(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
+    band_strides = (band_stride_n, band_stride_h, band_stride_i)
     n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
     j_tile = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     j = j_tile[:, None]
@@ -126,7 +136,7 @@ def _band_average_transposed(
             i = i_tile[None, :]
             visible = (j < j_end) & (i < end) & in_window(i, j, origin, width)
             if bias is not None:
-                b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible)
+                b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
                 visible = b != float("-inf")
             w = load_band(band, band_strides, n, h, i, j, origin, visible)
             x = load_rows(rows, rows_strides, n, h, i_tile, i_tile < end, DIM, BLOCK_DIM)

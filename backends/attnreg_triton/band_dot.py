@@ -2,7 +2,7 @@
 
 The scores of a query (filled with -inf), and the gradient of the weights, dO . V (filled with 0).
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def band_dot(
         strides(rows),
         strides(keys),
         *bias_strides(bias),
-        strides(band),
+        *strides(band),
         heads,
         heads // kv_heads,
         row_tiles,
@@ -74,8 +74,12 @@ def band_dot(
 
 @triton.jit(
     do_not_specialize=[
-        "bias_strides",
-        "band_strides",
+        "bias_stride_n",
+        "bias_stride_h",
+        "bias_stride_i",
+        "band_stride_n",
+        "band_stride_h",
+        "band_stride_i",
         "heads",
         "group",
         "row_tiles",
@@ -94,9 +98,13 @@ def _band_dot(
     band,
     rows_strides,
     keys_strides,
-    bias_strides,
-    bias_column_stride,
-    band_strides,
+    bias_stride_n,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_c,
+    band_stride_n,
+    band_stride_h,
+    band_stride_i,
     heads,
     group,
     row_tiles,
@@ -112,6 +120,8 @@ def _band_dot(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    band_strides = (band_stride_n, band_stride_h, band_stride_i)
+    bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     n, h, h_kv, tile = locate_program(heads, group, row_tiles)
     i_begin = tile * BLOCK_M
     i_end = tl.minimum(i_begin + BLOCK_M, len_q)
@@ -135,7 +145,7 @@ def _band_dot(
         visible = j < end
         if bias is not None:
             within = visible & in_window(i, j, origin, width) & (i < i_end)
-            b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, within)
+            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, within)
             visible = b != float("-inf")
             s += b
         s = tl.where(visible, s, FILL)

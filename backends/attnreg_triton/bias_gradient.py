@@ -3,7 +3,7 @@
 Kernels sum along rows or columns as far as one program sees them and write fp32 partial sums, so that for a bias of
 one row or one column no (Lq, W) tensor appears; what is left is a plain sum over partials, in a fixed order.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def band_sum(grad_scores: Tensor, window: Window, *, bias: Tensor, key_lengths: 
         bias,
         key_lengths,
         partials,
-        strides(grad_scores),
+        *strides(grad_scores),
         *bias_strides(bias),
-        strides(partials),
+        *strides(partials),
         heads,
         row_tiles,
         len_q,
@@ -78,9 +78,15 @@ def band_sum(grad_scores: Tensor, window: Window, *, bias: Tensor, key_lengths: 
 
 @triton.jit(
     do_not_specialize=[
-        "band_strides",
-        "bias_strides",
-        "partials_strides",
+        "band_stride_n",
+        "band_stride_h",
+        "band_stride_i",
+        "bias_stride_n",
+        "bias_stride_h",
+        "bias_stride_i",
+        "partials_stride_n",
+        "partials_stride_h",
+        "partials_stride_i",
         "heads",
         "row_tiles",
         "len_q",
@@ -94,10 +100,16 @@ def _band_sum(
     bias,
     key_lengths,
     partials,
-    band_strides,
-    bias_strides,
-    bias_column_stride,
-    partials_strides,
+    band_stride_n,
+    band_stride_h,
+    band_stride_i,
+    bias_stride_n,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_c,
+    partials_stride_n,
+    partials_stride_h,
+    partials_stride_i,
     heads,
     row_tiles,
     len_q,
@@ -108,6 +120,9 @@ def _band_sum(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    partials_strides = (partials_stride_n, partials_stride_h, partials_stride_i)
+    bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
+    band_strides = (band_stride_n, band_stride_h, band_stride_i)
     n, h, _, tile = locate_program(heads, 1, row_tiles)
     length = visible_length(key_lengths, n, len_k)
     i_tile = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -121,7 +136,7 @@ def _band_sum(
         j = i + origin + c
         slot = (i < len_q) & (c < width)
         visible = slot & (j >= 0) & (j < length)
-        b = load_bias(bias, bias_strides, bias_column_stride, n, h, i, j, origin, visible)
+        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
         pointers = band + n * band_strides[0] + h * band_strides[1] + i.to(tl.int64) * band_strides[2] + c
         ds = tl.load(pointers, mask=b != float("-inf"), other=0.0).to(tl.float32)
         if REDUCTION == "none":

@@ -2,7 +2,7 @@
 
 Compiled, ``span`` is ``tl.range``, ``dot`` is ``tl.dot`` and ``cast`` is ``Tensor.to``.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 

@@ -32,21 +32,23 @@ def launch(kernel: Any, programs: int, tiles: Tiles, *args: Any, device: torch.d
 
 
 def strides(tensor: Tensor | None) -> Strides:
-    """The strides of all dimensions but the last, which is contiguous."""
+    """The strides of all dimensions but the last, which is contiguous.
+
+    Kernels take those of query, key, value and the like as a tuple, whose members Triton specialises on divisibility by
+    16, for wide loads. Those of a band, which change with the window, they take one by one and unspecialised.
+    """
     if tensor is None:
         return (0, 0, 0)
     batch, head, row, _ = tensor.stride()
     return batch, head, row
 
 
-def bias_strides(bias: Tensor | None) -> tuple[Strides, int]:
-    """The strides of a bias in (N, H, Lq) and in W, 0 where it broadcasts."""
+def bias_strides(bias: Tensor | None) -> tuple[int, int, int, int]:
+    """The strides of a bias in (N, H, Lq, W), 0 where it broadcasts."""
     if bias is None:
-        return (0, 0, 0), 0
-    batch, head, row, column = (
-        0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)
-    )
-    return (batch, head, row), column
+        return (0, 0, 0, 0)
+    batch, head, row, column = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride()))
+    return batch, head, row, column
 
 
 def origin(window: Window, query_length: int, key_length: int) -> int:
