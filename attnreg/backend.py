@@ -121,7 +121,9 @@ class Backend:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
             raise ValueError(f"Backend: name must be letters, digits, '_', '-' and '.', got {self.name!r}")
         if not isinstance(self.capability, Capability):
-            raise TypeError(f"Backend {self.name!r}: capability must be a Capability, got {type(self.capability).__name__}")
+            raise TypeError(
+                f"Backend {self.name!r}: capability must be a Capability, got {type(self.capability).__name__}"
+            )
         for field in fields(self):
             given = getattr(self, field.name)
             if "Callable" in str(field.type) and not callable(given) and given != field.default:
@@ -150,7 +152,10 @@ def refusals(backend: Backend, problem: Problem) -> tuple[str, ...]:
         reasons.append(f"gradients are needed and it has no {problem.op}_backward")
     admit(capability.devices, problem.device.type, "the device")
     admit(capability.dtypes, problem.dtype, "the dtype")
-    for what, size in (("the head_dim of query and key", problem.head_dim), ("the head_dim of value", problem.value_dim)):
+    for what, size in (
+        ("the head_dim of query and key", problem.head_dim),
+        ("the head_dim of value", problem.value_dim),
+    ):
         if size:
             admit(capability.head_dims, size, what)
     admit(capability.window_sizes, problem.window.size, "the window's size")

@@ -45,11 +45,15 @@ app = typer.Typer(
 
 DeviceOption = Annotated[
     str | None,
-    typer.Option(metavar="DEVICE", help="As torch names it: cpu, cuda, cuda:1. Default: cuda where there is one."),
+    typer.Option(
+        "--device", metavar="DEVICE", help="As torch names it: cpu, cuda, cuda:1. Default: cuda where there is one."
+    ),
 ]
 BackendOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Force this backend. Default: that of ATTNREG_BACKEND, else attnreg chooses."),
+    typer.Option(
+        "--backend", metavar="NAME", help="Force this backend. Default: that of ATTNREG_BACKEND, else attnreg chooses."
+    ),
 ]
 
 
@@ -81,20 +85,32 @@ def backends() -> None:
 
 @app.command()
 def explain(
-    op: Annotated[str, typer.Option(metavar="OP", help=f"One of {', '.join(OPS)}.")] = "local_attention",
+    op: Annotated[str, typer.Option("--op", metavar="OP", help=f"One of {', '.join(OPS)}.")] = "local_attention",
     shape: Annotated[
-        str, typer.Option(metavar="N,H,LQ,E", help="Query: batch, heads, length, head_dim.")
+        str, typer.Option("--shape", metavar="N,H,LQ,E", help="Query: batch, heads, length, head_dim.")
     ] = "1,8,4096,64",
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Heads of key and value. Default: H.")] = None,
-    key_length: Annotated[int | None, typer.Option(min=0, help="Length of key and value. Default: LQ.")] = None,
-    value_dim: Annotated[int | None, typer.Option(min=0, help="Last dimension of value. Default: E.")] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float64.")] = "float32",
-    causal: Annotated[
-        int | None, typer.Option(metavar="SIZE", help="Window of SIZE keys, the query's own last. Default: 64.")
+    kv_heads: Annotated[
+        int | None, typer.Option("--kv-heads", min=1, help="Heads of key and value. Default: H.")
     ] = None,
-    centered: Annotated[int | None, typer.Option(metavar="SIZE", help="Window of SIZE keys around the query.")] = None,
+    key_length: Annotated[
+        int | None, typer.Option("--key-length", min=0, help="Length of key and value. Default: LQ.")
+    ] = None,
+    value_dim: Annotated[
+        int | None, typer.Option("--value-dim", min=0, help="Last dimension of value. Default: E.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="float32, float16, bfloat16 or float64.")
+    ] = "float32",
+    causal: Annotated[
+        int | None,
+        typer.Option("--causal", metavar="SIZE", help="Window of SIZE keys, the query's own last. Default: 64."),
+    ] = None,
+    centered: Annotated[
+        int | None, typer.Option("--centered", metavar="SIZE", help="Window of SIZE keys around the query.")
+    ] = None,
     window: Annotated[
-        str | None, typer.Option(metavar="LEFT,RIGHT", help="Window by its reach before and after the query.")
+        str | None,
+        typer.Option("--window", metavar="LEFT,RIGHT", help="Window by its reach before and after the query."),
     ] = None,
     bias: Annotated[bool, typer.Option("--bias/--no-bias", help="With a bias of shape (H, 1, W).")] = False,
     key_lengths: Annotated[bool, typer.Option("--key-lengths/--no-key-lengths", help="With key lengths.")] = False,
@@ -133,6 +149,7 @@ def demo(
     text: Annotated[
         Path | None,
         typer.Option(
+            "--text",
             metavar="FILE",
             exists=True,
             dir_okay=False,
@@ -141,8 +158,10 @@ def demo(
         ),
     ] = None,
     backend: BackendOption = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the model and of the order of the data.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 200,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the model and of the order of the data.")
+    ] = 0,
     device: DeviceOption = None,
 ) -> None:
     """Train a small language model, then try each window.

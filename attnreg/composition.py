@@ -163,8 +163,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of ``forward(*inputs)`` that are wanted; the forward is computed again to be differentiated."""
     leaves = [
-        None if given is None else given.detach().requires_grad_(needed)
-        for given, needed in zip(inputs, needs_grad)
+        None if given is None else given.detach().requires_grad_(needed) for given, needed in zip(inputs, needs_grad)
     ]
     wanted = [leaf for leaf, needed in zip(leaves, needs_grad) if leaf is not None and needed]
     with torch.enable_grad(), _autograd_included():

@@ -133,9 +133,7 @@ def choose(
         if candidate.name == forced.name:
             if candidate.refusals:
                 reasons = "".join(f"\n  - {reason}" for reason in candidate.refusals)
-                raise BackendError(
-                    f"backend {forced.name!r}, asked for by {forced.by}, cannot run {problem}:{reasons}"
-                )
+                raise BackendError(f"backend {forced.name!r}, asked for by {forced.by}, cannot run {problem}:{reasons}")
             candidates.remove(candidate)
             return Decision(problem, forced.name, f"forced by {forced.by}", (candidate, *candidates), tuple(faults))
     raise BackendError(unknown_backend(forced, entries, faults))

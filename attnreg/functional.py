@@ -89,7 +89,9 @@ def local_dot_product(
         cast = _autocast(query, key)
         if cast is not None:
             query, key = cast
-            return local_dot_product(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend)
+            return local_dot_product(
+                query, key, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend
+            )
         needs_grad = _needs_grad(query, key, bias)
         problem = dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad)
         if plan is None:
@@ -250,7 +252,9 @@ def local_attention(
                 query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend
             )
         needs_grad = _needs_grad(query, key, value, bias)
-        problem = attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad)
+        problem = attention_problem(
+            query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad
+        )
         if plan is None:
             plan = remember(call, problem, backend)
     scale = plan.scale if scale is None else check_scale(scale)

@@ -82,7 +82,8 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
     """The decision that an op's call with these arguments would be given, without running it.
 
     Args:
-        args, kwargs: the op's arguments, as its function takes them.
+        *args: the op's arguments, as its function takes them.
+        **kwargs: likewise.
         op: the op's name or function. It can be left out where the arguments tell: three tensors are
             ``local_attention``; of two tensors, at least one is to be named (``query=``, ``key=`` or ``weights=``).
 

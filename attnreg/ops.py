@@ -221,7 +221,9 @@ def _local_attention_backward(
     return _wanted(gradients, needs_grad)
 
 
-def _fake_dot_product(query: Tensor, key: Tensor, bias: Any, key_lengths: Any, left: int, right: int, *_: Any) -> Tensor:
+def _fake_dot_product(
+    query: Tensor, key: Tensor, bias: Any, key_lengths: Any, left: int, right: int, *_: Any
+) -> Tensor:
     return query.new_empty((*query.shape[:3], left + right + 1))
 
 
@@ -266,11 +268,7 @@ def is_plain(*tensors: Tensor) -> bool:
     Then the backend's function can be called as it is. The op, which all those watchers need to see, would cost as much as
     all the rest of a call: about 3 us in a tight loop, and up to 20 where the caches hold other work.
     """
-    return (
-        not _dispatch_modes()
-        and _functorch_transforms() is None
-        and all([type(tensor) in _PLAIN_TYPES for tensor in tensors])  # a list: a generator costs twice as much
-    )
+    return not _dispatch_modes() and _functorch_transforms() is None and _PLAIN_TYPES.issuperset(map(type, tensors))
 
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
@@ -304,7 +302,9 @@ class LocalDotProduct(torch.autograd.Function):
     """``apply(query, key, bias, key_lengths, left, right, scale, backend, chosen) -> scores``."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None, *rest: Any
+    ) -> Tensor:
         ctx.save_for_backward(query, key, bias, key_lengths)
         ctx.rest = rest
         scores: Tensor = local_dot_product(query, key, bias, key_lengths, *rest, True)
@@ -314,9 +314,7 @@ class LocalDotProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:3]
-        gradients = local_dot_product_backward(
-            grad_scores, *ctx.saved_tensors, *ctx.rest, needs_grad
-        )
+        gradients = local_dot_product_backward(grad_scores, *ctx.saved_tensors, *ctx.rest, needs_grad)
         return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
 
 
@@ -334,9 +332,7 @@ class LocalWeightedAverage(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:2]
-        gradients = local_weighted_average_backward(
-            grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad
-        )
+        gradients = local_weighted_average_backward(grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad)
         return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
 
 
@@ -354,9 +350,7 @@ class LocalAttention(torch.autograd.Function):
         *rest: Any,
     ) -> Tensor:
         output: Tensor
-        output, log_sum_exp = local_attention(
-            query, key, value, bias, key_lengths, *rest, True
-        )
+        output, log_sum_exp = local_attention(query, key, value, bias, key_lengths, *rest, True)
         ctx.save_for_backward(query, key, value, output, log_sum_exp, bias, key_lengths)
         ctx.rest = rest
         return output
@@ -365,9 +359,7 @@ class LocalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:4]
-        gradients = local_attention_backward(
-            grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad
-        )
+        gradients = local_attention_backward(grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad)
         return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
 
 

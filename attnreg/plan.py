@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
@@ -60,7 +61,7 @@ class Plan:
     device_type: str
 
 
-class use_backend:  # noqa: N801 - reads as a statement: with use_backend("torch"): ...
+class use_backend:
     """Ask for a backend by name in a ``with`` block or in a decorated (also async) function.
 
     The request belongs to the current context: other threads and asyncio tasks do not see it. The innermost block
@@ -89,25 +90,24 @@ class use_backend:  # noqa: N801 - reads as a statement: with use_backend("torch
         requested.set((requested.get() or ())[:-1] or None)
 
     def __call__(self, function: Decorated) -> Decorated:
+        """Decorate a function or coroutine function: its body runs inside the block."""
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
                 f"use_backend cannot decorate the generator function {function.__qualname__}, whose body runs in "
                 f"pieces between its caller's; open a `with use_backend({self.name!r}):` block inside it"
             )
-        wrapper: Any
-        if inspect.iscoroutinefunction(function):
 
-            async def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with self:
-                    return await function(*args, **kwargs)
-        else:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
 
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with self:
-                    return function(*args, **kwargs)
+        @functools.wraps(function)
+        async def await_call(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return await function(*args, **kwargs)
 
-        functools.update_wrapper(wrapper, function)
-        return wrapper  # type: ignore[no-any-return]
+        return await_call if inspect.iscoroutinefunction(function) else call  # type: ignore[return-value]
 
 
 def forced(selector: object) -> Forced | None:
@@ -168,10 +168,10 @@ def remember(call: Hashable, problem: Problem, backend: str | None) -> Plan:
     plans = registry.plans
     if len(plans) >= MOST_PLANS:
         plans.clear()
-    try:
+    with suppress(
+        TypeError
+    ):  # symbolic sizes, while a call is traced, have no hash: such a plan serves this call alone
         plans[call] = plan
-    except TypeError:  # symbolic sizes, while a call is traced, have no hash: such a plan serves this call alone
-        pass
     return plan
 
 

@@ -147,7 +147,7 @@ class Registry:
 
 
 def _order(entry_point: metadata.EntryPoint) -> tuple[bool, str, str]:
-    """attnreg's own plug-ins first, so that nobody takes their names; the rest in an order that no file system decides."""
+    """Attnreg's own plug-ins first, so that nobody takes their names; the rest in an order that no file system decides."""
     distribution = entry_point.dist.name if entry_point.dist else ""
     return distribution != "attnreg", distribution, entry_point.name
 

@@ -6,6 +6,7 @@ figure that the project holds itself to: see ``test_figures``.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -37,10 +38,8 @@ def known_function(query, key, value):
 
     A differentiable backend's function is called straight from the plan: this one only raises.
     """
-    try:
+    with contextlib.suppress(StopHere):
         attnreg.local_attention(query, key, value, WINDOW, backend="stops_here")
-    except StopHere:
-        pass
 
 
 def raise_stop(*_, **__):
@@ -49,10 +48,8 @@ def raise_stop(*_, **__):
 
 def just_raise(query, key, value):
     """What the measuring of ``known_function`` costs by itself: the call, the exception and its capture."""
-    try:
+    with contextlib.suppress(StopHere):
         raise_stop(query, key, value, WINDOW, bias=None, key_lengths=None, scale=1.0)
-    except StopHere:
-        pass
 
 
 @pytest.fixture
@@ -110,7 +107,9 @@ def test_figures(stops_here, record_property):
         return function(query, key, value, window, bias=None, key_lengths=None, scale=0.5)
 
     figures = {
-        "dispatch_us": difference(lambda: known_function(query, key, value), lambda: just_raise(query, key, value), 20000),
+        "dispatch_us": difference(
+            lambda: known_function(query, key, value), lambda: just_raise(query, key, value), 20000
+        ),
         "public_call_us": difference(lambda: attnreg.local_attention(query, key, value, WINDOW), direct),
         "public_call_with_gradients_us": difference(
             lambda: attnreg.local_attention(grad_query, grad_key, grad_value, WINDOW), direct
@@ -122,8 +121,6 @@ def test_figures(stops_here, record_property):
     assert figures["dispatch_us"] < 5e-6
     assert figures["public_call_us"] < 30e-6
     assert figures["public_call_with_gradients_us"] < 75e-6
-
-
 
 
 def test_import(record_property):

@@ -66,7 +66,10 @@ CASES = [
     _lengths("no_key", 9, 0, Window(2, 1)),
     _lengths("empty_batch", 9, 9, Window(2, 1), batch=0),
     # head dims
-    *(Case(f"head_dim_{size}", head_dim=size, value_dim=size, query_length=19, key_length=19) for size in (1, 3, 17, 80)),
+    *(
+        Case(f"head_dim_{size}", head_dim=size, value_dim=size, query_length=19, key_length=19)
+        for size in (1, 3, 17, 80)
+    ),
     Case("head_dim_256", head_dim=256, value_dim=256, query_length=19, key_length=19, batch=1),
     Case("value_dim_larger", head_dim=8, value_dim=40),
     Case("value_dim_smaller", head_dim=40, value_dim=1),

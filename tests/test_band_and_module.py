@@ -61,7 +61,10 @@ def test_no_tensor_larger_than_the_result_is_built():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != mask.untyped_storage().data_ptr():
+            if (
+                isinstance(result, torch.Tensor)
+                and result.untyped_storage().data_ptr() != mask.untyped_storage().data_ptr()
+            ):
                 largest = max(largest, result.untyped_storage().nbytes())
             return result
 
@@ -91,7 +94,10 @@ def test_the_module_is_the_function_with_its_settings_kept():
     module = LocalAttention(Window(2, 1), scale=0.3, backend="torch")
     got = module(query, key, value, bias=bias, key_lengths=lengths)
     assert torch.equal(
-        got, attnreg.local_attention(query, key, value, Window(2, 1), bias=bias, key_lengths=lengths, scale=0.3, backend="torch")
+        got,
+        attnreg.local_attention(
+            query, key, value, Window(2, 1), bias=bias, key_lengths=lengths, scale=0.3, backend="torch"
+        ),
     )
     assert not list(module.parameters())
     assert "Window(left=2, right=1)" in repr(module)
@@ -100,7 +106,8 @@ def test_the_module_is_the_function_with_its_settings_kept():
 
 
 @pytest.mark.parametrize(
-    ("options", "error"), [({"scale": "1"}, TypeError), ({"scale": float("inf")}, ValueError), ({"backend": 1}, TypeError)]
+    ("options", "error"),
+    [({"scale": "1"}, TypeError), ({"scale": float("inf")}, ValueError), ({"backend": 1}, TypeError)],
 )
 def test_a_module_put_together_wrongly_says_so_at_once(options, error):
     with pytest.raises(error):

@@ -63,7 +63,10 @@ def test_the_environment_is_read_at_every_call(monkeypatch):
 
 
 def test_an_unknown_name_lists_those_that_there_are(monkeypatch):
-    with pytest.raises(BackendError, match="'nonesuch', asked for by use_backend; registered:.*torch"), use_backend("nonesuch"):
+    with (
+        pytest.raises(BackendError, match=r"'nonesuch', asked for by use_backend; registered:.*torch"),
+        use_backend("nonesuch"),
+    ):
         pass
     monkeypatch.setenv("ATTNREG_BACKEND", "nonesuch")
     with pytest.raises(BackendError, match="'nonesuch', asked for by the environment variable ATTNREG_BACKEND"):
@@ -202,7 +205,7 @@ def test_registering_and_removing_takes_effect_on_the_next_call():
 def test_a_name_can_be_taken_only_once():
     with pytest.raises(ValueError, match="'torch' is taken by the backend of attnreg"):
         attnreg.register(backend("torch"))
-    with pytest.raises(TypeError, match="must be an attnreg.Backend"):
+    with pytest.raises(TypeError, match=r"must be an attnreg\.Backend"):
         attnreg.register("torch")
 
 

@@ -73,7 +73,10 @@ def backend(name):
 """
 
 BROKEN = {
-    "import": ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
+    "import": (
+        "import a_module_that_is_not_there",
+        "ModuleNotFoundError: No module named 'a_module_that_is_not_there'",
+    ),
     "syntax": ("def broken(:", "SyntaxError"),
     "exits": ("raise SystemExit('this plug-in gives up')", "SystemExit: this plug-in gives up"),
     "raises": (HEADER + "@hookimpl\ndef attnreg_backends():\n    raise OSError('no licence')", "OSError: no licence"),
@@ -81,14 +84,26 @@ BROKEN = {
         HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('early')\n    raise OSError('too late')",
         "OSError: too late",
     ),
-    "type": (HEADER + "@hookimpl\ndef attnreg_backends():\n    yield 'backend'", "must be an attnreg.Backend, got 'backend'"),
-    "returns": (HEADER + "@hookimpl\ndef attnreg_backends():\n    return backend('x')", "must yield backends, it returned Backend"),
+    "type": (
+        HEADER + "@hookimpl\ndef attnreg_backends():\n    yield 'backend'",
+        "must be an attnreg.Backend, got 'backend'",
+    ),
+    "returns": (
+        HEADER + "@hookimpl\ndef attnreg_backends():\n    return backend('x')",
+        "must yield backends, it returned Backend",
+    ),
     "number": (HEADER + "@hookimpl\ndef attnreg_backends():\n    return 3", "must yield backends, it returned int"),
     "nothing": (HEADER + "@hookimpl\ndef attnreg_backends():\n    return []", "yielded no backend"),
     "none": (HEADER + "@hookimpl\ndef attnreg_backends():\n    pass", "has no @attnreg.hookimpl attnreg_backends()"),
-    "unmarked": (HEADER + "def attnreg_backends():\n    yield backend('x')", "has no @attnreg.hookimpl attnreg_backends()"),
+    "unmarked": (
+        HEADER + "def attnreg_backends():\n    yield backend('x')",
+        "has no @attnreg.hookimpl attnreg_backends()",
+    ),
     "misnamed": (HEADER + "@hookimpl\ndef attnreg_backend():\n    yield backend('x')", "PluginValidationError"),
-    "taken": (HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('torch')", "'torch' is taken by the backend of attnreg"),
+    "taken": (
+        HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('torch')",
+        "'torch' is taken by the backend of attnreg",
+    ),
     "arguments": (HEADER + "@hookimpl\ndef attnreg_backends(device):\n    yield backend('x')", "PluginValidationError"),
 }
 
@@ -96,7 +111,10 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_plugin_is_shown_with_its_distribution_and_error_and_the_rest_works(kind, distribution, discovered):
     source, error = BROKEN[kind]
-    discovered(distribution(kind, source), distribution("good", HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('good')"))
+    discovered(
+        distribution(kind, source),
+        distribution("good", HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('good')"),
+    )
     (fault,) = [status for status in attnreg.backends() if status.backend is None]
     assert fault.name == kind
     assert fault.distribution == f"plugged-{kind} 9.1"
@@ -124,7 +142,9 @@ def test_a_taken_name_does_not_cost_the_plugins_other_backends(distribution, dis
 
 
 def test_a_plugin_that_asks_for_backends_while_it_is_loaded_gets_those_found_so_far(distribution, discovered):
-    source = HEADER + "import attnreg\nattnreg.backends()\n@hookimpl\ndef attnreg_backends():\n    yield backend('curious')"
+    source = (
+        HEADER + "import attnreg\nattnreg.backends()\n@hookimpl\ndef attnreg_backends():\n    yield backend('curious')"
+    )
     discovered(distribution("curious", source))
     assert "curious" in [status.name for status in attnreg.backends()]
 
@@ -161,7 +181,14 @@ def test_the_core_names_no_backend():
         if file.name in ("demo.py", "cli.py"):
             continue
         text = file.read_text()
-        for name in ("attnreg_torch", "attnreg_triton", "attnreg_cublas", '"triton"', '"torch_block"', '"cublas_block"'):
+        for name in (
+            "attnreg_torch",
+            "attnreg_triton",
+            "attnreg_cublas",
+            '"triton"',
+            '"torch_block"',
+            '"cublas_block"',
+        ):
             assert name not in text, f"{file.name} names {name}"
 
 

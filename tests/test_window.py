@@ -31,7 +31,9 @@ def test_windows_are_values():
         Window(3, 1).left = 4
 
 
-@pytest.mark.parametrize("make", [lambda: Window(-1, 0), lambda: Window(0, -2), lambda: Window.causal(0), lambda: Window.centered(-3)])
+@pytest.mark.parametrize(
+    "make", [lambda: Window(-1, 0), lambda: Window(0, -2), lambda: Window.causal(0), lambda: Window.centered(-3)]
+)
 def test_a_negative_distance_or_empty_window_is_a_value_error(make):
     with pytest.raises(ValueError, match="at least"):
         make()

@@ -1,0 +1,47 @@
+"""A script, not a test: what a built wheel must hold, and that it works from an empty folder. ``check_wheel.py WHEEL``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+MUST_HOLD = (
+    "attnreg/__init__.py",
+    "attnreg/py.typed",
+    "attnreg_torch/plugin.py",
+    "attnreg_triton/plugin.py",
+    "attnreg_cublas/plugin.py",
+    "attnreg_cublas/csrc/library.cu",
+)
+MUST_RUN = """
+import importlib.util, torch, attnreg
+assert attnreg.__file__.startswith({folder!r}), attnreg.__file__
+assert importlib.util.find_spec("backends") is None, "the wheel has a package called backends"
+names = [status.name for status in attnreg.backends()]
+assert names == ["cublas_block", "torch", "torch_block", "triton"], names
+query = torch.randn(1, 2, 8, 4)
+assert attnreg.local_attention(query, query, query, attnreg.Window.causal(3)).shape == query.shape
+from attnreg_cublas.build import sources
+assert (sources() / "library.cu").is_file() and str(sources()).startswith({folder!r}), sources()
+"""
+
+
+def main(wheel: str) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    missing = [name for name in MUST_HOLD if name not in names]
+    assert not missing, f"{wheel} lacks {missing}"
+    unwanted = [name for name in names if name.split("/")[0] in ("backends", "tests", "benchmarks", "csrc")]
+    assert not unwanted, f"{wheel} holds {unwanted}"
+    with tempfile.TemporaryDirectory() as folder:
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/site", wheel]
+        subprocess.run(install, check=True)
+        code = f"import sys; sys.path.insert(0, {folder + '/site'!r})\n" + MUST_RUN.format(folder=folder)
+        # -I keeps the checkout and its editable install's folder off the path; the installed wheel goes before both.
+        subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=folder)
+    print(f"{wheel}: {len(names)} files, all that is needed and nothing else")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
