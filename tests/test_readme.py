@@ -21,7 +21,9 @@ BLOCK = re.compile(r"```python\n(.*?)```.*?```\n(.*?)```", re.DOTALL)
 def test_every_python_block_prints_the_block_after_it():
     blocks = BLOCK.findall(README.read_text())
     assert len(blocks) == 2
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ATTNREG_BACKEND")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ATTNREG_BACKEND")
+    }
     for code, printed in blocks:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stderr

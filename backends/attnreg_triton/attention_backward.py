@@ -87,7 +87,7 @@ def local_attention_backward(
         "VALUE_DIM": value_dim,
         "BLOCK_HEAD": padded(head_dim),
         "BLOCK_VALUE": padded(value_dim),
-        "PRECISION": input_precision(query.dtype),
+        "PRECISION": input_precision(query.dtype, max(head_dim, value_dim)),
         "device": query.device,
     }
 

@@ -23,22 +23,23 @@ class Tiles:
     num_stages: int = 2
 
 
-# For head dims up to 64, 128 and 256: of fp16 and bf16, and of fp32.
+# For head dims up to 64, 128 and 256: of fp16 and bf16, and of fp32. The 16-bit entries of attention up to 128 were
+# measured on an H200 (N=4, H=16, L=8192, causal windows 16 to 1024); the others are those that compile without spilling.
 _DIMS = (64, 128, 256)
 _PRODUCT = (
     (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 8)),
     (Tiles(64, 64, 8), Tiles(32, 64, 8), Tiles(16, 32, 8)),
 )
 _ATTENTION = (
-    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(32, 64, 8)),
+    (Tiles(64, 64, 4, num_stages=3), Tiles(64, 32, 4, num_stages=3), Tiles(32, 64, 8)),
     (Tiles(64, 32, 4), Tiles(32, 32, 8), Tiles(16, 16, 8)),
 )
 _BACKWARD_ROWS = (
-    (Tiles(64, 64, 4), Tiles(64, 64, 8), Tiles(32, 32, 8)),
+    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(32, 32, 8)),
     (Tiles(32, 32, 4), Tiles(16, 32, 8), Tiles(16, 16, 8)),
 )
 _BACKWARD_KEYS = (
-    (Tiles(32, 64, 4), Tiles(32, 64, 8), Tiles(32, 32, 8)),
+    (Tiles(32, 64, 4, num_stages=1), Tiles(32, 64, 4, num_stages=1), Tiles(32, 32, 8)),
     (Tiles(32, 32, 4), Tiles(16, 32, 8), Tiles(16, 16, 8)),
 )
 
@@ -85,4 +86,4 @@ def _entry(table: tuple[tuple[Tiles, ...], ...], dtype: torch.dtype, dim: int) -
 
 
 def _fit(tiles: Tiles, window: Window) -> Tiles:
-    return replace(tiles, keys=min(tiles.keys, 32)) if window.size <= _NARROW_WINDOW else tiles
+    return replace(tiles, keys=32, num_stages=2) if window.size <= _NARROW_WINDOW and tiles.keys > 32 else tiles
