@@ -76,11 +76,10 @@ def local_dot_product(
             query.device,
             window.left,
             window.right,
-            None if bias is None else (bias.shape, bias.dtype),
-            None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
+            None if bias is None and key_lengths is None else _extras(bias, key_lengths),
             backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
-            _is_grad_enabled()
-            and (query.requires_grad or key.requires_grad or (bias is not None and bias.requires_grad)),
+            (query.requires_grad or key.requires_grad or (bias is not None and bias.requires_grad))
+            and _is_grad_enabled(),
         )
         plan = registry.plans[call]
     except _NOT_KNOWN:
@@ -103,12 +102,13 @@ def local_dot_product(
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
     scores: Tensor
-    if plan.forward is not None and (plan.differentiable or (not plan.needs_grad and is_plain(query, key))):
-        scores = plan.forward(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
+    run = plan.forward if plan.differentiable or is_plain(query, key) else None
+    if run is not None and (plan.differentiable or not plan.needs_grad):
+        scores = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
         return scores
     if plan.needs_grad:
         return ops.local_dot_product_with_grad(
-            query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True
+            query, key, bias, key_lengths, run, (window.left, window.right, scale, plan.backend, True)
         )
     scores = ops.local_dot_product(
         query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
@@ -152,10 +152,10 @@ def local_weighted_average(
             weights.device,
             window.left,
             window.right,
-            "average",
             None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
+            "average",
             backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
-            _is_grad_enabled() and (weights.requires_grad or value.requires_grad),
+            (weights.requires_grad or value.requires_grad) and _is_grad_enabled(),
         )
         plan = registry.plans[call]
     except _NOT_KNOWN:
@@ -172,12 +172,13 @@ def local_weighted_average(
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
     output: Tensor
-    if plan.forward is not None and (plan.differentiable or (not plan.needs_grad and is_plain(weights, value))):
-        output = plan.forward(rows(weights), rows(value), window, key_lengths=key_lengths)
+    run = plan.forward if plan.differentiable or is_plain(weights, value) else None
+    if run is not None and (plan.differentiable or not plan.needs_grad):
+        output = run(rows(weights), rows(value), window, key_lengths=key_lengths)
         return output
     if plan.needs_grad:
         return ops.local_weighted_average_with_grad(
-            weights, value, key_lengths, window.left, window.right, plan.backend, True
+            weights, value, key_lengths, run, (window.left, window.right, plan.backend, True)
         )
     output = ops.local_weighted_average(
         weights, value, key_lengths, window.left, window.right, plan.backend, True, False
@@ -230,16 +231,15 @@ def local_attention(
             query.device,
             window.left,
             window.right,
-            None if bias is None else (bias.shape, bias.dtype),
-            None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
+            None if bias is None and key_lengths is None else _extras(bias, key_lengths),
             backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
-            _is_grad_enabled()
-            and (
+            (
                 query.requires_grad
                 or key.requires_grad
                 or value.requires_grad
                 or (bias is not None and bias.requires_grad)
-            ),
+            )
+            and _is_grad_enabled(),
         )
         plan = registry.plans[call]
     except _NOT_KNOWN:
@@ -264,14 +264,13 @@ def local_attention(
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, plan.problem.key_length)
     output: Tensor
-    if plan.forward is not None and (plan.differentiable or (not plan.needs_grad and is_plain(query, key, value))):
-        output, _ = plan.forward(
-            rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
-        )
+    run = plan.forward if plan.differentiable or is_plain(query, key, value) else None
+    if run is not None and (plan.differentiable or not plan.needs_grad):
+        output, _ = run(rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale)
         return output
     if plan.needs_grad:
         return ops.local_attention_with_grad(
-            query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True
+            query, key, value, bias, key_lengths, run, (window.left, window.right, scale, plan.backend, True)
         )
     output, _ = ops.local_attention(
         query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
@@ -296,10 +295,11 @@ def _traced_dot_product(
     needs_grad = _needs_grad(query, key, bias)
     if bias is not None:
         bias = _four_dimensional(bias)
-    call = (query, key, bias, key_lengths, window.left, window.right, scale, backend, False)
+    tensors = (query, key, bias, key_lengths)
+    rest = (window.left, window.right, scale, backend, False)
     if needs_grad:
-        return ops.local_dot_product_with_grad(*call)
-    scores: Tensor = ops.local_dot_product(*call, False)
+        return ops.local_dot_product_with_grad(*tensors, None, rest)
+    scores: Tensor = ops.local_dot_product(*tensors, *rest, False)
     return scores
 
 
@@ -308,10 +308,11 @@ def _traced_weighted_average(
 ) -> Tensor:
     check_window(window)
     weights, value = _autocast(weights, value) or (weights, value)
-    call = (weights, value, key_lengths, window.left, window.right, backend, False)
+    tensors = (weights, value, key_lengths)
+    rest = (window.left, window.right, backend, False)
     if _needs_grad(weights, value):
-        return ops.local_weighted_average_with_grad(*call)
-    output: Tensor = ops.local_weighted_average(*call, False)
+        return ops.local_weighted_average_with_grad(*tensors, None, rest)
+    output: Tensor = ops.local_weighted_average(*tensors, *rest, False)
     return output
 
 
@@ -332,12 +333,21 @@ def _traced_attention(
         scale = query.shape[-1] ** -0.5
     if bias is not None:
         bias = _four_dimensional(bias)
-    call = (query, key, value, bias, key_lengths, window.left, window.right, scale, backend, False)
+    tensors = (query, key, value, bias, key_lengths)
+    rest = (window.left, window.right, scale, backend, False)
     if needs_grad:
-        return ops.local_attention_with_grad(*call)
+        return ops.local_attention_with_grad(*tensors, None, rest)
     output: Tensor
-    output, _ = ops.local_attention(*call, False)
+    output, _ = ops.local_attention(*tensors, *rest, False)
     return output
+
+
+def _extras(bias: Tensor | None, key_lengths: Tensor | None) -> tuple[object, ...]:
+    """What a plan is found by of the tensors that few calls give."""
+    return (
+        None if bias is None else (bias.shape, bias.dtype),
+        None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
+    )
 
 
 def _agree(plan: Plan, key: Tensor, value: Tensor, bias: Tensor | None, key_lengths: Tensor | None) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnreg.composition import Function
+from attnreg.composition import Function, below_autograd
 from attnreg.plan import chosen_backend
 from attnreg.problem import attention_problem, dot_product_problem, weighted_average_problem
 from attnreg.registry import registry
@@ -280,6 +280,8 @@ _functorch_transforms: Callable[[], object] = torch._C._functorch.peek_interpret
 def _called(name: str, implementation: Function) -> Function:
     """The op, or its implementation where a backend is chosen already and nobody watches."""
     op = getattr(torch.ops.attnreg, name).default
+    if not name.endswith("_backward"):  # a backward may be made of autograd
+        implementation = below_autograd(implementation)
     chosen = [argument.name for argument in op._schema.arguments].index("chosen")
 
     def call(*arguments: Any) -> Any:
@@ -299,15 +301,31 @@ local_attention_backward = _called("local_attention_backward", _local_attention_
 
 
 class LocalDotProduct(torch.autograd.Function):
-    """``apply(query, key, bias, key_lengths, left, right, scale, backend, chosen) -> scores``."""
+    """``apply(query, key, bias, key_lengths, run, (left, right, scale, backend, chosen)) -> scores``.
+
+    ``run`` is the backend's function where it may be called as it is (see ``is_plain``), else None. The numbers are one
+    argument because torch looks at each: in five they would cost another microsecond.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None, *rest: Any
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        key_lengths: Tensor | None,
+        run: Function | None,
+        rest: tuple[Any, ...],
     ) -> Tensor:
         ctx.save_for_backward(query, key, bias, key_lengths)
         ctx.rest = rest
-        scores: Tensor = local_dot_product(query, key, bias, key_lengths, *rest, True)
+        scores: Tensor
+        if run is None:
+            scores = local_dot_product(query, key, bias, key_lengths, *rest, True)
+        else:
+            left, right, scale, *_ = rest
+            window = _window(left, right)
+            scores = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
         return scores
 
     @staticmethod
@@ -315,17 +333,28 @@ class LocalDotProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:3]
         gradients = local_dot_product_backward(grad_scores, *ctx.saved_tensors, *ctx.rest, needs_grad)
-        return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
+        return (*_in_place(gradients, needs_grad), None, None, None)
 
 
 class LocalWeightedAverage(torch.autograd.Function):
-    """``apply(weights, value, key_lengths, left, right, backend, chosen) -> output``."""
+    """``apply(weights, value, key_lengths, run, (left, right, backend, chosen)) -> output``; ``run`` as above."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, value: Tensor, key_lengths: Tensor | None, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        weights: Tensor,
+        value: Tensor,
+        key_lengths: Tensor | None,
+        run: Function | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
         ctx.save_for_backward(weights, value, key_lengths)
         ctx.rest = rest
-        output: Tensor = local_weighted_average(weights, value, key_lengths, *rest, True)
+        output: Tensor
+        if run is None:
+            output = local_weighted_average(weights, value, key_lengths, *rest, True)
+        else:
+            output = run(rows(weights), rows(value), _window(*rest[:2]), key_lengths=key_lengths)
         return output
 
     @staticmethod
@@ -333,11 +362,11 @@ class LocalWeightedAverage(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:2]
         gradients = local_weighted_average_backward(grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad)
-        return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
+        return (*_in_place(gradients, needs_grad), None, None, None)
 
 
 class LocalAttention(torch.autograd.Function):
-    """``apply(query, key, value, bias, key_lengths, left, right, scale, backend, chosen) -> output``."""
+    """``apply(query, key, value, bias, key_lengths, run, (left, right, scale, backend, chosen)) -> output``."""
 
     @staticmethod
     def forward(
@@ -347,10 +376,18 @@ class LocalAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         key_lengths: Tensor | None,
-        *rest: Any,
+        run: Function | None,
+        rest: tuple[Any, ...],
     ) -> Tensor:
         output: Tensor
-        output, log_sum_exp = local_attention(query, key, value, bias, key_lengths, *rest, True)
+        if run is None:
+            output, log_sum_exp = local_attention(query, key, value, bias, key_lengths, *rest, True)
+        else:
+            left, right, scale, *_ = rest
+            window = _window(left, right)
+            output, log_sum_exp = run(
+                rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
+            )
         ctx.save_for_backward(query, key, value, output, log_sum_exp, bias, key_lengths)
         ctx.rest = rest
         return output
@@ -360,7 +397,7 @@ class LocalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[:4]
         gradients = local_attention_backward(grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad)
-        return (*_in_place(gradients, needs_grad), *(None,) * (1 + len(ctx.rest)))
+        return (*_in_place(gradients, needs_grad), None, None, None)
 
 
 local_dot_product_with_grad: Callable[..., Tensor] = LocalDotProduct.apply

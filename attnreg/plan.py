@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from attnreg.backend import BackendError
-from attnreg.composition import Function
+from attnreg.composition import Function, below_autograd
 from attnreg.dispatch import Decision, Forced, choose, unknown_backend
 from attnreg.problem import Problem
 from attnreg.registry import registry
@@ -150,9 +150,12 @@ def make_plan(problem: Problem, backend: str | None) -> Plan:
         if registry.prepare(decision.backend):
             break
     (chosen,) = (entry.backend for entry in registry.entries if entry.backend.name == decision.backend)
+    forward = registry.functions(chosen.name)[problem.op]
+    if not chosen.differentiable:
+        forward = below_autograd(forward)
     return Plan(
         backend=chosen.name,
-        forward=None if is_empty(problem) else registry.functions(chosen.name)[problem.op],
+        forward=None if is_empty(problem) else forward,
         differentiable=chosen.differentiable,
         needs_grad=problem.needs_grad,
         window=_visible_part(problem),
