@@ -14,10 +14,10 @@ from attnreg.ops import is_plain, rows
 from attnreg.plan import ENVIRONMENT_KEY, Plan, environment, remember, requested
 from attnreg.problem import (
     attention_problem,
-    check_key_length_values,
     check_scale,
     check_window,
     dot_product_problem,
+    prepare_key_lengths,
     weighted_average_problem,
 )
 from attnreg.registry import registry
@@ -100,7 +100,7 @@ def local_dot_product(
     if bias is not None:
         bias = _four_dimensional(bias)
     if key_lengths is not None:
-        key_lengths = _lengths(key_lengths, plan.problem.key_length)
+        key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
     scores: Tensor
     run = plan.forward if plan.differentiable or is_plain(query, key) else None
     if run is not None and (plan.differentiable or not plan.needs_grad):
@@ -170,7 +170,7 @@ def local_weighted_average(
         if plan is None:
             plan = remember(call, problem, backend)
     if key_lengths is not None:
-        key_lengths = _lengths(key_lengths, plan.problem.key_length)
+        key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
     output: Tensor
     run = plan.forward if plan.differentiable or is_plain(weights, value) else None
     if run is not None and (plan.differentiable or not plan.needs_grad):
@@ -262,7 +262,7 @@ def local_attention(
     if bias is not None:
         bias = _four_dimensional(bias)
     if key_lengths is not None:
-        key_lengths = _lengths(key_lengths, plan.problem.key_length)
+        key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
     output: Tensor
     run = plan.forward if plan.differentiable or is_plain(query, key, value) else None
     if run is not None and (plan.differentiable or not plan.needs_grad):
@@ -382,11 +382,3 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...] | None:
 
 def _four_dimensional(bias: Tensor) -> Tensor:
     return bias if bias.dim() == 4 else bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-
-
-def _lengths(key_lengths: Tensor, key_length: int) -> Tensor:
-    """Key lengths as backends get them: contiguous, int32 or int64, and in range where that can be told."""
-    check_key_length_values(key_lengths, key_length)
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        key_lengths = key_lengths.long()
-    return key_lengths.contiguous()

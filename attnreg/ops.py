@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from attnreg.composition import Function, below_autograd
 from attnreg.plan import chosen_backend
-from attnreg.problem import attention_problem, dot_product_problem, weighted_average_problem
+from attnreg.problem import attention_problem, dot_product_problem, prepare_key_lengths, weighted_average_problem
 from attnreg.registry import registry
 from attnreg.window import Window
 
@@ -61,6 +61,7 @@ def _local_dot_product(
         backend = chosen_backend(
             dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad), backend
         )
+        key_lengths = _prepared(key_lengths, key)
     if not query.numel() or not key.numel():
         return query.new_full((*query.shape[:3], window.size), -torch.inf)
     scores: Tensor = _function(backend, "local_dot_product")(
@@ -87,6 +88,7 @@ def _local_dot_product_backward(
         backend = chosen_backend(
             dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=True), backend
         )
+        key_lengths = _prepared(key_lengths, key)
     if not query.numel() or not key.numel():
         return _zeros((query, key, bias), needs_grad)
     gradients = _function(backend, "local_dot_product_backward")(
@@ -117,6 +119,7 @@ def _local_weighted_average(
         backend = chosen_backend(
             weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=needs_grad), backend
         )
+        key_lengths = _prepared(key_lengths, value)
     if not weights.numel() or not value.numel():
         return weights.new_zeros((*weights.shape[:3], value.shape[3]))
     output: Tensor = _function(backend, "local_weighted_average")(
@@ -141,6 +144,7 @@ def _local_weighted_average_backward(
         backend = chosen_backend(
             weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=True), backend
         )
+        key_lengths = _prepared(key_lengths, value)
     if not weights.numel() or not value.numel():
         return _zeros((weights, value), needs_grad)
     gradients = _function(backend, "local_weighted_average_backward")(
@@ -173,6 +177,7 @@ def _local_attention(
             attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad),
             backend,
         )
+        key_lengths = _prepared(key_lengths, key)
     if not query.numel() or not value.numel():
         log_sum_exp = query.new_full(query.shape[:3], -torch.inf, dtype=_log_sum_exp_dtype(query))
         return query.new_zeros((*query.shape[:3], value.shape[3])), log_sum_exp
@@ -203,6 +208,7 @@ def _local_attention_backward(
         backend = chosen_backend(
             attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=True), backend
         )
+        key_lengths = _prepared(key_lengths, key)
     if not query.numel() or not value.numel():
         return _zeros((query, key, value, bias), needs_grad)
     gradients = _function(backend, "local_attention_backward")(
@@ -408,6 +414,10 @@ local_attention_with_grad: Callable[..., Tensor] = LocalAttention.apply
 @functools.lru_cache(maxsize=4096)
 def _window(left: int, right: int) -> Window:
     return Window(left, right)
+
+
+def _prepared(key_lengths: Tensor | None, key: Tensor) -> Tensor | None:
+    return None if key_lengths is None else prepare_key_lengths(key_lengths, key.shape[2])
 
 
 def _function(backend: str | None, name: str) -> Function:

@@ -171,14 +171,21 @@ def check_scale(scale: object) -> float:
     return float(scale)
 
 
-def check_key_length_values(key_lengths: Tensor, key_length: int) -> None:
-    """Raise a ValueError if a length lies outside 0..Lk. Only where reading the values costs no synchronisation."""
+def prepare_key_lengths(key_lengths: Tensor, key_length: int) -> Tensor:
+    """Key lengths as backends get them: contiguous, int32 or int64, and in range where that can be told.
+
+    Raises:
+        ValueError: a length lies outside 0..Lk; on an accelerator, where reading them would synchronise, none is read.
+    """
     # A subclass may have no values: a fake tensor has none.
     if type(key_lengths) is Tensor and key_lengths.device.type == "cpu" and key_lengths.numel():
         lowest, highest = (int(bound) for bound in key_lengths.aminmax())
         if lowest < 0 or highest > key_length:
             at_fault = lowest if lowest < 0 else highest
             raise ValueError(f"key_lengths: every length must lie in 0..{key_length} (Lk), got {at_fault}")
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        key_lengths = key_lengths.long()
+    return key_lengths.contiguous()
 
 
 def _problem(

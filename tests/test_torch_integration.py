@@ -91,6 +91,23 @@ def test_a_compiled_call_chooses_its_backend_when_the_graph_runs():
     assert torch.equal(compiled(query), before)
 
 
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
+def test_a_compiled_call_checks_and_prepares_key_lengths_as_an_eager_one(backend, device, dtype):
+    query = torch.randn(2, 2, 6, 16, dtype=dtype, device=device)
+    torch._dynamo.reset()
+
+    def attend(lengths):
+        return attnreg.local_attention(query, query, query, Window(2, 1), key_lengths=lengths, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for lengths_dtype in (torch.uint8, torch.int64):
+        lengths = torch.tensor([6, 0, 3, 0], dtype=lengths_dtype, device=device)[::2]
+        assert torch.equal(compiled(lengths), attend(lengths))
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"key_lengths: every length must lie in 0\.\.6"):
+            compiled(torch.tensor([7, 3]))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_fake_tensors_and_meta_shapes_agree_with_real_ones(op):
     from torch._subclasses.fake_tensor import FakeTensorMode
