@@ -18,7 +18,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks --benchmark-enable
+	$(BIN)/python -m pytest benchmarks -s --benchmark-storage=benchmarks/results --benchmark-save=overhead
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

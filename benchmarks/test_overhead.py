@@ -1,8 +1,7 @@
 """What a call costs beside the work: dispatch, the public function over the backend's own, and the import.
 
-``python -m pytest benchmarks/test_overhead.py -s --benchmark-json=FILE`` prints the figures and writes them, with the
-machine and the commit, into FILE; those kept are in ``benchmarks/results/``. What a call costs over another is the median
-difference of neighbouring rounds in one process, so that a machine's moods cancel.
+``make bench`` prints the figures and stores them, with the machine and the commit, in ``benchmarks/results/``. What a call
+costs over another is the median difference of neighbouring rounds in one process, so that a machine's moods cancel.
 """
 
 from __future__ import annotations

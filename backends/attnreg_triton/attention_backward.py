@@ -9,7 +9,9 @@ Each program recomputes the scores that it needs, and no two write the same elem
 time.
 
 A bias can move the scores of a row so far (-1e4, or the most negative finite number, as masks have it) that their fp32
-log-sum-exp has lost its last digits, or all of them. With a bias, P is therefore divided by its own row sum.
+log-sum-exp has lost its last digits, or all of them. With a bias, P is therefore divided by its own row sum, and D taken
+as rowsum(P * dP), which is the same: a bias that leaves a row one key makes dS a difference of equal numbers, to which
+the rounding of a 16-bit O would be all there is.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -242,8 +244,11 @@ def _attention_backward_rows(
 
     q = load_rows(query, query_strides, n, h, i_tile, i_tile < i_end, HEAD_DIM, BLOCK_HEAD)
     lse = tl.load(log_sum_exp + row, mask=i_tile < i_end, other=float("-inf"))
+    if row_dot is not None:
+        do = load_rows(grad_output, grad_output_strides, n, h, i_tile, i_tile < i_end, VALUE_DIM, BLOCK_VALUE)
     if HAS_BIAS:
         total = tl.zeros((BLOCK_M,), tl.float32)
+        d = tl.zeros((BLOCK_M,), tl.float32)
         for j_begin in span(begin, end, BLOCK_N):
             j_tile = j_begin + tl.arange(0, BLOCK_N)
             j = j_tile[None, :]
@@ -253,15 +258,19 @@ def _attention_backward_rows(
             s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
             p = exponential(s - lse[:, None], HAS_BIAS)
             total += tl.sum(tl.where(b != float("-inf"), p, 0.0), 1)
+            if row_dot is not None:
+                v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
+                dp = dot(do, tl.trans(v), PRECISION)
+                d += tl.sum(tl.where(b != float("-inf"), p * dp, 0.0), 1)
         rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
         tl.store(row_rescale + row, rescale, mask=i_tile < i_end)
+        d *= rescale
     else:
         lse *= _LOG2E
-
+        if row_dot is not None:
+            o = load_rows(output, output_strides, n, h, i_tile, i_tile < i_end, VALUE_DIM, BLOCK_VALUE)
+            d = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if row_dot is not None:
-        do = load_rows(grad_output, grad_output_strides, n, h, i_tile, i_tile < i_end, VALUE_DIM, BLOCK_VALUE)
-        o = load_rows(output, output_strides, n, h, i_tile, i_tile < i_end, VALUE_DIM, BLOCK_VALUE)
-        d = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         tl.store(row_dot + row, d, mask=i_tile < i_end)
 
     if grad_query is not None or grad_bias is not None:
