@@ -1,7 +1,7 @@
 """What a call costs beside the work: dispatch, the public function over the backend's own, and the import.
 
-``make bench`` prints the figures and stores them, with the machine and the commit, in ``benchmarks/results/``. What a call
-costs over another is the median difference of neighbouring rounds in one process, so that a machine's moods cancel.
+``make bench`` prints the figures and stores them, with the machine and the commit, in ``benchmarks/results/``. Each is of the
+fastest of many rounds, as timeit's documentation advises: what is above it is the machine's other work.
 """
 
 from __future__ import annotations
@@ -61,11 +61,10 @@ def look_up():
     return namespace["look_up"]
 
 
-def seconds_over(first: Callable[[], object], second: Callable[[], object], number: int, rounds: int = 15) -> float:
-    """What one call of ``first`` costs over one of ``second``."""
-    return statistics.median(
-        (timeit.timeit(first, number=number) - timeit.timeit(second, number=number)) / number for _ in range(rounds)
-    )
+def seconds_over(first: Callable[[], object], second: Callable[[], object], number: int, rounds: int = 25) -> float:
+    """What one call of ``first`` costs over one of ``second``: the fastest rounds of both, taken in turns."""
+    times = [(timeit.timeit(first, number=number), timeit.timeit(second, number=number)) for _ in range(rounds)]
+    return (min(first for first, _ in times) - min(second for _, second in times)) / number
 
 
 def report(benchmark, name: str, microseconds: float) -> None:
@@ -84,7 +83,6 @@ def test_dispatch(benchmark):
     tensors = (QUERY, KEY, VALUE)
     loop = "call(query, key, value, window, backend='no_work')"
     names = dict(zip(("query", "key", "value"), tensors), window=WINDOW)
-    # The fastest round, as timeit's documentation advises: what is above it is other processes.
     rounds = timeit.repeat(loop, globals={**names, "call": find}, number=20000, repeat=15)
     dispatch_us = min(rounds) / 20000 * 1e6
     report(benchmark, "dispatch_us", dispatch_us)
