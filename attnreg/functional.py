@@ -103,15 +103,15 @@ def local_dot_product(
         key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
     scores: Tensor
     run = plan.forward if plan.differentiable or is_plain(query, key) else None
-    if run is not None and (plan.differentiable or not plan.needs_grad):
-        scores = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
-        return scores
-    if plan.needs_grad:
-        return ops.local_dot_product_with_grad(
+    if run is not None and plan.needs_grad and not plan.differentiable:
+        return ops.run_dot_product(
             query, key, bias, key_lengths, run, (window.left, window.right, scale, plan.backend, True)
         )
+    if run is not None:
+        scores = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
+        return scores
     scores = ops.local_dot_product(
-        query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
+        query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True, plan.needs_grad
     )
     return scores
 
@@ -173,15 +173,15 @@ def local_weighted_average(
         key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
     output: Tensor
     run = plan.forward if plan.differentiable or is_plain(weights, value) else None
-    if run is not None and (plan.differentiable or not plan.needs_grad):
-        output = run(rows(weights), rows(value), window, key_lengths=key_lengths)
-        return output
-    if plan.needs_grad:
-        return ops.local_weighted_average_with_grad(
+    if run is not None and plan.needs_grad and not plan.differentiable:
+        return ops.run_weighted_average(
             weights, value, key_lengths, run, (window.left, window.right, plan.backend, True)
         )
+    if run is not None:
+        output = run(rows(weights), rows(value), window, key_lengths=key_lengths)
+        return output
     output = ops.local_weighted_average(
-        weights, value, key_lengths, window.left, window.right, plan.backend, True, False
+        weights, value, key_lengths, window.left, window.right, plan.backend, True, plan.needs_grad
     )
     return output
 
@@ -265,15 +265,15 @@ def local_attention(
         key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
     output: Tensor
     run = plan.forward if plan.differentiable or is_plain(query, key, value) else None
-    if run is not None and (plan.differentiable or not plan.needs_grad):
-        output, _ = run(rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale)
-        return output
-    if plan.needs_grad:
-        return ops.local_attention_with_grad(
+    if run is not None and plan.needs_grad and not plan.differentiable:
+        return ops.run_attention(
             query, key, value, bias, key_lengths, run, (window.left, window.right, scale, plan.backend, True)
         )
+    if run is not None:
+        output, _ = run(rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale)
+        return output
     output, _ = ops.local_attention(
-        query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True, False
+        query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True, plan.needs_grad
     )
     return output
 
@@ -295,12 +295,9 @@ def _traced_dot_product(
     needs_grad = _needs_grad(query, key, bias)
     if bias is not None:
         bias = _four_dimensional(bias)
-    tensors = (query, key, bias, key_lengths)
-    rest = (window.left, window.right, scale, backend, False)
-    if needs_grad:
-        return ops.local_dot_product_with_grad(*tensors, None, rest)
-    scores: Tensor = ops.local_dot_product(*tensors, *rest, False)
-    return scores
+    return ops.local_dot_product(
+        query, key, bias, key_lengths, window.left, window.right, scale, backend, False, needs_grad
+    )
 
 
 def _traced_weighted_average(
@@ -308,12 +305,10 @@ def _traced_weighted_average(
 ) -> Tensor:
     check_window(window)
     weights, value = _autocast(weights, value) or (weights, value)
-    tensors = (weights, value, key_lengths)
-    rest = (window.left, window.right, backend, False)
-    if _needs_grad(weights, value):
-        return ops.local_weighted_average_with_grad(*tensors, None, rest)
-    output: Tensor = ops.local_weighted_average(*tensors, *rest, False)
-    return output
+    needs_grad = _needs_grad(weights, value)
+    return ops.local_weighted_average(
+        weights, value, key_lengths, window.left, window.right, backend, False, needs_grad
+    )
 
 
 def _traced_attention(
@@ -333,12 +328,9 @@ def _traced_attention(
         scale = query.shape[-1] ** -0.5
     if bias is not None:
         bias = _four_dimensional(bias)
-    tensors = (query, key, value, bias, key_lengths)
-    rest = (window.left, window.right, scale, backend, False)
-    if needs_grad:
-        return ops.local_attention_with_grad(*tensors, None, rest)
-    output: Tensor
-    output, _ = ops.local_attention(*tensors, *rest, False)
+    output, _ = ops.local_attention(
+        query, key, value, bias, key_lengths, window.left, window.right, scale, backend, False, needs_grad
+    )
     return output
 
 

@@ -1,8 +1,8 @@
 """The three ops for torch: torch.library ops with fake kernels, and their autograd.
 
-Each op has a ``_backward`` op beside it; the autograd functions at the end join the two. The ops themselves carry no
-autograd formula: an outer ``torch.autograd.Function`` costs a third of a registered one. Where nobody watches, not even
-the op is called, but what it is made of: see ``is_plain``.
+Each op has a ``_backward`` op beside it, which is its registered autograd formula. In plain eager work, where nobody
+watches (see ``is_plain``), the op is not called at all: the autograd functions at the end call the backend's function
+themselves, at a third of the cost.
 
 Every op takes ``backend`` and ``chosen``. ``chosen`` says that the backend's filter has passed this very call;
 otherwise the op chooses here, ``backend`` being the name asked for, or None. That is how a compiled graph, whose calls
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnreg.composition import Function, below_autograd
+from attnreg.composition import Function
 from attnreg.plan import chosen_backend
 from attnreg.problem import attention_problem, dot_product_problem, prepare_key_lengths, weighted_average_problem
 from attnreg.registry import registry
@@ -283,34 +283,72 @@ _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch_transforms: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
 
 
-def _called(name: str, implementation: Function) -> Function:
-    """The op, or its implementation where a backend is chosen already and nobody watches."""
-    op = getattr(torch.ops.attnreg, name).default
-    if not name.endswith("_backward"):  # a backward may be made of autograd
-        implementation = below_autograd(implementation)
-    chosen = [argument.name for argument in op._schema.arguments].index("chosen")
-
-    def call(*arguments: Any) -> Any:
-        if arguments[chosen] and is_plain(arguments[0], arguments[1]):
-            return implementation(*arguments)
-        return op(*arguments)
-
-    return call
+local_dot_product: Callable[..., Tensor] = torch.ops.attnreg.local_dot_product.default
+local_weighted_average: Callable[..., Tensor] = torch.ops.attnreg.local_weighted_average.default
+local_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.attnreg.local_attention.default
 
 
-local_dot_product = _called("local_dot_product", _local_dot_product)
-local_dot_product_backward = _called("local_dot_product_backward", _local_dot_product_backward)
-local_weighted_average = _called("local_weighted_average", _local_weighted_average)
-local_weighted_average_backward = _called("local_weighted_average_backward", _local_weighted_average_backward)
-local_attention = _called("local_attention", _local_attention)
-local_attention_backward = _called("local_attention_backward", _local_attention_backward)
+def _backward(name: str, implementation: Function, tensors: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    """The wanted gradients: by the op, or by what it is made of where nobody watches."""
+    function = implementation if is_plain(*tensors[:2]) else getattr(torch.ops.attnreg, name).default
+    gradients: list[Tensor] = function(*tensors, *arguments)
+    return gradients
+
+
+def _differentiate_dot_product(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    needs_grad = ctx.needs_input_grad[:3]
+    tensors = (grad_outputs[0], *ctx.saved_tensors)
+    gradients = _backward("local_dot_product_backward", _local_dot_product_backward, tensors, *ctx.rest, needs_grad)
+    return _in_place(gradients, needs_grad, ctx)
+
+
+def _differentiate_weighted_average(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    needs_grad = ctx.needs_input_grad[:2]
+    tensors = (grad_outputs[0], *ctx.saved_tensors)
+    gradients = _backward(
+        "local_weighted_average_backward", _local_weighted_average_backward, tensors, *ctx.rest, needs_grad
+    )
+    return _in_place(gradients, needs_grad, ctx)
+
+
+def _differentiate_attention(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    needs_grad = ctx.needs_input_grad[:4]
+    tensors = (grad_outputs[0], *ctx.saved_tensors)
+    gradients = _backward("local_attention_backward", _local_attention_backward, tensors, *ctx.rest, needs_grad)
+    return _in_place(gradients, needs_grad, ctx)
+
+
+def _remember_dot_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:-1]
+
+
+def _remember_weighted_average(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:-1]
+
+
+def _remember_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bias, key_lengths, *rest, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, bias, key_lengths)
+    ctx.rest = rest
+
+
+for name, differentiate, remember in (
+    ("local_dot_product", _differentiate_dot_product, _remember_dot_product),
+    ("local_weighted_average", _differentiate_weighted_average, _remember_weighted_average),
+    ("local_attention", _differentiate_attention, _remember_attention),
+):
+    torch.library.register_autograd(
+        f"attnreg::{name}", once_differentiable(differentiate), setup_context=remember, lib=_library
+    )
 
 
 class LocalDotProduct(torch.autograd.Function):
-    """``apply(query, key, bias, key_lengths, run, (left, right, scale, backend, chosen)) -> scores``.
+    """``apply(query, key, bias, key_lengths, run, (left, right, scale, backend, True)) -> scores``, ``run`` computing them.
 
-    ``run`` is the backend's function where it may be called as it is (see ``is_plain``), else None. The numbers are one
-    argument because torch looks at each: in five they would cost another microsecond.
+    The numbers are one argument because torch looks at each: in five they would cost another microsecond.
     """
 
     @staticmethod
@@ -320,59 +358,36 @@ class LocalDotProduct(torch.autograd.Function):
         key: Tensor,
         bias: Tensor | None,
         key_lengths: Tensor | None,
-        run: Function | None,
+        run: Function,
         rest: tuple[Any, ...],
     ) -> Tensor:
+        left, right, scale, *_ = rest
+        window = _window(left, right)
+        scores: Tensor = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
         ctx.save_for_backward(query, key, bias, key_lengths)
         ctx.rest = rest
-        scores: Tensor
-        if run is None:
-            scores = local_dot_product(query, key, bias, key_lengths, *rest, True)
-        else:
-            left, right, scale, *_ = rest
-            window = _window(left, right)
-            scores = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
         return scores
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
-        needs_grad = ctx.needs_input_grad[:3]
-        gradients = local_dot_product_backward(grad_scores, *ctx.saved_tensors, *ctx.rest, needs_grad)
-        return (*_in_place(gradients, needs_grad), None, None, None)
+    backward: Any = staticmethod(once_differentiable(_differentiate_dot_product))
 
 
 class LocalWeightedAverage(torch.autograd.Function):
-    """``apply(weights, value, key_lengths, run, (left, right, backend, chosen)) -> output``; ``run`` as above."""
+    """``apply(weights, value, key_lengths, run, (left, right, backend, True)) -> output``, ``run`` computing it."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weights: Tensor,
-        value: Tensor,
-        key_lengths: Tensor | None,
-        run: Function | None,
-        rest: tuple[Any, ...],
+        ctx: Any, weights: Tensor, value: Tensor, key_lengths: Tensor | None, run: Function, rest: tuple[Any, ...]
     ) -> Tensor:
+        output: Tensor = run(rows(weights), rows(value), _window(*rest[:2]), key_lengths=key_lengths)
         ctx.save_for_backward(weights, value, key_lengths)
         ctx.rest = rest
-        output: Tensor
-        if run is None:
-            output = local_weighted_average(weights, value, key_lengths, *rest, True)
-        else:
-            output = run(rows(weights), rows(value), _window(*rest[:2]), key_lengths=key_lengths)
         return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        needs_grad = ctx.needs_input_grad[:2]
-        gradients = local_weighted_average_backward(grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad)
-        return (*_in_place(gradients, needs_grad), None, None, None)
+    backward: Any = staticmethod(once_differentiable(_differentiate_weighted_average))
 
 
 class LocalAttention(torch.autograd.Function):
-    """``apply(query, key, value, bias, key_lengths, run, (left, right, scale, backend, chosen)) -> output``."""
+    """``apply(query, key, value, bias, key_lengths, run, (left, right, scale, backend, True)) -> output``, by ``run``."""
 
     @staticmethod
     def forward(
@@ -382,33 +397,25 @@ class LocalAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         key_lengths: Tensor | None,
-        run: Function | None,
+        run: Function,
         rest: tuple[Any, ...],
     ) -> Tensor:
+        left, right, scale, *_ = rest
+        window = _window(left, right)
         output: Tensor
-        if run is None:
-            output, log_sum_exp = local_attention(query, key, value, bias, key_lengths, *rest, True)
-        else:
-            left, right, scale, *_ = rest
-            window = _window(left, right)
-            output, log_sum_exp = run(
-                rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
-            )
+        output, log_sum_exp = run(
+            rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
+        )
         ctx.save_for_backward(query, key, value, output, log_sum_exp, bias, key_lengths)
         ctx.rest = rest
         return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        needs_grad = ctx.needs_input_grad[:4]
-        gradients = local_attention_backward(grad_output, *ctx.saved_tensors, *ctx.rest, needs_grad)
-        return (*_in_place(gradients, needs_grad), None, None, None)
+    backward: Any = staticmethod(once_differentiable(_differentiate_attention))
 
 
-local_dot_product_with_grad: Callable[..., Tensor] = LocalDotProduct.apply
-local_weighted_average_with_grad: Callable[..., Tensor] = LocalWeightedAverage.apply
-local_attention_with_grad: Callable[..., Tensor] = LocalAttention.apply
+run_dot_product: Callable[..., Tensor] = LocalDotProduct.apply
+run_weighted_average: Callable[..., Tensor] = LocalWeightedAverage.apply
+run_attention: Callable[..., Tensor] = LocalAttention.apply
 
 
 @functools.lru_cache(maxsize=4096)
@@ -449,7 +456,8 @@ def _wanted(gradients: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> l
     return wanted
 
 
-def _in_place(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _in_place(gradients: Sequence[Tensor], needs_grad: Sequence[bool], ctx: Any) -> tuple[Tensor | None, ...]:
     """The wanted gradients, each in the place of its input; None elsewhere."""
     remaining = iter(gradients)
-    return tuple(next(remaining) if needed else None for needed in needs_grad)
+    found = (next(remaining) if needed else None for needed in needs_grad)
+    return (*found, *(None,) * (len(ctx.needs_input_grad) - len(needs_grad)))

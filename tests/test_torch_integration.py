@@ -28,7 +28,8 @@ def op_calls(op: str, case: Case, device: str, dtype: torch.dtype, backend: str)
     bias = [] if op == "local_weighted_average" else [tensors.pop("bias", None)]
     arguments = [*bias, inputs.key_lengths, window.left, window.right, *options, backend, False]
     wanted = [True] * len(tensors) + [given is not None for given in bias]
-    yield getattr(torch.ops.attnreg, op).default, (*tensors.values(), *arguments, False)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors.values()]
+    yield getattr(torch.ops.attnreg, op).default, (*leaves, *arguments, True)
     saved = list(tensors.values())
     if op == "local_attention":
         saved += torch.ops.attnreg.local_attention.default(*tensors.values(), *arguments, False)
