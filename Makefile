@@ -18,7 +18,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks -s --benchmark-storage=benchmarks/results --benchmark-save=overhead
+	$(BIN)/python -m pytest benchmarks/test_overhead.py -s --benchmark-storage=benchmarks/results --benchmark-save=overhead
+	$(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-storage=benchmarks/results --benchmark-save=speed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The command ``attnreg``: which backends there are, which one a call would get, and a demo.
+"""The command ``attnreg``: which backends there are, which one a call would get, a demo, and a benchmark.
 
 Only the command imports this module, so that ``import attnreg`` needs neither typer nor rich.
 """
@@ -202,6 +202,106 @@ def demo(
         typer.echo("None of the windows that were to be measured could be run.")
 
 
+@app.command()
+def bench(
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--workload",
+            metavar="GLOB",
+            help="Only workloads whose name or group fits, such as 'fused-*' or '*/w64'; repeatable. See --list.",
+        ),
+    ] = None,
+    op: Annotated[str | None, typer.Option("--op", metavar="OP", help=f"Only one of {', '.join(OPS)}.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backend", metavar="NAME", help="Only this backend; repeatable. Default: all but the slow reference."
+        ),
+    ] = None,
+    direction: Annotated[
+        str | None, typer.Option("--direction", metavar="WAY", help="forward or backward. Default: both.")
+    ] = None,
+    device: DeviceOption = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other libraries that are installed, too.")] = True,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, help="Go through everything so many times; medians of all are shown.")
+    ] = 1,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Where the results go. Default: a file named after device and date."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw latency against window into this file (.png, .svg, ...)."),
+    ] = None,
+    stored: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Measure nothing: show, and with --plot draw, these results."),
+    ] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="List the workloads, and measure nothing.")] = False,
+) -> None:
+    """Measure backends and other libraries against the physical limit.
+
+    In the same run the copy bandwidth and the matmul rate of the device are measured; they give each workload its floor, the time
+    that no kernel can beat. Every result is checked first: a wrong one gets no time. Backward is the backward alone.
+    """
+    # Not before it is asked for: the other commands do without.
+    from attnreg_benchmarks import results
+    from attnreg_benchmarks.backends import backends as backends_to_measure
+    from attnreg_benchmarks.command import benchmark
+    from attnreg_benchmarks.peers import PEERS
+    from attnreg_benchmarks.plot import MissingMatplotlib, check_plot, plot_results
+    from attnreg_benchmarks.report import print_results
+    from attnreg_benchmarks.workloads import DIRECTIONS, select
+
+    if op is not None and op not in OPS:
+        raise typer.BadParameter(f"{op!r} is not one of {', '.join(OPS)}", param_hint="--op")
+    if direction is not None and direction not in DIRECTIONS:
+        raise typer.BadParameter(f"{direction!r} is neither forward nor backward", param_hint="--direction")
+    directions = DIRECTIONS if direction is None else (direction,)
+    if plot is not None:
+        try:
+            check_plot(plot)
+        except MissingMatplotlib as error:
+            _fail(str(error))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--plot") from None
+
+    console = _console()
+    if stored is not None:
+        with _bad_value_of("--from"):
+            found = results.load(stored)
+        with _bad_value_of("--workload"):
+            found = results.narrow(found, workload or (), op, directions)
+        print_results(found, console)
+    else:
+        on = _device(device)
+        with _bad_value_of("--workload"):
+            workloads = select(on.type, workload or (), op)
+        if only_list:
+            for each in workloads:
+                typer.echo(f"{each.name:24} {each}")
+            return
+        missing = _why_missing(on)
+        if missing is not None:
+            raise typer.BadParameter(f"cannot put tensors on {str(on)!r}: {missing}", param_hint="--device")
+        with _bad_value_of("--backend"):
+            contenders = (*backends_to_measure(backend or ()), *(PEERS if peers else ()))
+        found = benchmark(workloads, contenders, directions, on, repeat, console)
+        print_results(found, console)
+        path = results.default_path(found) if json is None else json
+        with _bad_value_of("--json"):
+            results.save(found, path)
+        typer.echo(f"results: {path}")
+    if plot is not None:
+        with _bad_value_of("--plot"):
+            plot_results(found, plot)
+        typer.echo(f"plot: {plot}")
+
+
 def _train(
     model: demonstration.LanguageModel,
     training: torch.Tensor,
@@ -396,6 +496,15 @@ def _backend_errors() -> Iterator[None]:
         yield
     except BackendError as error:
         _fail(str(error))
+
+
+@contextmanager
+def _bad_value_of(option: str) -> Iterator[None]:
+    """What cannot be done with an option's value is told as the option's fault."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def _fail(message: str) -> NoReturn:

@@ -128,6 +128,16 @@ LARGE_CASES = [
          window=Window.centered(512), bias="H1W", key_lengths=(900,)),
     Case("large_head_dim_256", batch=1, heads=2, kv_heads=1, query_length=300, key_length=300, head_dim=256, value_dim=256,
          window=Window(65, 65), bias="NHLW", hidden=0.2),
+    Case("large_grouped_key_lengths", batch=3, heads=8, kv_heads=2, query_length=500, key_length=777, head_dim=64,
+         value_dim=128, window=Window(40, 25), key_lengths=(777, 300, 0), layout="transposed"),
+    Case("large_head_dim_80", batch=2, heads=3, kv_heads=1, query_length=333, key_length=333, head_dim=80, value_dim=48,
+         window=Window.causal(200)),
+    Case("large_narrow", batch=2, heads=4, kv_heads=4, query_length=515, key_length=515, head_dim=128, value_dim=128,
+         window=Window.centered(9), key_lengths=(515, 130)),
+    Case("large_all_keys", batch=1, heads=2, kv_heads=2, query_length=300, key_length=200, head_dim=32, value_dim=64,
+         window=Window(1000, 1000)),
+    Case("large_negative_scale", batch=1, heads=2, kv_heads=2, query_length=200, key_length=200, head_dim=64,
+         value_dim=64, window=Window(30, 3), scale=-0.2),
     Case("many_heads", batch=700, heads=100, kv_heads=50, query_length=3, key_length=3, head_dim=8, value_dim=8,
          window=Window(1, 1)),
 ]  # fmt: skip
@@ -199,7 +209,9 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-def small_case(query_length: int, key_length: int, left: int, right: int) -> Case:
+def small_case(
+    query_length: int, key_length: int, left: int, right: int, head_dim: int = 3, value_dim: int = 2
+) -> Case:
     """A case whose only point is its window and lengths."""
     return replace(
         Case(f"{query_length}x{key_length}_{left}_{right}"),
@@ -208,7 +220,7 @@ def small_case(query_length: int, key_length: int, left: int, right: int) -> Cas
         kv_heads=1,
         query_length=query_length,
         key_length=key_length,
-        head_dim=3,
-        value_dim=2,
+        head_dim=head_dim,
+        value_dim=value_dim,
         window=Window(left, right),
     )

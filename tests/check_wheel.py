@@ -14,6 +14,8 @@ MUST_HOLD = (
     "attnreg_triton/plugin.py",
     "attnreg_cublas/plugin.py",
     "attnreg_cublas/csrc/library.cu",
+    "attnreg_benchmarks/run.py",
+    "attnreg_benchmarks/peers/flash2.py",
 )
 MUST_RUN = """
 import importlib.util, torch, attnreg
@@ -23,6 +25,8 @@ names = [status.name for status in attnreg.backends()]
 assert names == ["cublas_block", "torch", "torch_block", "triton"], names
 query = torch.randn(1, 2, 8, 4)
 assert attnreg.local_attention(query, query, query, attnreg.Window.causal(3)).shape == query.shape
+from attnreg_benchmarks.workloads import select
+assert select("cpu")
 from attnreg_cublas.build import sources
 assert (sources() / "library.cu").is_file() and str(sources()).startswith({folder!r}), sources()
 """

@@ -45,7 +45,7 @@ def broken_plugin():
 
 def test_without_a_command_the_help_names_every_command():
     result = attnreg_command()
-    for command in ("backends", "explain", "demo"):
+    for command in ("backends", "explain", "demo", "bench"):
         assert re.search(rf"^  {command} ", result.output, re.MULTILINE)
 
 

@@ -107,6 +107,27 @@ def test_every_small_window_sees_exactly_the_keys_of_the_definition(
                 assert torch.allclose(gradient.double(), true_gradients[name], atol=1e-5), f"{case}: gradient of {name}"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("query_length", "key_length"), [*SMALL_LENGTHS, (65, 64), (63, 130)])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"),
+    [run for run in runs(torch.bfloat16) if run.values[1] == "cuda" and run.values[0] != "torch"],
+)
+def test_every_small_window_sees_the_same_keys_in_16_bit(op, query_length, key_length, backend, device, dtype):
+    """As above for kernels that serve 16 bit alone: a key too many or too few is far outside this tolerance."""
+    for left in range(6):
+        for right in range(6 - left):
+            case = small_case(query_length, key_length, left, right, head_dim=16, value_dim=8)
+            inputs = make_inputs(op, case, dtype, device)
+            output, gradients = call(op, inputs, case.window, backend=backend)
+            true, true_gradients = truth(op, inputs.to(torch.float64), case.window)
+            assert torch.allclose(output.double(), true, atol=0.06, rtol=0.03), f"{case}: value"
+            for name, gradient in gradients.items():
+                same = torch.allclose(gradient.double(), true_gradients[name], atol=0.06, rtol=0.03)
+                assert same, f"{case}: gradient of {name}"
+
+
 @pytest.mark.parametrize(("query_length", "key_length"), SMALL_LENGTHS)
 def test_the_reference_itself_sees_the_keys_that_loops_find(query_length, key_length):
     """The truth the other tests rest on, against plain Python loops over (row, slot, key)."""
@@ -133,12 +154,13 @@ def test_the_same_call_gives_the_same_bits(op, backend, device, dtype):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize("bias", [None, "NHLW"])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.bfloat16))
-def test_what_lies_in_an_invisible_slot_or_key_is_never_used(op, backend, device, dtype):
+def test_what_lies_in_an_invisible_slot_or_key_is_never_used(op, bias, backend, device, dtype):
     """NaN in invisible weights, in incoming gradients of invisible scores, and in keys past their length, is harmless."""
     case = Case(
-        "lengths", query_length=40, key_length=33, window=Window(5, 4), key_lengths=(20, 0), bias="NHLW", hidden=0.3
+        "lengths", query_length=40, key_length=33, window=Window(5, 4), key_lengths=(20, 0), bias=bias, hidden=0.3
     )
     clean = make_inputs(op, case, dtype, device)
     dirty = make_inputs(op, case, dtype, device)

@@ -23,6 +23,7 @@ from attnreg_triton.band import (
     store_rows,
     visible_length,
 )
+from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, dot, span
 from attnreg_triton.launch import bias_strides, ceil_div, clip_window, input_precision, launch, origin, padded, strides
 
@@ -44,6 +45,10 @@ def local_attention(
     batch, heads, len_q, head_dim = query.shape
     _, kv_heads, len_k, value_dim = value.shape
     window = clip_window(window, bias, len_q, len_k)
+    if hopper.serves(query, key, value, bias=bias, scale=scale):
+        from attnreg_triton.hopper import attention
+
+        return attention.local_attention(query, key, value, window, key_lengths=key_lengths, scale=scale)
     output = torch.empty((batch, heads, len_q, value_dim), dtype=query.dtype, device=query.device)
     log_sum_exp = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
     tiles = tile_table.attention(query.dtype, head_dim, value_dim, window)

@@ -45,6 +45,7 @@ from attnreg_triton.bias_gradient import (
     store_column_sums,
     store_columns,
 )
+from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, dot, span
 from attnreg_triton.launch import bias_strides, ceil_div, clip_window, input_precision, launch, origin, padded, strides
 from attnreg_triton.tiles import attention_backward_by_keys, attention_backward_by_rows
@@ -73,6 +74,22 @@ def local_attention_backward(
     _, kv_heads, len_k, value_dim = value.shape
     window = clip_window(window, bias, len_q, len_k)
     log_sum_exp = log_sum_exp.contiguous()
+    if hopper.serves(grad_output, query, key, value, output, bias=bias, scale=scale):
+        from attnreg_triton.hopper import attention_backward
+
+        gradients = attention_backward.local_attention_backward(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            log_sum_exp,
+            window,
+            key_lengths=key_lengths,
+            scale=scale,
+            needs_grad=(needs_query, needs_key, needs_value),
+        )
+        return (*gradients, None)
 
     def empty(shape: tuple[int, ...], wanted: bool, dtype: torch.dtype = query.dtype) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=query.device) if wanted else None

@@ -1,0 +1,216 @@
+"""``O = softmax(scale * Q K^T) V`` on Hopper: the kernel of ``attnreg_triton.attention``, software-pipelined.
+
+While the softmax of one tile of keys is computed, the product of the tile before with V is under way.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from attnreg import Window
+from attnreg_triton import tiles as tile_table
+from attnreg_triton.hopper.tile import (
+    advance,
+    barriers,
+    clear_rows_from,
+    describe,
+    fetch,
+    finish_stores,
+    hide,
+    locate_program,
+    matrix,
+    product_layout,
+    rows_layout,
+    store_tile,
+    visible_length,
+)
+from attnreg_triton.launch import ceil_div, launch, origin
+
+_LOG2E = gl.constexpr(1.4426950408889634)
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+def local_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output (N, H, Lq, D) and the natural log-sum-exp (N, H, Lq) of a call that ``serves`` accepts."""
+    batch, heads, len_q, head_dim = query.shape
+    _, kv_heads, len_k, value_dim = value.shape
+    output = torch.empty((batch, heads, len_q, value_dim), dtype=query.dtype, device=query.device)
+    log_sum_exp = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
+    tiles = tile_table.hopper_attention(head_dim, value_dim, window)
+    row_tiles = ceil_div(len_q, tiles.rows)
+    launch(
+        _attention,
+        batch * heads * row_tiles,
+        tiles,
+        describe(query, tiles.rows),
+        describe(key, tiles.keys),
+        describe(value, tiles.keys),
+        key_lengths,
+        describe(output, tiles.rows),
+        log_sum_exp,
+        kv_heads,
+        heads // kv_heads,
+        row_tiles,
+        len_q,
+        len_k,
+        origin(window, len_q, len_k),
+        window.size,
+        scale,
+        STAGES=tiles.num_stages,
+        device=query.device,
+    )
+    return output, log_sum_exp
+
+
+@gluon.jit
+def _softmax_step(s, m, total, scale):
+    """``(P, rescale, m, total)`` after the scores ``s`` (unscaled, of masked keys -inf); ``scale`` includes log2(e).
+
+    P = 2^(scale * (s - m)); what was accumulated under the older maximum is to be multiplied by ``rescale``.
+    """
+    m_new = gl.maximum(m, gl.max(s, 1))
+    # While a row has seen no visible key its maximum is -inf, and -inf - -inf would be NaN.
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
+    p = gl.exp2(s * scale - shift[:, None])
+    rescale = gl.exp2(m * scale - shift)
+    return p, rescale, m_new, total * rescale + gl.sum(p, 1)
+
+
+@gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
+def _attention(
+    query,
+    key,
+    value,
+    key_lengths,
+    output,
+    log_sum_exp,
+    kv_heads,
+    group,
+    row_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = query.dtype
+    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
+    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
+    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS)
+    o_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    v_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS)
+
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
+    length = visible_length(key_lengths, n, len_k)
+    i_begin = tile * BLOCK_M
+    i_end = gl.minimum(i_begin + BLOCK_M, len_q)
+    i = i_begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
+    # Row i sees keys [first, last). Keys [begin, end) are seen by some row, [all_from, all_to) by all rows.
+    first = gl.maximum(i + origin, 0)
+    last = gl.minimum(i + origin + width, length)
+    begin = gl.maximum(i_begin + origin, 0)
+    end = gl.maximum(gl.minimum(i_end - 1 + origin + width, length), begin)
+    all_from = gl.maximum(i_end - 1 + origin, 0)
+    all_to = gl.minimum(i_begin + origin + width, length)
+    # One step at least, for the pipeline to start with; where no key is visible all of it is hidden.
+    steps = gl.maximum((end - begin + BLOCK_N - 1) // BLOCK_N, 1)
+
+    q_tile = gl.allocate_shared_memory(dtype, query.block_type.shape, query.layout)
+    o_tile = q_tile
+    if BLOCK_HEAD != BLOCK_VALUE:
+        o_tile = gl.allocate_shared_memory(dtype, output.block_type.shape, output.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_HEAD], key.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_VALUE], value.layout)
+    k_ready = barriers(STAGES)
+    v_ready = barriers(STAGES)
+    for slot in gl.static_range(STAGES):
+        wanted = slot < steps
+        if slot == 0:
+            mbarrier.expect(k_ready.index(0), query.block_type.nbytes + key.block_type.nbytes)
+            fetch(query, n, h, i_begin, k_ready.index(0), q_tile)
+        else:
+            mbarrier.expect(k_ready.index(slot), key.block_type.nbytes, pred=wanted)
+        fetch(key, n, h_kv, begin + slot * BLOCK_N, k_ready.index(slot), k_tiles.index(slot), wanted)
+        mbarrier.expect(v_ready.index(slot), value.block_type.nbytes, pred=wanted)
+        fetch(value, n, h_kv, begin + slot * BLOCK_N, v_ready.index(slot), v_tiles.index(slot), wanted)
+
+    scale2 = scale * _LOG2E
+    m = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
+    acc = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_VALUE], gl.float32, o_layout))
+    empty = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
+
+    mbarrier.wait(k_ready.index(0), 0)
+    s = warpgroup_mma(matrix(q_tile), matrix(k_tiles.index(0)).permute((1, 0)), empty, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
+    wanted = steps > STAGES
+    mbarrier.expect(k_ready.index(0), key.block_type.nbytes, pred=wanted)
+    fetch(key, n, h_kv, begin + STAGES * BLOCK_N, k_ready.index(0), k_tiles.index(0), wanted)
+    s = hide(s, begin, first, last, all_from, all_to, float("-inf"), s_layout)
+    p, _, m, total = _softmax_step(s, m, total, scale2)
+    p = gl.convert_layout(p.to(dtype), p_layout)
+
+    j_begin = begin
+    before = 0
+    phase_before = 0
+    stage = 1 % STAGES
+    phase = 1 // STAGES
+    for step in range(1, steps):
+        if key_lengths is not None:
+            mbarrier.wait(v_ready.index(before), phase_before)
+            clear_rows_from(length - j_begin, v_tiles.index(before), v_layout)
+        j_begin += BLOCK_N
+        # S = Q K^T of this tile, and after it acc += P V of the tile before, which runs on during the softmax.
+        mbarrier.wait(k_ready.index(stage), phase)
+        k = matrix(k_tiles.index(stage)).permute((1, 0))
+        s = warpgroup_mma(matrix(q_tile), k, empty, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(before), phase_before)
+        acc = warpgroup_mma(p, matrix(v_tiles.index(before)), acc, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+        wanted = step + STAGES < steps
+        mbarrier.expect(k_ready.index(stage), key.block_type.nbytes, pred=wanted)
+        fetch(key, n, h_kv, j_begin + STAGES * BLOCK_N, k_ready.index(stage), k_tiles.index(stage), wanted)
+
+        s = hide(s, j_begin, first, last, all_from, all_to, float("-inf"), s_layout)
+        p, rescale, m, total = _softmax_step(s, m, total, scale2)
+
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        wanted = step - 1 + STAGES < steps
+        mbarrier.expect(v_ready.index(before), value.block_type.nbytes, pred=wanted)
+        fetch(value, n, h_kv, j_begin + (STAGES - 1) * BLOCK_N, v_ready.index(before), v_tiles.index(before), wanted)
+        acc = warpgroup_mma_init(acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None])
+        p = gl.convert_layout(p.to(dtype), p_layout)
+        before = stage
+        phase_before = phase
+        stage, phase = advance(stage, phase, STAGES)
+
+    mbarrier.wait(v_ready.index(before), phase_before)
+    if key_lengths is not None:
+        clear_rows_from(length - j_begin, v_tiles.index(before), v_layout)
+    acc = warpgroup_mma(p, matrix(v_tiles.index(before)), acc, is_async=True)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+
+    # A row without a visible key has a total of 0 and acc = 0: O = 0 and a log-sum-exp of -inf.
+    inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
+    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))[:, None]
+    store_tile(output, n, h, i_begin, acc, o_tile)
+    row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
+    gl.store(log_sum_exp + row, (m * scale2 + gl.log2(total)) * _LN2, mask=i < i_end)
+    finish_stores()

@@ -1,0 +1,363 @@
+"""The gradients of ``local_attention`` on Hopper: the two kernels of ``attnreg_triton.attention_backward``.
+
+Rows first: ``D = rowsum(dO * O)`` and ``dQ = scale * dS K``; then keys: ``dV = P^T dO`` and ``dK = scale * dS^T Q``,
+with ``P = exp(S - log-sum-exp)`` computed anew in both and ``dS = P * (dP - D)``, ``dP = dO V^T``. No program writes
+what another does, so there are no atomics and no accumulator in memory.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from attnreg import Window
+from attnreg_triton import tiles as tile_table
+from attnreg_triton.hopper.tile import (
+    advance,
+    barriers,
+    clear_rows_from,
+    describe,
+    fetch,
+    finish_stores,
+    hide,
+    locate_program,
+    matrix,
+    product_layout,
+    rows_layout,
+    store_tile,
+    visible_length,
+)
+from attnreg_triton.launch import ceil_div, launch, origin
+
+_LOG2E = gl.constexpr(1.4426950408889634)
+
+
+def local_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    window: Window,
+    *,
+    key_lengths: Tensor | None,
+    scale: float,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dQ, dK, dV), None where it is not wanted, of a call that ``serves`` accepts."""
+    needs_query, needs_key, needs_value = needs_grad
+    batch, heads, len_q, _ = query.shape
+    _, kv_heads, len_k, _ = key.shape
+    grad_query, grad_key, grad_value = (
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if wanted else None
+        for tensor, wanted in ((query, needs_query), (key, needs_key), (value, needs_value))
+    )
+    row_dot = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
+    sizes = (len_q, len_k, origin(window, len_q, len_k), window.size, scale)
+
+    tiles = tile_table.hopper_attention_backward_by_rows(window)
+    row_tiles = ceil_div(len_q, tiles.rows)
+    launch(
+        _attention_backward_rows,
+        batch * heads * row_tiles,
+        tiles,
+        describe(grad_output, tiles.rows),
+        describe(query, tiles.rows),
+        describe(key, tiles.keys),
+        describe(value, tiles.keys),
+        describe(output, tiles.rows),
+        log_sum_exp,
+        key_lengths,
+        row_dot,
+        None if grad_query is None else describe(grad_query, tiles.rows),
+        kv_heads,
+        heads // kv_heads,
+        row_tiles,
+        *sizes,
+        STAGES=tiles.num_stages,
+        device=query.device,
+    )
+    if needs_key or needs_value:
+        tiles = tile_table.hopper_attention_backward_by_keys(window)
+        key_tiles = ceil_div(len_k, tiles.keys)
+        launch(
+            _attention_backward_keys,
+            batch * kv_heads * key_tiles,
+            tiles,
+            describe(grad_output, tiles.rows),
+            describe(query, tiles.rows),
+            describe(key, tiles.keys),
+            describe(value, tiles.keys),
+            log_sum_exp,
+            row_dot,
+            key_lengths,
+            None if grad_key is None else describe(grad_key, tiles.keys),
+            None if grad_value is None else describe(grad_value, tiles.keys),
+            kv_heads,
+            heads // kv_heads,
+            key_tiles,
+            *sizes,
+            STAGES=tiles.num_stages,
+            device=query.device,
+        )
+    return grad_query, grad_key, grad_value
+
+
+@gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
+def _attention_backward_rows(
+    grad_output,
+    query,
+    key,
+    value,
+    output,
+    log_sum_exp,
+    key_lengths,
+    row_dot,
+    grad_query,
+    kv_heads,
+    group,
+    row_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = query.dtype
+    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
+    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
+    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS)
+    q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS)
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
+    k_layout: gl.constexpr = rows_layout(BLOCK_HEAD, WARPS)
+    o_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS)
+
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
+    length = visible_length(key_lengths, n, len_k)
+    i_begin = tile * BLOCK_M
+    i_end = gl.minimum(i_begin + BLOCK_M, len_q)
+    i = i_begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
+    # Row i sees keys [first, last). Keys [begin, end) are seen by some row, [all_from, all_to) by all rows.
+    first = gl.maximum(i + origin, 0)
+    last = gl.minimum(i + origin + width, length)
+    begin = gl.maximum(i_begin + origin, 0)
+    end = gl.maximum(gl.minimum(i_end - 1 + origin + width, length), begin)
+    all_from = gl.maximum(i_end - 1 + origin, 0)
+    all_to = gl.minimum(i_begin + origin + width, length)
+    steps = (end - begin + BLOCK_N - 1) // BLOCK_N
+    STEP_BYTES: gl.constexpr = key.block_type.nbytes + value.block_type.nbytes
+
+    q_tile = gl.allocate_shared_memory(dtype, query.block_type.shape, query.layout)
+    do_tile = gl.allocate_shared_memory(dtype, grad_output.block_type.shape, grad_output.layout)
+    o_tile = gl.allocate_shared_memory(dtype, output.block_type.shape, output.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_HEAD], key.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_VALUE], value.layout)
+    rows_ready = barriers(1).index(0)
+    ready = barriers(STAGES)
+    mbarrier.expect(rows_ready, query.block_type.nbytes + grad_output.block_type.nbytes + output.block_type.nbytes)
+    fetch(grad_output, n, h, i_begin, rows_ready, do_tile)
+    fetch(output, n, h, i_begin, rows_ready, o_tile)
+    fetch(query, n, h, i_begin, rows_ready, q_tile)
+    if grad_query is not None:
+        for slot in gl.static_range(STAGES):
+            wanted = slot < steps
+            mbarrier.expect(ready.index(slot), STEP_BYTES, pred=wanted)
+            fetch(key, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), k_tiles.index(slot), wanted)
+            fetch(value, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), v_tiles.index(slot), wanted)
+
+    # D = rowsum(dO * O)
+    row_base = (n * kv_heads * group + h).to(gl.int64) * len_q
+    lse2 = gl.load(log_sum_exp + row_base + i, mask=i < i_end, other=float("inf")) * _LOG2E
+    mbarrier.wait(rows_ready, 0)
+    do = matrix(do_tile).load(o_layout)
+    o = matrix(o_tile).load(o_layout)
+    d = gl.convert_layout(gl.sum(do.to(gl.float32) * o.to(gl.float32), 1), gl.SliceLayout(1, s_layout))
+    gl.store(row_dot + row_base + i, d, mask=i < i_end)
+
+    if grad_query is not None:
+        scale2 = scale * _LOG2E
+        dq = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_HEAD], gl.float32, q_layout))
+        empty = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
+        j_begin = begin
+        stage = 0
+        phase = 0
+        for step in range(steps):
+            mbarrier.wait(ready.index(stage), phase)
+            if key_lengths is not None:
+                clear_rows_from(length - j_begin, k_tiles.index(stage), k_layout)
+                clear_rows_from(length - j_begin, v_tiles.index(stage), o_layout)
+            k = matrix(k_tiles.index(stage))
+            v = matrix(v_tiles.index(stage))
+            s = warpgroup_mma(matrix(q_tile), k.permute((1, 0)), empty, use_acc=False, is_async=True)
+            dp = warpgroup_mma(matrix(do_tile), v.permute((1, 0)), empty, use_acc=False, is_async=True)
+            s, dq = warpgroup_mma_wait(num_outstanding=1, deps=(s, dq))
+            # The tiles of the step before are free now.
+            before = gl.where(stage == 0, STAGES - 1, stage - 1)
+            ahead = step + STAGES - 1
+            wanted = (step > 0) & (ahead < steps)
+            mbarrier.expect(ready.index(before), STEP_BYTES, pred=wanted)
+            fetch(key, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), k_tiles.index(before), wanted)
+            fetch(value, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), v_tiles.index(before), wanted)
+
+            p = gl.exp2(s * scale2 - lse2[:, None])
+            p = hide(p, j_begin, first, last, all_from, all_to, 0.0, s_layout)
+            dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
+            ds = p * (dp - d[:, None])
+            dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), ds_layout), k, dq, is_async=True)
+            j_begin += BLOCK_N
+            stage, phase = advance(stage, phase, STAGES)
+        dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+        store_tile(grad_query, n, h, i_begin, dq * scale, q_tile)
+        finish_stores()
+
+
+@gluon.jit
+def _next_rows(h, i, begin, end, BLOCK: gl.constexpr):
+    """The tile of rows after this one: the next of [begin, end), after the last the first of the next head."""
+    i += BLOCK
+    return gl.where(i >= end, h + 1, h), gl.where(i >= end, begin, i)
+
+
+@gluon.jit(do_not_specialize=["kv_heads", "key_tiles", "len_q", "len_k", "origin", "width", "scale"])
+def _attention_backward_keys(
+    grad_output,
+    query,
+    key,
+    value,
+    log_sum_exp,
+    row_dot,
+    key_lengths,
+    grad_key,
+    grad_value,
+    kv_heads,
+    group,
+    key_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    # Everything is transposed here, keys by rows: then P^T and dS^T are the left factors as they come.
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = query.dtype
+    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
+    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
+    s_layout: gl.constexpr = product_layout(BLOCK_M, WARPS)
+    k_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS)
+    v_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS)
+    row_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+
+    n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
+    length = visible_length(key_lengths, n, len_k)
+    j_begin = tile * BLOCK_N
+    j_end = gl.minimum(j_begin + BLOCK_N, length)
+    j = j_begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout))
+    # Key j is seen by rows [first, last). Rows [begin, end) see some key, [all_from, all_to) all keys.
+    first = gl.maximum(j - origin - width + 1, 0)
+    last = gl.where(j < length, gl.minimum(j - origin + 1, len_q), 0)
+    begin = gl.maximum(j_begin - origin - width + 1, 0)
+    end = gl.where(j_begin < length, gl.maximum(gl.minimum(j_end - origin, len_q), begin), begin)
+    all_from = gl.maximum(j_end - origin - width, 0)
+    all_to = gl.where(j_begin + BLOCK_N <= length, gl.minimum(j_begin - origin + 1, len_q), 0)
+    # The rows of every head of the group, one head after the other.
+    steps = (end - begin + BLOCK_M - 1) // BLOCK_M * group
+    STEP_BYTES: gl.constexpr = query.block_type.nbytes + grad_output.block_type.nbytes
+
+    k_tile = gl.allocate_shared_memory(dtype, key.block_type.shape, key.layout)
+    v_tile = gl.allocate_shared_memory(dtype, value.block_type.shape, value.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_HEAD], query.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_VALUE], grad_output.layout)
+    keys_ready = barriers(1).index(0)
+    ready = barriers(STAGES)
+    mbarrier.expect(keys_ready, key.block_type.nbytes + value.block_type.nbytes)
+    fetch(key, n, h_kv, j_begin, keys_ready, k_tile)
+    fetch(value, n, h_kv, j_begin, keys_ready, v_tile)
+    h_ahead = h_kv * group
+    i_ahead = begin
+    for slot in gl.static_range(STAGES):
+        wanted = slot < steps
+        mbarrier.expect(ready.index(slot), STEP_BYTES, pred=wanted)
+        fetch(query, n, h_ahead, i_ahead, ready.index(slot), q_tiles.index(slot), wanted)
+        fetch(grad_output, n, h_ahead, i_ahead, ready.index(slot), do_tiles.index(slot), wanted)
+        h_ahead, i_ahead = _next_rows(h_ahead, i_ahead, begin, end, BLOCK_M)
+
+    scale2 = scale * _LOG2E
+    dk = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_HEAD], gl.float32, k_layout))
+    dv = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_VALUE], gl.float32, v_layout))
+    empty = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
+    row = gl.arange(0, BLOCK_M, row_layout)
+    head_base = (n * kv_heads + h_kv).to(gl.int64) * group * len_q
+    lse_rows = log_sum_exp + head_base
+    d_rows = row_dot + head_base
+    i_begin = begin
+    here = (i_begin + row < end) & (steps > 0)
+    lse_next = gl.load(lse_rows + i_begin + row, mask=here, other=float("inf"))
+    d_next = gl.load(d_rows + i_begin + row, mask=here, other=0.0)
+    stage = 0
+    phase = 0
+    mbarrier.wait(keys_ready, 0)
+    if key_lengths is not None:
+        clear_rows_from(length - j_begin, v_tile, rows_layout(BLOCK_VALUE, WARPS))
+    for step in range(steps):
+        lse2 = gl.convert_layout(lse_next * _LOG2E, gl.SliceLayout(0, s_layout))
+        d = gl.convert_layout(d_next, gl.SliceLayout(0, s_layout))
+        mbarrier.wait(ready.index(stage), phase)
+        q = matrix(q_tiles.index(stage))
+        do = matrix(do_tiles.index(stage))
+        s = warpgroup_mma(matrix(k_tile), q.permute((1, 0)), empty, use_acc=False, is_async=True)
+        dp = warpgroup_mma(matrix(v_tile), do.permute((1, 0)), empty, use_acc=False, is_async=True)
+
+        i_next = i_begin + BLOCK_M
+        if i_next >= end:
+            i_next = begin
+            lse_rows += len_q
+            d_rows += len_q
+        here = (i_next + row < end) & (step + 1 < steps)
+        lse_next = gl.load(lse_rows + i_next + row, mask=here, other=float("inf"))
+        d_next = gl.load(d_rows + i_next + row, mask=here, other=0.0)
+
+        s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+        p = gl.exp2(s * scale2 - lse2[None, :])
+        p = hide(p, i_begin, first, last, all_from, all_to, 0.0, s_layout)
+        p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
+        dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
+        dv = warpgroup_mma(p_left, do, dv, is_async=True)
+        ds = p * (dp - d[None, :])
+        dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2)), q, dk, is_async=True)
+        # Two accumulators in flight across steps would make ptxas run every product by itself (C7515).
+        dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
+        dk = warpgroup_mma_init(dk)
+        dv = warpgroup_mma_init(dv)
+
+        wanted = step + STAGES < steps
+        mbarrier.expect(ready.index(stage), STEP_BYTES, pred=wanted)
+        fetch(query, n, h_ahead, i_ahead, ready.index(stage), q_tiles.index(stage), wanted)
+        fetch(grad_output, n, h_ahead, i_ahead, ready.index(stage), do_tiles.index(stage), wanted)
+        h_ahead, i_ahead = _next_rows(h_ahead, i_ahead, begin, end, BLOCK_M)
+        i_begin = i_next
+        stage, phase = advance(stage, phase, STAGES)
+    dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
+
+    if grad_key is not None:
+        store_tile(grad_key, n, h_kv, j_begin, dk * scale, k_tile)
+    if grad_value is not None:
+        store_tile(grad_value, n, h_kv, j_begin, dv, v_tile)
+    finish_stores()

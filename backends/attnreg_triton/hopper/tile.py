@@ -1,0 +1,139 @@
+"""What the Hopper kernels share: descriptors of tensors, and how tiles are copied, masked and written.
+
+As in ``attnreg_triton.band``, key j is in slot c = j - i - origin of row i, with origin = Lk - Lq - left.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from attnreg_triton.launch import padded
+
+_ELEMENT_BITS = 16
+
+# Elements to a 16-byte access.
+_CHUNK = gl.constexpr(8)
+
+# Triton 3.6 calls it thread_barrier.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+def describe(tensor: Tensor, positions: int) -> Any:
+    """A descriptor by which the copy engine fetches and writes tiles of ``positions`` rows of (N, H, L, DIM)."""
+    dim = padded(tensor.shape[3])
+    # A row of the tile is swizzled by its own width, up to the 128 bytes that are the engine's most.
+    swizzle = min(dim * _ELEMENT_BITS // 8, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=_ELEMENT_BITS, rank=4)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, positions, dim], layout)
+
+
+@gluon.jit
+def locate_program(kv_heads, group, tiles):
+    """(n, h, h_kv, tile) of this program in a grid of N * H * tiles; the query heads of a group vary fastest."""
+    program = gl.program_id(0)
+    kv_program = program // group
+    kv_head = kv_program // tiles
+    n = kv_head // kv_heads
+    h_kv = kv_head - n * kv_heads
+    return n, h_kv * group + (program - kv_program * group), h_kv, kv_program - kv_head * tiles
+
+
+@gluon.jit
+def visible_length(key_lengths, n, len_k):
+    """How many keys of sequence n are visible at all, clamped to 0..Lk."""
+    length = len_k
+    if key_lengths is not None:
+        length = gl.minimum(gl.maximum(gl.load(key_lengths + n), 0), len_k).to(gl.int32)
+    return length
+
+
+@gluon.jit
+def fetch(descriptor, n, h, start, barrier, buffer, wanted=True):
+    """Start copying the tile of rows from ``start`` on; ``barrier`` has been told how many bytes to expect."""
+    tma.async_copy_global_to_shared(descriptor, [n, h, start, 0], barrier, buffer, pred=wanted)
+
+
+@gluon.jit
+def matrix(buffer):
+    """A fetched tile (1, 1, rows, DIM) as rows by DIM."""
+    return buffer.reshape([buffer.shape[2], buffer.shape[3]])
+
+
+@gluon.constexpr_function
+def rows_layout(dim, warps):
+    """16 bytes a thread along rows of ``dim`` elements of 16 bit."""
+    lanes = dim // _CHUNK.value
+    return gl.BlockedLayout([1, _CHUNK.value], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def product_layout(columns, warps):
+    """How the matrix units leave a product of this many columns in registers: 16 rows to a warp."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+
+
+@gluon.jit
+def clear_rows_from(end, buffer, layout: gl.constexpr):
+    """Set the rows of a fetched tile from ``end`` on to zero: 0 * NaN, of a key past key_lengths, would be NaN."""
+    tile = matrix(buffer)
+    if end < tile.shape[0]:
+        row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
+        values = gl.where(row[:, None] < end, tile.load(layout), 0.0)
+        _barrier()
+        tile.store(values.to(buffer.dtype))
+        fence_async_shared()
+        _barrier()
+
+
+@gluon.jit
+def hide(x, start, first, last, all_from, all_to, FILL: gl.constexpr, layout: gl.constexpr):
+    """``x`` with FILL in columns outside [first, last) of each row, the columns counting from ``start``.
+
+    In [all_from, all_to) no row hides anything: most tiles lie inside, and those of an edge need one comparison.
+    """
+    BLOCK: gl.constexpr = x.shape[1]
+    column = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
+    if start < all_from:
+        x = gl.where(column >= (first - start)[:, None], x, FILL)
+    if start + BLOCK > all_to:
+        x = gl.where(column < (last - start)[:, None], x, FILL)
+    return x
+
+
+@gluon.jit
+def store_tile(descriptor, n, h, start, values, buffer):
+    """Write a tile of rows from ``start`` on, those that exist, by way of ``buffer``, which nobody reads any more."""
+    _barrier()
+    matrix(buffer).store(values.to(buffer.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(descriptor, [n, h, start, 0], buffer)
+
+
+@gluon.jit
+def finish_stores():
+    """Wait until the buffers of all stores have been read: a program must not end before."""
+    tma.store_wait(0)
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The buffer after this one in a ring of STAGES, and the phase in which its barrier completes next."""
+    stage += 1
+    phase = gl.where(stage == STAGES, phase ^ 1, phase)
+    return gl.where(stage == STAGES, 0, stage), phase
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """COUNT barriers, each completed by the bytes that it was told to expect."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(COUNT):
+        mbarrier.init(bars.index(index), count=1)
+    return bars

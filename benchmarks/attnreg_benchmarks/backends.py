@@ -1,0 +1,44 @@
+"""attnreg's backends as contenders, each asked for by name through the public functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import attnreg
+from attnreg.backend import Backend, refusals
+from attnreg_benchmarks.contender import Calls, Contender, Inputs, autograd_calls
+from attnreg_benchmarks.workloads import Workload
+
+# The rank of the slow but always right reference, see attnreg.Backend: it takes part only when it is asked for.
+REFERENCE_RANK = 100
+
+
+def backends(names: Sequence[str] = ()) -> tuple[Contender, ...]:
+    """The backends of these names; without any, all that are registered but the reference.
+
+    Raises:
+        ValueError: no backend has such a name; the message lists those that there are.
+    """
+    known = {status.name: (status.backend, status.ops) for status in attnreg.backends() if status.backend is not None}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no backend is called {unknown[0]!r}; registered: {', '.join(sorted(known))}")
+    chosen = names or [name for name, (backend, _) in known.items() if backend.rank != REFERENCE_RANK]
+    return tuple(_contender(*known[name]) for name in dict.fromkeys(chosen))
+
+
+def _contender(backend: Backend, ops: tuple[str, ...]) -> Contender:
+    def refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
+        problem = workload.problem(device, needs_grad=direction == "backward")
+        return "; ".join(refusals(backend, problem)) or None
+
+    def prepare(workload: Workload, inputs: Inputs) -> Calls:
+        op = getattr(attnreg, workload.op)
+        function: functools.partial[Tensor] = functools.partial(op, window=workload.window, backend=backend.name)
+        return autograd_calls(function, inputs)
+
+    return Contender(backend.name, "backend", ops, refuse, prepare)

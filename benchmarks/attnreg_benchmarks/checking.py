@@ -1,0 +1,113 @@
+"""Whether a result is right: only then does its time count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnreg_benchmarks.contender import Calls, Inputs
+from attnreg_benchmarks.reference import Strip, complete_parts, compute, inputs_of, parts_of, strips
+from attnreg_benchmarks.workloads import Workload
+
+# What counts as fp32-accurate even where the naive computation happens to be better.
+FP32_ACCURATE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """The truth on one strip.
+
+    Attributes:
+        strip: where.
+        truth: the complete parts in float64, by name: "output", and the gradient of each input by the input's name.
+        limits: for each the largest relative error that passes.
+    """
+
+    strip: Strip
+    truth: dict[str, Tensor]
+    limits: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        errors: by name, ``norm(result - truth) / norm(truth)`` on the strip where it is largest.
+        fault: the first thing that is wrong, or None.
+    """
+
+    errors: dict[str, float]
+    fault: str | None
+
+
+def expectations(workload: Workload, inputs: Inputs) -> tuple[Expected, ...]:
+    """The truth on every strip, with the error budget: twice that of the naive computation in the same dtype plus a rounding.
+
+    In float32, an error of 1e-6 passes as well.
+    """
+    expected = []
+    for strip in strips(workload):
+        truth = _complete(workload, strip, inputs, torch.float64)
+        naive = _complete(workload, strip, inputs, workload.dtype)
+        rounding = torch.finfo(workload.dtype).eps
+        least = FP32_ACCURATE if workload.dtype == torch.float32 else 0.0
+        limits = {name: max(2 * relative_error(naive[name], truth[name]) + rounding, least) for name in truth}
+        expected.append(Expected(strip, truth, limits))
+    return tuple(expected)
+
+
+def check(workload: Workload, direction: str, calls: Calls, inputs: Inputs, expected: tuple[Expected, ...]) -> Verdict:
+    """Run one direction once and compare it with the truth.
+
+    Memory that the result is likely to get is filled with NaN first, so that an element nobody writes shows.
+    """
+    output, gradients = None, None
+    if direction == "forward":
+        _poison((inputs.upstream,))
+        output = calls.forward()
+        shapes = {"output": (output, workload.output)}
+    else:
+        run = calls.make_backward()
+        _poison(inputs.tensors)
+        gradients = run()
+        shapes = dict(zip(workload.inputs, zip(gradients, workload.inputs.values())))
+    for name, (given, shape) in shapes.items():
+        if tuple(given.shape) != shape or given.dtype != workload.dtype:
+            return Verdict({}, f"{name}: has shape {tuple(given.shape)}, {given.dtype}; expected {shape}")
+        if bool(given.isnan().any()):
+            return Verdict({}, f"{name}: holds NaN")
+    errors: dict[str, float] = {}
+    fault = None
+    for each in expected:
+        for name, part in parts_of(workload, each.strip, output, gradients).items():
+            error = relative_error(part, each.truth[name])
+            errors[name] = max(error, errors.get(name, 0.0))
+            if not error <= each.limits[name] and fault is None:
+                fault = (
+                    f"{name}: relative error {error:.1e} exceeds {each.limits[name]:.1e}, in queries "
+                    f"{each.strip.rows.start} to {each.strip.rows.stop - 1} of sequence {each.strip.batch}"
+                )
+    return Verdict(errors, fault)
+
+
+def relative_error(given: Tensor, truth: Tensor) -> float:
+    """``norm(given - truth) / norm(truth)`` over the finite elements of ``truth``; infinite if the others are not equal."""
+    finite = truth.isfinite()
+    if not bool((given.to(truth.dtype) == truth)[~finite].all()):
+        return float("inf")
+    wrong = (given.to(truth.dtype) - truth).where(finite, 0).norm()
+    return float(wrong / truth.where(finite, 0).norm())
+
+
+def _complete(workload: Workload, strip: Strip, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    output, gradients = compute(workload, strip, inputs_of(workload, strip, inputs, dtype))
+    return complete_parts(workload, strip, output, gradients)
+
+
+def _poison(tensors: tuple[Tensor, ...]) -> None:
+    """Leave NaN in freed memory of these sizes; the allocator hands it out again next."""
+    poison = [torch.full_like(tensor, torch.nan) for tensor in tensors]
+    del poison

@@ -1,0 +1,12 @@
+"""The peers: other libraries' implementations of ``local_attention``, one file each. Nobody else has the other two ops."""
+
+from __future__ import annotations
+
+from attnreg_benchmarks.contender import Contender
+from attnreg_benchmarks.peers.cudnn_graph import CUDNN
+from attnreg_benchmarks.peers.dense import DENSE
+from attnreg_benchmarks.peers.flash2 import FLASH2
+from attnreg_benchmarks.peers.flash4 import FLASH4
+from attnreg_benchmarks.peers.flex import FLEX
+
+PEERS: tuple[Contender, ...] = (FLASH2, FLASH4, CUDNN, FLEX, DENSE)

@@ -1,0 +1,41 @@
+"""torch's scaled_dot_product_attention under a dense (L, L) mask: what is written where nothing local is at hand."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnreg import Window
+from attnreg_benchmarks.contender import Calls, Contender, Inputs, autograd_calls
+from attnreg_benchmarks.workloads import FUSED, Workload
+
+MOST_POSITIONS = 4096
+
+
+def _refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
+    if workload.length > MOST_POSITIONS:
+        return f"L is {workload.length}; a dense mask is tried up to {MOST_POSITIONS}"
+    return None
+
+
+def _prepare(workload: Workload, inputs: Inputs) -> Calls:
+    mask = _band(workload.length, workload.window, inputs.upstream.device)
+    grouped = workload.heads != workload.kv_heads
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+
+    return autograd_calls(attend, inputs)
+
+
+@functools.lru_cache(maxsize=2)
+def _band(length: int, window: Window, device: torch.device) -> Tensor:
+    """(L, L), True where query i (row) sees key j."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril(window.right).triu(-window.left)
+
+
+DENSE = Contender("sdpa-dense", "peer", (FUSED,), _refuse, _prepare)

@@ -1,0 +1,108 @@
+"""Latency against window, or against length, of every contender over the floor; one panel for each series and direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnreg_benchmarks.results import Results
+from attnreg_benchmarks.run import Record
+from attnreg_benchmarks.workloads import DIRECTIONS, LENGTH_SERIES, Workload
+
+
+class MissingMatplotlib(RuntimeError):
+    """matplotlib is not installed; the message says how to install it."""
+
+
+def check_plot(path: Path) -> None:
+    """Check what :func:`plot_results` needs beside results.
+
+    Raises:
+        MissingMatplotlib: matplotlib is not installed.
+        ValueError: the suffix of ``path`` is no format that matplotlib can write.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise MissingMatplotlib(f"plots need matplotlib ({error}); pip install 'attnreg[plot]'") from None
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"{path}: the suffix says the format; expected one of {', '.join(sorted(formats))}")
+
+
+def plot_results(results: Results, path: Path) -> None:
+    """Draw ``results`` into ``path``; its suffix says the format, such as .png or .svg.
+
+    Raises:
+        MissingMatplotlib, ValueError: as :func:`check_plot`; a ValueError also where nothing was timed.
+        OSError: the file cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    series = _series(results)
+    if not series:
+        raise ValueError("there is nothing to plot: no contender was timed")
+    directions = [each for each in DIRECTIONS if any(record.direction == each for record in results.records)]
+    figure = Figure(figsize=(5 * len(directions), 3.4 * len(series) + 1.2), layout="constrained")
+    colours = _colours(results.records)
+    panels = figure.subplots(len(series), len(directions), squeeze=False)
+    for row, workloads in zip(panels, series):
+        for axes, direction in zip(row, directions):
+            _panel(axes, workloads, [each for each in results.records if each.direction == direction], colours)
+            axes.set_title(f"{_title(workloads)}\n{direction}", fontsize=9)
+    handles = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        title=f"{results.environment.device}: backends solid, peers dashed",
+        loc="outside upper center",
+        ncols=min(len(handles), 3 * len(directions)),
+        fontsize=9,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _series(results: Results) -> list[list[Workload]]:
+    """The workloads that were timed, by group."""
+    timed = {record.workload for record in results.records if record.seconds is not None}
+    groups: dict[str, list[Workload]] = {}
+    for workload in results.workloads:
+        if workload.name in timed:
+            groups.setdefault(workload.group, []).append(workload)
+    return list(groups.values())
+
+
+def _panel(axes: Any, workloads: Sequence[Workload], records: Sequence[Record], colours: dict[str, Any]) -> None:
+    by_length = workloads[0].group in LENGTH_SERIES
+    position = {each.name: each.length if by_length else each.window.size for each in workloads}
+    here = [record for record in records if record.workload in position]
+    for contender, colour in colours.items():
+        timed = [record for record in here if record.contender == contender and record.seconds is not None]
+        if timed:
+            dashed = "--" if timed[0].kind == "peer" else "-"
+            points = [(position[record.workload], 1e3 * (record.seconds or 0.0)) for record in timed]
+            axes.plot(*zip(*points), dashed, marker="o", markersize=3, color=colour, label=contender)
+    floor = {position[record.workload]: 1e3 * record.floor for record in here}
+    axes.plot(*zip(*sorted(floor.items())), ":", marker="_", color="black", label="floor")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(floor), [str(size) for size in sorted(floor)], fontsize=8)
+    axes.set_xlabel("length L" if by_length else "window W", fontsize=8)
+    axes.set_ylabel("ms", fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _colours(records: Sequence[Record]) -> dict[str, Any]:
+    """One colour for each contender that was timed, the same in all panels."""
+    names = dict.fromkeys(record.contender for record in records if record.seconds is not None)
+    return {name: f"C{index % 10}" for index, name in enumerate(names)}
+
+
+def _title(workloads: Sequence[Workload]) -> str:
+    first = workloads[0]
+    length = "" if first.group in LENGTH_SERIES else f" L={first.length}"
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{first.op} N={first.batch} H={first.heads} Hkv={first.kv_heads}{length} E={first.head_dim} {dtype}"

@@ -1,0 +1,204 @@
+"""How it is measured: for each workload, contender and direction, the result is checked, and timed only if it is right."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from attnreg.timing import Call, Timing, measure, measuring_stream, sets_for_cold_cache
+from attnreg_benchmarks.checking import Expected, Verdict, check, expectations
+from attnreg_benchmarks.contender import Contender, Inputs, random_inputs
+from attnreg_benchmarks.floor import Ceilings, bytes_moved, floor_seconds
+from attnreg_benchmarks.workloads import Workload
+
+# How long one call is sampled, in seconds.
+SAMPLING_SECONDS = 0.15
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was found out about one contender on one workload in one direction.
+
+    Attributes:
+        workload: the workload's name.
+        direction: "forward" or "backward".
+        contender: the backend's or the peer's name.
+        kind: "backend" or "peer".
+        floor: the physical floor in seconds.
+        seconds: a call's time, the median of all runs; None where there is none.
+        spread: seconds between the quartiles within a run, the largest of all runs.
+        runs: the median of each run, in seconds.
+        method: how it was timed, see :class:`attnreg.timing.Timing`.
+        errors: relative errors by name: "output", or the gradient of each input by the input's name.
+        reason: why there is no time; None where there is one.
+    """
+
+    workload: str
+    direction: str
+    contender: str
+    kind: str
+    floor: float
+    seconds: float | None = None
+    spread: float | None = None
+    runs: tuple[float, ...] = ()
+    method: str | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """``floor / seconds``: 1.0 is the physical limit."""
+        return None if self.seconds is None else self.floor / self.seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What all contenders for one workload share: as many sets of inputs as make the cache cold, and the truth on the first."""
+
+    workload: Workload
+    device: torch.device
+    sets: tuple[Inputs, ...]
+    expected: tuple[Expected, ...]
+
+
+def set_stage(workload: Workload, device: torch.device, seed: int = 0) -> Stage:
+    """Random inputs for ``workload`` on ``device``, and what is true of them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with measuring_stream(device):
+        count = sets_for_cold_cache(bytes_moved(workload, "forward"), device)
+        sets = tuple(random_inputs(workload, device, generator) for _ in range(count))
+        return Stage(workload, device, sets, expectations(workload, sets[0]))
+
+
+def verify(stage: Stage, contender: Contender, direction: str) -> Verdict:
+    """Run one direction once, and compare it with the truth."""
+    with measuring_stream(stage.device):
+        first = stage.sets[0]
+        calls = contender.prepare(stage.workload, first)
+        return check(stage.workload, direction, calls, first, stage.expected)
+
+
+def clock(stage: Stage, contender: Contender, direction: str, seconds: float = SAMPLING_SECONDS) -> Timing:
+    """Time one direction over all sets of inputs."""
+    with measuring_stream(stage.device):
+        prepared = [contender.prepare(stage.workload, inputs) for inputs in stage.sets]
+        forward = direction == "forward"
+        calls: list[Call] = [each.forward if forward else each.make_backward() for each in prepared]
+        return measure(calls, stage.device, seconds=seconds)
+
+
+def run(
+    workloads: Sequence[Workload],
+    contenders: Sequence[Contender],
+    directions: Sequence[str],
+    device: torch.device,
+    ceilings: Ceilings,
+    repeat: int = 1,
+) -> Iterator[Record]:
+    """Measure every contender on every workload in every direction, ``repeat`` times over; one record for each time.
+
+    A contender that refuses, is wrong, raises or runs out of memory costs only itself: its record has the reason. Only one that
+    leaves the device unusable ends the measuring; whatever follows then has that for its reason.
+    """
+    unusable: str | None = None
+    settled: dict[tuple[str, str, str], Record] = {}
+    for repetition in range(repeat):
+        for workload in workloads:
+            stage: Stage | str = unusable or _try_to_set_stage(workload, device, repetition)
+            for contender in (each for each in contenders if workload.op in each.ops):
+                for direction in directions:
+                    blank = Record(
+                        workload.name,
+                        direction,
+                        contender.name,
+                        contender.kind,
+                        floor_seconds(workload, direction, ceilings),
+                    )
+                    key = (workload.name, contender.name, direction)
+                    record = settled.get(key, blank)
+                    if record.reason is None and unusable is not None:
+                        record = replace(record, reason=unusable)
+                    elif record.reason is None:
+                        record = _measured(record, stage, contender, direction)
+                        if record.reason is not None:
+                            unusable = _why_unusable(device, contender)
+                    # Later repetitions keep the errors, and whatever stands against a time.
+                    settled[key] = replace(record, seconds=None, spread=None, runs=(), method=None)
+                    yield record
+            del stage
+
+
+def merge(records: Iterable[Record]) -> tuple[Record, ...]:
+    """One record for each workload, contender and direction: the median of its runs; a reason goes before any time."""
+    grouped: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        grouped.setdefault((record.workload, record.contender, record.direction), []).append(record)
+    return tuple(map(_merged, grouped.values()))
+
+
+def _merged(records: Sequence[Record]) -> Record:
+    failed = [record for record in records if record.reason is not None]
+    if failed:
+        return failed[0]
+    runs = tuple(record.seconds for record in records if record.seconds is not None)
+    spread = max(record.spread or 0.0 for record in records)
+    return replace(records[0], seconds=statistics.median(runs), spread=spread, runs=runs)
+
+
+def _measured(record: Record, stage: Stage | str, contender: Contender, direction: str) -> Record:
+    """``record`` with a time, or with the reason why there is none."""
+    if isinstance(stage, str):
+        return replace(record, reason=stage)
+    try:
+        reason = contender.refuse(stage.workload, direction, stage.device)
+        if reason is not None:
+            return replace(record, reason=reason)
+        if not record.errors:
+            verdict = verify(stage, contender, direction)
+            record = replace(record, errors=verdict.errors)
+            if verdict.fault is not None:
+                return replace(record, reason=f"wrong: {verdict.fault}")
+        timing = clock(stage, contender, direction)
+    # Whatever a contender raises is its own affair.
+    except Exception as error:
+        reason = _first_line(error)
+    else:
+        return replace(record, seconds=timing.median, spread=timing.spread, runs=(timing.median,), method=timing.method)
+    _release()  # not before the traceback, and with it the contender's tensors, is gone
+    return replace(record, reason=reason)
+
+
+def _try_to_set_stage(workload: Workload, device: torch.device, seed: int) -> Stage | str:
+    """The stage, or why there is none."""
+    try:
+        return set_stage(workload, device, seed)
+    except (RuntimeError, MemoryError) as error:
+        return f"its inputs cannot be made: {_first_line(error)}"
+
+
+def _why_unusable(device: torch.device, contender: Contender) -> str | None:
+    """Why nothing more can run on the device after ``contender`` failed; None where it can."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except RuntimeError as error:
+        return f"not run: {contender.name} left the device unusable ({_first_line(error)})"
+    return None
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):  # a device that has become unusable is told by _why_unusable
+            torch.cuda.empty_cache()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

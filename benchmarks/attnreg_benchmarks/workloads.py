@@ -1,0 +1,167 @@
+"""What is measured: one table of named workloads for every benchmark here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from attnreg import Problem, Window
+
+FUSED, DOT, AVERAGE = "local_attention", "local_dot_product", "local_weighted_average"
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op on one shape, with as many queries as keys, as values as head dims, no bias and no key lengths.
+
+    Attributes:
+        group: the series that it belongs to, one curve in a plot.
+        op: one of ``attnreg.problem.OPS``.
+        batch: N.
+        heads: H, the query heads.
+        kv_heads: Hkv, the key and value heads.
+        length: L, the number of queries and of keys.
+        head_dim: E and D, the last dimension of query, key and value.
+        window: which keys a query sees; W = ``window.size``.
+        dtype: of every tensor.
+        device_type: the kind of device that its size is meant for: "cuda" or "cpu".
+    """
+
+    group: str
+    op: str
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    head_dim: int
+    window: Window
+    dtype: torch.dtype
+    device_type: str = "cuda"
+
+    @property
+    def name(self) -> str:
+        """What it is called in results and on the command line: ``group/w64``, in a series of lengths ``group/l4096``."""
+        return f"{self.group}/{f'l{self.length}' if self.group in LENGTH_SERIES else f'w{self.window.size}'}"
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the op's tensors by name, in the order in which it takes them."""
+        query = (self.batch, self.heads, self.length, self.head_dim)
+        key = (self.batch, self.kv_heads, self.length, self.head_dim)
+        if self.op == DOT:
+            return {"query": query, "key": key}
+        if self.op == AVERAGE:
+            return {"weights": self._band, "value": key}
+        return {"query": query, "key": key, "value": key}
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """The output's shape, which is that of the gradient sent back."""
+        return self._band if self.op == DOT else (self.batch, self.heads, self.length, self.head_dim)
+
+    @property
+    def _band(self) -> tuple[int, ...]:
+        return (self.batch, self.heads, self.length, self.window.size)
+
+    def problem(self, device: torch.device, *, needs_grad: bool) -> Problem:
+        """The call as attnreg's dispatcher sees it."""
+        return Problem(
+            op=self.op,
+            device=device,
+            dtype=self.dtype,
+            batch=self.batch,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            query_length=self.length,
+            key_length=self.length,
+            head_dim=0 if self.op == AVERAGE else self.head_dim,
+            value_dim=0 if self.op == DOT else self.head_dim,
+            window=self.window,
+            needs_grad=needs_grad,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op} {self.batch},{self.heads},{self.kv_heads},{self.length},{self.head_dim} "
+            f"{str(self.dtype).removeprefix('torch.')} {self.window}"
+        )
+
+
+def _series(
+    first: Workload, sizes: Sequence[int], window: Callable[[int], Window] = Window.causal
+) -> tuple[Workload, ...]:
+    return tuple(replace(first, window=window(size)) for size in sizes)
+
+
+def _lengths(first: Workload, lengths: Sequence[int]) -> tuple[Workload, ...]:
+    return tuple(replace(first, length=length) for length in lengths)
+
+
+ONE = Window(0, 0)  # stands in the first of a series, until the series gives each its own
+HALF, SINGLE = torch.bfloat16, torch.float32
+FUSED_SIZES = (16, 64, 128, 256, 512, 1024)
+BAND_SIZES = (8, 16, 32, 64, 128, 256, 512)
+CPU_SIZES = (8, 32, 128)
+
+# Groups whose workloads differ in their length, not in their window.
+LENGTH_SERIES = ("long",)
+# Groups that are run only when they are named.
+ON_REQUEST = ("long",)
+
+# Shapes in the order N, H, Hkv, L, E.
+WORKLOADS: tuple[Workload, ...] = (
+    *_series(Workload("fused-e64", FUSED, 4, 16, 16, 8192, 64, ONE, HALF), FUSED_SIZES),
+    *_series(Workload("fused-e128", FUSED, 4, 16, 16, 8192, 128, ONE, HALF), FUSED_SIZES),
+    Workload("gpt-oss", FUSED, 2, 64, 8, 8192, 64, Window.causal(128), HALF),
+    Workload("modernbert", FUSED, 8, 12, 12, 8192, 64, Window(64, 64), HALF),
+    *_series(Workload("dot-fp32", DOT, 10, 12, 12, 2048, 64, ONE, SINGLE), BAND_SIZES, Window.centered),
+    *_series(Workload("average-fp32", AVERAGE, 10, 12, 12, 2048, 64, ONE, SINGLE), BAND_SIZES, Window.centered),
+    *_series(Workload("dot-bf16", DOT, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
+    *_series(Workload("average-bf16", AVERAGE, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
+    *_lengths(Workload("long", FUSED, 1, 2, 2, 1, 64, Window.causal(128), HALF), [2**power for power in range(14, 21)]),
+    *_series(Workload("cpu-fused", FUSED, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES),
+    *_series(Workload("cpu-fused-bf16", FUSED, 1, 4, 4, 2048, 64, ONE, HALF, "cpu"), CPU_SIZES),
+    *_series(Workload("cpu-dot", DOT, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES, Window.centered),
+    *_series(Workload("cpu-average", AVERAGE, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES, Window.centered),
+)
+
+
+def select(device_type: str, patterns: Sequence[str] = (), op: str | None = None) -> tuple[Workload, ...]:
+    """The workloads for a kind of device, "cuda" or "cpu", in the order of the table; see :func:`matching`.
+
+    Without a pattern, the groups that are run on request only are left out.
+    """
+    here = [workload for workload in WORKLOADS if workload.device_type == device_type]
+    if not patterns:
+        here = [workload for workload in here if workload.group not in ON_REQUEST]
+    return matching(here, patterns, op)
+
+
+def matching(workloads: Sequence[Workload], patterns: Sequence[str], op: str | None) -> tuple[Workload, ...]:
+    """Those of ``workloads`` that are asked for, in their order.
+
+    Args:
+        workloads: what there is.
+        patterns: names, groups or shell patterns of either (``fused-*``, ``*/w64``); without any, all.
+        op: only those of this op; None for all.
+
+    Raises:
+        ValueError: a pattern fits none of them; the message lists the groups.
+    """
+    for pattern in patterns:
+        if not any(_fits(workload, pattern) for workload in workloads):
+            groups = ", ".join(dict.fromkeys(workload.group for workload in workloads)) or "none"
+            raise ValueError(f"no workload here fits {pattern!r}; the groups are {groups}")
+    return tuple(
+        workload
+        for workload in workloads
+        if (not patterns or any(_fits(workload, pattern) for pattern in patterns)) and op in (None, workload.op)
+    )
+
+
+def _fits(workload: Workload, pattern: str) -> bool:
+    return fnmatchcase(workload.name, pattern) or fnmatchcase(workload.group, pattern)
