@@ -131,3 +131,33 @@ def store_rows(tensor, tensor_strides, n, h, position, valid, values, DIM: tl.co
     """Write the valid rows of a padded tile."""
     pointers = row_pointers(tensor, tensor_strides, n, h, position, BLOCK)
     tl.store(pointers, cast(values, tensor.dtype.element_ty), mask=row_mask(valid, DIM, BLOCK))
+
+
+@triton.jit
+def below(position, limit):
+    """``0 <= position < limit`` in one comparison; ``limit`` is not negative."""
+    return position.to(tl.uint32, bitcast=True) < limit
+
+
+@triton.jit
+def load_clamped_rows(tensor, stride, position, first, last, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of (L, DIM) at ``position``, padded with zeros to BLOCK; one outside [first, last] is the nearest inside.
+
+    That costs less than masking them, where what comes of them is not used.
+    """
+    position = tl.minimum(tl.maximum(position, first), last)
+    pointers = tensor + position.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
+    if DIM == BLOCK:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(tl.arange(0, BLOCK) < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def skewed_pointers(band, pitch, i, j, LONG: tl.constexpr):
+    """Pointers to row i's slot j - i of a band whose rows are ``pitch`` apart; offsets are 64-bit if LONG.
+
+    ``band`` points to slot 0 of row 0, with i and j counted from there, so that a tile's offsets fit 32 bits.
+    """
+    if LONG:
+        i = i.to(tl.int64)
+    return band + i * (pitch - 1) + j

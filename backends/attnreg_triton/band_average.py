@@ -13,17 +13,18 @@ from torch import Tensor
 
 from attnreg import Window
 from attnreg_triton.band import (
-    in_window,
+    below,
     keys_of_rows,
-    load_band,
     load_bias,
-    load_rows,
+    load_clamped_rows,
     locate_program,
+    skewed_pointers,
     store_rows,
     visible_length,
 )
-from attnreg_triton.interpreter import dot, span
-from attnreg_triton.launch import bias_strides, ceil_div, input_precision, launch, origin, padded, strides
+from attnreg_triton.interpreter import span
+from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
+from attnreg_triton.products import product_precision, weights_by_rows
 from attnreg_triton.tiles import product_by_rows
 
 
@@ -65,7 +66,8 @@ def band_average(
         scale,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=input_precision(keys.dtype),
+        PRECISION=product_precision(keys.dtype, window.size),
+        LONG=long_offsets(band, tiles),
         device=keys.device,
     )
     return rows
@@ -115,11 +117,11 @@ def _band_average(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
-    band_strides = (band_stride_n, band_stride_h, band_stride_i)
     n, h, h_kv, tile = locate_program(heads, group, row_tiles)
     i_begin = tile * BLOCK_M
     i_end = tl.minimum(i_begin + BLOCK_M, len_q)
@@ -127,15 +129,22 @@ def _band_average(
     i = i_tile[:, None]
     begin, end = keys_of_rows(i_begin, i_end, visible_length(key_lengths, n, len_k), origin, width)
 
+    # Everything is counted from the first row, i_begin, and the key of its slot 0.
+    j_origin = i_begin + origin
+    r = tl.arange(0, BLOCK_M)
+    slots = tl.where(i_tile < i_end, width, 0)[:, None]
+    keys += n * keys_strides[0] + h_kv * keys_strides[1]
+    band += n * band_stride_n + h * band_stride_h + i_begin.to(tl.int64) * band_stride_i
     acc = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
     for j_begin in span(begin, end, BLOCK_N):
         j_tile = j_begin + tl.arange(0, BLOCK_N)
-        j = j_tile[None, :]
-        visible = (j < end) & (i < i_end) & in_window(i, j, origin, width)
+        q = j_tile - j_origin
+        # A key past the end is in no row's slots.
+        visible = below(tl.where(j_tile < end, q, -BLOCK_M)[None, :] - r[:, None], slots)
         if bias is not None:
-            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j_tile[None, :], origin, visible)
             visible = b != float("-inf")
-        w = load_band(band, band_strides, n, h, i, j, origin, visible)
-        y = load_rows(keys, keys_strides, n, h_kv, j_tile, j_tile < end, DIM, BLOCK_DIM)
-        acc = dot(w, y, PRECISION, acc)
+        w = tl.load(skewed_pointers(band, band_stride_i, r[:, None], q[None, :], LONG), mask=visible, other=0.0)
+        y = load_clamped_rows(keys, keys_strides[2], j_tile, begin, end - 1, DIM, BLOCK_DIM)
+        acc = weights_by_rows(w, y, acc, PRECISION)
     store_rows(rows, rows_strides, n, h, i_tile, i_tile < i_end, acc * scale, DIM, BLOCK_DIM)

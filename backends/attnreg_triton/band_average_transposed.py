@@ -14,17 +14,18 @@ from torch import Tensor
 
 from attnreg import Window
 from attnreg_triton.band import (
-    in_window,
-    load_band,
+    below,
     load_bias,
-    load_rows,
+    load_clamped_rows,
     locate_program,
     rows_of_keys,
+    skewed_pointers,
     store_rows,
     visible_length,
 )
-from attnreg_triton.interpreter import dot, span
-from attnreg_triton.launch import bias_strides, ceil_div, input_precision, launch, origin, padded, strides
+from attnreg_triton.interpreter import span
+from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
+from attnreg_triton.products import product_precision, weights_by_rows
 from attnreg_triton.tiles import product_by_keys
 
 
@@ -67,7 +68,8 @@ def band_average_transposed(
         scale,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=input_precision(rows.dtype),
+        PRECISION=product_precision(rows.dtype, window.size * (heads // kv_heads)),
+        LONG=long_offsets(band, tiles),
         device=rows.device,
     )
     return keys
@@ -117,28 +119,39 @@ def _band_average_transposed(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
-    band_strides = (band_stride_n, band_stride_h, band_stride_i)
     n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
-    j_tile = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = j_tile[:, None]
-    j_end = tl.minimum((tile + 1) * BLOCK_N, visible_length(key_lengths, n, len_k))
-    begin, end = rows_of_keys(tile * BLOCK_N, j_end, len_q, origin, width)
+    j_begin = tile * BLOCK_N
+    j_end = tl.minimum(j_begin + BLOCK_N, visible_length(key_lengths, n, len_k))
+    begin, end = rows_of_keys(j_begin, j_end, len_q, origin, width)
 
+    k = tl.arange(0, BLOCK_N)
+    slots = tl.where(j_begin + k < j_end, width, 0)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
     for member in span(0, group, 1):
         h = h_kv * group + member
-        for i_begin in span(begin, end, BLOCK_M):
+        x_rows = rows + n * rows_strides[0] + h * rows_strides[1]
+        head_band = band + n * band_stride_n + h * band_stride_h
+        for step in span(0, end - begin, BLOCK_M):
+            i_begin = begin + step
+            # Rows are counted from i_begin, slots from the one that the first key has there.
             i_tile = i_begin + tl.arange(0, BLOCK_M)
-            i = i_tile[None, :]
-            visible = (j < j_end) & (i < end) & in_window(i, j, origin, width)
+            r = tl.arange(0, BLOCK_M)
+            first_slot = j_begin - i_begin - origin
+            # A row past the end has none of the slots.
+            c = first_slot + k[None, :] - r[:, None]
+            visible = below(c, slots) & (i_tile < end)[:, None]
             if bias is not None:
+                i, j = i_tile[:, None], (j_begin + k)[None, :]
                 b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
                 visible = b != float("-inf")
-            w = load_band(band, band_strides, n, h, i, j, origin, visible)
-            x = load_rows(rows, rows_strides, n, h, i_tile, i_tile < end, DIM, BLOCK_DIM)
-            acc = dot(w, x, PRECISION, acc)
+            corner = head_band + i_begin.to(tl.int64) * band_stride_i + first_slot
+            w = tl.load(skewed_pointers(corner, band_stride_i, r[:, None], k[None, :], LONG), mask=visible, other=0.0)
+            x = load_clamped_rows(x_rows, rows_strides[2], i_tile, begin, end - 1, DIM, BLOCK_DIM)
+            acc = weights_by_rows(tl.trans(w), x, acc, PRECISION)
+    j_tile = j_begin + k
     store_rows(keys, keys_strides, n, h_kv, j_tile, j_tile < len_k, acc * scale, DIM, BLOCK_DIM)

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from attnreg import Window
 from attnreg_triton.band import (
-    fill_band,
-    in_window,
+    below,
     load_bias,
+    load_clamped_rows,
     load_rows,
     locate_program,
-    store_band,
+    skewed_pointers,
     visible_length,
 )
-from attnreg_triton.interpreter import dot, span
-from attnreg_triton.launch import bias_strides, ceil_div, input_precision, launch, origin, padded, strides
+from attnreg_triton.interpreter import cast, span
+from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
+from attnreg_triton.products import product_precision, rows_by_keys
 from attnreg_triton.tiles import product_by_rows
 
 
@@ -39,7 +40,10 @@ def band_dot(
     """(N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W)."""
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
-    band = torch.empty((batch, heads, len_q, window.size), dtype=rows.dtype, device=rows.device)
+    shape = (batch, heads, len_q, window.size)
+    if len_k == 0:
+        return torch.full(shape, fill, dtype=rows.dtype, device=rows.device)
+    band = torch.empty(shape, dtype=rows.dtype, device=rows.device)
     tiles = product_by_rows(rows.dtype, head_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
@@ -66,7 +70,8 @@ def band_dot(
         FILL=fill,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=input_precision(rows.dtype),
+        PRECISION=product_precision(rows.dtype, head_dim),
+        LONG=long_offsets(band, tiles),
         device=rows.device,
     )
     return band
@@ -117,10 +122,10 @@ def _band_dot(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    band_strides = (band_stride_n, band_stride_h, band_stride_i)
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     n, h, h_kv, tile = locate_program(heads, group, row_tiles)
     i_begin = tile * BLOCK_M
@@ -128,25 +133,26 @@ def _band_dot(
     i_tile = i_begin + tl.arange(0, BLOCK_M)
     i = i_tile[:, None]
 
-    # The slots of these rows belong to keys [first, last); products are needed for [begin, end) of them.
-    first, last = i_begin + origin, i_end + origin + width - 1
-    begin = tl.minimum(tl.maximum(first, 0), last)
-    end = tl.minimum(tl.maximum(visible_length(key_lengths, n, len_k), begin), last)
-    computed = begin + tl.cdiv(end - begin, BLOCK_N) * BLOCK_N
-    fill_band(band, band_strides, n, h, i, first, begin, origin, width, len_q, FILL, BLOCK_N)
-    fill_band(band, band_strides, n, h, i, computed, last, origin, width, len_q, FILL, BLOCK_N)
-
+    # Everything is counted from the first row, i_begin, and the key of its slot 0.
+    j_origin = i_begin + origin
+    length = visible_length(key_lengths, n, len_k)
+    count = i_end - i_begin
+    r = tl.arange(0, BLOCK_M)
+    slots = tl.where(r < count, width, 0)[:, None]
     x = load_rows(rows, rows_strides, n, h, i_tile, i_tile < i_end, DIM, BLOCK_DIM)
-    for j_begin in span(begin, end, BLOCK_N):
-        j_tile = j_begin + tl.arange(0, BLOCK_N)
-        j = j_tile[None, :]
-        y = load_rows(keys, keys_strides, n, h_kv, j_tile, j_tile < end, DIM, BLOCK_DIM)
-        s = dot(x, tl.trans(y), PRECISION) * scale
-        visible = j < end
+    keys += n * keys_strides[0] + h_kv * keys_strides[1]
+    band += n * band_stride_n + h * band_stride_h + i_begin.to(tl.int64) * band_stride_i
+    for q_begin in span(0, count + width - 1, BLOCK_N):
+        q = q_begin + tl.arange(0, BLOCK_N)
+        j_begin = j_origin + q_begin
+        y = load_clamped_rows(keys, keys_strides[2], j_origin + q, 0, len_k - 1, DIM, BLOCK_DIM)
+        s = rows_by_keys(x, y, PRECISION) * scale
+        slot = below(q[None, :] - r[:, None], slots)
         if bias is not None:
-            within = visible & in_window(i, j, origin, width) & (i < i_end)
-            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, within)
-            visible = b != float("-inf")
-            s += b
-        s = tl.where(visible, s, FILL)
-        store_band(band, band_strides, n, h, i, j, origin, width, len_q, s)
+            j = (j_origin + q)[None, :]
+            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, slot & (j >= 0) & (j < length))
+            s = tl.where(b != float("-inf"), s + b, FILL)
+        elif (j_begin < 0) | (j_begin + BLOCK_N > length):
+            s = tl.where(below(j_origin + q, length)[None, :], s, FILL)
+        pointers = skewed_pointers(band, band_stride_i, r[:, None], q[None, :], LONG)
+        tl.store(pointers, cast(s, band.dtype.element_ty), mask=slot)

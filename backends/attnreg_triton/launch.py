@@ -51,6 +51,11 @@ def bias_strides(bias: Tensor | None) -> tuple[int, int, int, int]:
     return batch, head, row, column
 
 
+def long_offsets(band: Tensor, tiles: Tiles) -> bool:
+    """Whether the offsets within a tile of a band need 64 bits."""
+    return band.stride(2) * tiles.rows + band.shape[3] + tiles.keys >= 2**31
+
+
 def origin(window: Window, query_length: int, key_length: int) -> int:
     """The key position of slot 0 of row 0: slot c of row i is key ``i + origin + c``."""
     return key_length - query_length - window.left

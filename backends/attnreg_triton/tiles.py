@@ -28,8 +28,13 @@ class Tiles:
 _DIMS = (64, 128, 256)
 _PRODUCT = (
     (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 8)),
-    (Tiles(64, 64, 8), Tiles(32, 64, 8), Tiles(16, 32, 8)),
+    (Tiles(64, 64, 4, num_stages=1), Tiles(64, 32, 8), Tiles(32, 32, 8)),
 )
+# Windows for which one step of few keys does: the fewer the rows, the fewer products fall outside the band.
+_NARROW_PRODUCT = {
+    17: (Tiles(16, 32, 1, num_stages=1), Tiles(16, 32, 2, num_stages=1), Tiles(16, 32, 4, num_stages=1)),
+    33: (Tiles(32, 64, 2, num_stages=1), Tiles(32, 64, 4, num_stages=1)),
+}
 _ATTENTION = (
     (Tiles(64, 64, 4, num_stages=3), Tiles(64, 32, 4, num_stages=3), Tiles(32, 64, 8)),
     (Tiles(64, 32, 4), Tiles(32, 32, 8), Tiles(16, 16, 8)),
@@ -52,7 +57,10 @@ BAND_SUM = Tiles(32, 64, 4)
 
 def product_by_rows(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
     """For ``band_dot`` and ``band_average``, whose programs own rows."""
-    return _fit(_entry(_PRODUCT, dtype, dim), window)
+    for largest, by_dim in _NARROW_PRODUCT.items():
+        if window.size <= largest and dim <= _DIMS[len(by_dim) - 1]:
+            return by_dim[_class(dim)]
+    return _entry(_PRODUCT, dtype, dim)
 
 
 def product_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
@@ -81,8 +89,11 @@ def attention_backward_by_keys(dtype: torch.dtype, head_dim: int, value_dim: int
 
 
 def _entry(table: tuple[tuple[Tiles, ...], ...], dtype: torch.dtype, dim: int) -> Tiles:
-    by_dim = table[dtype == torch.float32]
-    return by_dim[next(index for index, limit in enumerate(_DIMS) if dim <= limit)]
+    return table[dtype == torch.float32][_class(dim)]
+
+
+def _class(dim: int) -> int:
+    return next(index for index, limit in enumerate(_DIMS) if dim <= limit)
 
 
 def _fit(tiles: Tiles, window: Window) -> Tiles:

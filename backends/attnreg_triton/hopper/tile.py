@@ -22,7 +22,7 @@ _ELEMENT_BITS = 16
 _CHUNK = gl.constexpr(8)
 
 # Triton 3.6 calls it thread_barrier.
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 def describe(tensor: Tensor, positions: int) -> Any:
@@ -86,10 +86,10 @@ def clear_rows_from(end, buffer, layout: gl.constexpr):
     if end < tile.shape[0]:
         row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
         values = gl.where(row[:, None] < end, tile.load(layout), 0.0)
-        _barrier()
+        synchronize()
         tile.store(values.to(buffer.dtype))
         fence_async_shared()
-        _barrier()
+        synchronize()
 
 
 @gluon.jit
@@ -110,7 +110,7 @@ def hide(x, start, first, last, all_from, all_to, FILL: gl.constexpr, layout: gl
 @gluon.jit
 def store_tile(descriptor, n, h, start, values, buffer):
     """Write a tile of rows from ``start`` on, those that exist, by way of ``buffer``, which nobody reads any more."""
-    _barrier()
+    synchronize()
     matrix(buffer).store(values.to(buffer.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(descriptor, [n, h, start, 0], buffer)
