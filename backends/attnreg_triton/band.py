@@ -24,13 +24,13 @@ def locate_program(heads, group, tiles):
     The query heads of a group vary fastest: programs that read the same keys run at the same time.
     """
     program = tl.program_id(0)
-    member = program % group
-    tile = program // group % tiles
-    kv_head = program // group // tiles
+    kv_program = program // group
+    kv_head = kv_program // tiles
     kv_heads = heads // group
     n = kv_head // kv_heads
-    h_kv = kv_head % kv_heads
-    return n.to(tl.int64), (h_kv * group + member).to(tl.int64), h_kv.to(tl.int64), tile
+    h_kv = kv_head - n * kv_heads
+    h = h_kv * group + (program - kv_program * group)
+    return n.to(tl.int64), h.to(tl.int64), h_kv.to(tl.int64), kv_program - kv_head * tiles
 
 
 @triton.jit
@@ -70,12 +70,6 @@ def band_pointers(band, band_strides, column_stride, n, h, i, j, origin):
     """Pointers to row i's slot for key j; ``i`` and ``j`` are tiles that vary along different axes."""
     rows = band + n * band_strides[0] + h * band_strides[1] + i.to(tl.int64) * (band_strides[2] - column_stride)
     return rows + (j - origin).to(tl.int64) * column_stride
-
-
-@triton.jit
-def load_band(band, band_strides, n, h, i, j, origin, visible):
-    """The band's values of a tile, 0 in invisible slots, which are not read."""
-    return tl.load(band_pointers(band, band_strides, 1, n, h, i, j, origin), mask=visible, other=0.0)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def band_average(
         scale,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=product_precision(keys.dtype, window.size),
+        PRECISION=product_precision(keys.dtype, window.size, window),
         LONG=long_offsets(band, tiles),
         device=keys.device,
     )
@@ -82,7 +82,6 @@ def band_average(
         "bias_stride_h",
         "bias_stride_i",
         "heads",
-        "group",
         "row_tiles",
         "len_q",
         "len_k",

@@ -68,7 +68,7 @@ def band_average_transposed(
         scale,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=product_precision(rows.dtype, window.size * (heads // kv_heads)),
+        PRECISION=product_precision(rows.dtype, window.size * (heads // kv_heads), window),
         LONG=long_offsets(band, tiles),
         device=rows.device,
     )
@@ -84,7 +84,6 @@ def band_average_transposed(
         "bias_stride_h",
         "bias_stride_i",
         "kv_heads",
-        "group",
         "key_tiles",
         "len_q",
         "len_k",

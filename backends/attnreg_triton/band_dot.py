@@ -70,7 +70,7 @@ def band_dot(
         FILL=fill,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=product_precision(rows.dtype, head_dim),
+        PRECISION=product_precision(rows.dtype, head_dim, window),
         LONG=long_offsets(band, tiles),
         device=rows.device,
     )
@@ -86,7 +86,6 @@ def band_dot(
         "band_stride_h",
         "band_stride_i",
         "heads",
-        "group",
         "row_tiles",
         "len_q",
         "len_k",

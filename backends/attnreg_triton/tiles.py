@@ -49,7 +49,7 @@ _BACKWARD_KEYS = (
 )
 
 # The keys of 64 rows and a window of at most this size fit three steps of 32 keys; steps of 64 would take two.
-_NARROW_WINDOW = 33
+NARROW_WINDOW = 33
 
 # A band that is only added up.
 BAND_SUM = Tiles(32, 64, 4)
@@ -97,7 +97,7 @@ def _class(dim: int) -> int:
 
 
 def _fit(tiles: Tiles, window: Window) -> Tiles:
-    return replace(tiles, keys=32, num_stages=2) if window.size <= _NARROW_WINDOW and tiles.keys > 32 else tiles
+    return replace(tiles, keys=32, num_stages=2) if window.size <= NARROW_WINDOW and tiles.keys > 32 else tiles
 
 
 # The Hopper kernels; measured on an H200 as above, and with grouped heads and symmetric windows. Narrow windows want small
@@ -109,16 +109,16 @@ def hopper_attention(head_dim: int, value_dim: int, window: Window) -> Tiles:
     """For the fused attention on Hopper, whose programs own rows."""
     if window.size > _HOPPER_PIPELINED:
         return Tiles(64, 64, 4, num_stages=1)
-    if window.size <= _NARROW_WINDOW:
+    if window.size <= NARROW_WINDOW:
         return Tiles(64, 32, 4, num_stages=3)
     return Tiles(64, 64 if max(head_dim, value_dim) <= 64 else 32, 4, num_stages=2)
 
 
 def hopper_attention_backward_by_rows(window: Window) -> Tiles:
     """For the gradient of the query on Hopper. At least two stages, as a step's tiles are free only in the next."""
-    return Tiles(64, 32, 4, num_stages=3) if window.size <= _NARROW_WINDOW else Tiles(64, 64, 4, num_stages=2)
+    return Tiles(64, 32, 4, num_stages=3) if window.size <= NARROW_WINDOW else Tiles(64, 64, 4, num_stages=2)
 
 
 def hopper_attention_backward_by_keys(window: Window) -> Tiles:
     """For the gradients of key and value on Hopper."""
-    return Tiles(32 if window.size <= _NARROW_WINDOW else 64, 64, 4, num_stages=2)
+    return Tiles(32 if window.size <= NARROW_WINDOW else 64, 64, 4, num_stages=2)
