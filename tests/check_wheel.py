@@ -12,6 +12,7 @@ MUST_HOLD = (
     "attnreg/py.typed",
     "attnreg_torch/plugin.py",
     "attnreg_triton/plugin.py",
+    "attnreg_triton/hopper/attention.py",
     "attnreg_cublas/plugin.py",
     "attnreg_cublas/csrc/library.cu",
     "attnreg_benchmarks/run.py",
