@@ -21,8 +21,10 @@ _ELEMENT_BITS = 16
 # Elements to a 16-byte access.
 _CHUNK = gl.constexpr(8)
 
-# Triton 3.6 calls it thread_barrier.
+# The names of Triton 3.9, and those of 3.6, which later ones have in part but refuse.
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_write_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 def describe(tensor: Tensor, positions: int) -> Any:
@@ -57,7 +59,7 @@ def visible_length(key_lengths, n, len_k):
 @gluon.jit
 def fetch(descriptor, n, h, start, barrier, buffer, wanted=True):
     """Start copying the tile of rows from ``start`` on; ``barrier`` has been told how many bytes to expect."""
-    tma.async_copy_global_to_shared(descriptor, [n, h, start, 0], barrier, buffer, pred=wanted)
+    _load_tile(descriptor, [n, h, start, 0], barrier, buffer, pred=wanted)
 
 
 @gluon.jit
@@ -113,7 +115,7 @@ def store_tile(descriptor, n, h, start, values, buffer):
     synchronize()
     matrix(buffer).store(values.to(buffer.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(descriptor, [n, h, start, 0], buffer)
+    _write_tile(descriptor, [n, h, start, 0], buffer)
 
 
 @gluon.jit
