@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import triton
-from attnreg_triton.hopper import attention, attention_backward
+from attnreg_triton.hopper import attention, attention_backward, band_average, band_dot, skew
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -56,7 +56,8 @@ def compile_instead(kernel, programs, tiles, *args, device, **constants):
 
 
 driver.set_active(Hopper())
-attention.launch = attention_backward.launch = compile_instead
+for module in (attention, attention_backward, band_average, band_dot):
+    module.launch = compile_instead
 for head_dim, value_dim, size, lengths in (
     (64, 64, 16, None),
     (64, 64, 128, None),
@@ -74,3 +75,19 @@ for head_dim, value_dim, size, lengths in (
     attention_backward.local_attention_backward(
         output, query, key, value, output, log_sum_exp, Window.causal(size), needs_grad=(True, True, True), **options
     )
+BAND_CASES = (
+    (torch.bfloat16, 64, 512, None),
+    (torch.bfloat16, 128, 104, torch.tensor([200])),
+    (torch.bfloat16, 64, 130, None),
+    (torch.float16, 40, 129, torch.tensor([200])),
+    (torch.float32, 64, 512, None),
+    (torch.float32, 36, 131, torch.tensor([200])),
+)
+for dtype, dim, size, lengths in BAND_CASES if skew.AVAILABLE else ():
+    case = f"{dtype},E={dim},W={size},{'lengths' if lengths is not None else 'no-lengths'}"
+    rows = torch.empty(1, 4, 256, dim, dtype=dtype)
+    keys = torch.empty(1, 2, 256, dim, dtype=dtype)
+    window = Window.centered(size)
+    band = band_dot.band_dot(rows, keys, window, key_lengths=lengths, scale=0.125, fill=0.0)
+    if dtype != torch.float32 and size % 8 == 0:
+        band_average.band_average(band, keys, window, key_lengths=lengths, scale=0.125)

@@ -22,6 +22,7 @@ from attnreg_triton.band import (
     store_rows,
     visible_length,
 )
+from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import span
 from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
 from attnreg_triton.products import product_precision, weights_by_rows
@@ -40,6 +41,10 @@ def band_average(
     """(N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D)."""
     batch, heads, len_q, _ = band.shape
     _, kv_heads, len_k, head_dim = keys.shape
+    if hopper.serves_band_average(band, keys, window, bias=bias):
+        from attnreg_triton.hopper import band_average as on_hopper
+
+        return on_hopper.band_average(band, keys, window, key_lengths=key_lengths, scale=scale)
     rows = torch.empty((batch, heads, len_q, head_dim), dtype=keys.dtype, device=keys.device)
     tiles = product_by_rows(keys.dtype, head_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)

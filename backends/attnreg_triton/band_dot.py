@@ -21,6 +21,7 @@ from attnreg_triton.band import (
     skewed_pointers,
     visible_length,
 )
+from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
 from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
 from attnreg_triton.products import product_precision, rows_by_keys
@@ -40,6 +41,10 @@ def band_dot(
     """(N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W)."""
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
+    if hopper.serves_band_dot(rows, keys, window, bias=bias):
+        from attnreg_triton.hopper import band_dot as on_hopper
+
+        return on_hopper.band_dot(rows, keys, window, key_lengths=key_lengths, scale=scale, fill=fill)
     shape = (batch, heads, len_q, window.size)
     if len_k == 0:
         return torch.full(shape, fill, dtype=rows.dtype, device=rows.device)

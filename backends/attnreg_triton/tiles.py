@@ -122,3 +122,23 @@ def hopper_attention_backward_by_rows(window: Window) -> Tiles:
 def hopper_attention_backward_by_keys(window: Window) -> Tiles:
     """For the gradients of key and value on Hopper."""
     return Tiles(32 if window.size <= NARROW_WINDOW else 64, 64, 4, num_stages=2)
+
+
+# Narrower windows fill too little of a tile of 64 keys; the kernels for every GPU are then as fast or faster.
+_HOPPER_BAND_DOT_FROM = {torch.float16: 18, torch.bfloat16: 18, torch.float32: 34}
+_HOPPER_BAND_AVERAGE_FROM = 80
+
+
+def hopper_band_dot_pays(dtype: torch.dtype, window: Window) -> bool:
+    """Whether ``hopper.band_dot`` is faster than ``band_dot``'s own kernel."""
+    return window.size >= _HOPPER_BAND_DOT_FROM[dtype]
+
+
+def hopper_band_average_pays(window: Window) -> bool:
+    """Whether ``hopper.band_average``, of 16 bit, is faster than ``band_average``'s own kernel."""
+    return window.size >= _HOPPER_BAND_AVERAGE_FROM
+
+
+def hopper_product() -> Tiles:
+    """For ``hopper.band_dot`` and ``hopper.band_average``; 64 by 64 is what the skewed view of a tile is made for."""
+    return Tiles(64, 64, 4, num_stages=2)

@@ -112,10 +112,10 @@ def _attention(
     dtype: gl.constexpr = query.dtype
     BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
     BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
-    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS)
-    o_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS)
+    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS, dtype)
+    o_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS, dtype)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    v_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS)
+    v_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
 
     n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
     length = visible_length(key_lengths, n, len_k)

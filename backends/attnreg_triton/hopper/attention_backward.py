@@ -140,11 +140,11 @@ def _attention_backward_rows(
     dtype: gl.constexpr = query.dtype
     BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
     BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
-    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS)
-    q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS)
+    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS, dtype)
+    q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
-    k_layout: gl.constexpr = rows_layout(BLOCK_HEAD, WARPS)
-    o_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS)
+    k_layout: gl.constexpr = rows_layout(BLOCK_HEAD, WARPS, dtype)
+    o_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
 
     n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
     length = visible_length(key_lengths, n, len_k)
@@ -260,9 +260,9 @@ def _attention_backward_keys(
     dtype: gl.constexpr = query.dtype
     BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
     BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
-    s_layout: gl.constexpr = product_layout(BLOCK_M, WARPS)
-    k_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS)
-    v_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS)
+    s_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
+    k_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
+    v_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS, dtype)
     row_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
 
     n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
@@ -315,7 +315,7 @@ def _attention_backward_keys(
     phase = 0
     mbarrier.wait(keys_ready, 0)
     if key_lengths is not None:
-        clear_rows_from(length - j_begin, v_tile, rows_layout(BLOCK_VALUE, WARPS))
+        clear_rows_from(length - j_begin, v_tile, rows_layout(BLOCK_VALUE, WARPS, dtype))
     for step in range(steps):
         lse2 = gl.convert_layout(lse_next * _LOG2E, gl.SliceLayout(0, s_layout))
         d = gl.convert_layout(d_next, gl.SliceLayout(0, s_layout))

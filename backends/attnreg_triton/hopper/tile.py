@@ -16,10 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnreg_triton.launch import padded
 
-_ELEMENT_BITS = 16
-
-# Elements to a 16-byte access.
-_CHUNK = gl.constexpr(8)
+_ACCESS_BITS = 128
 
 # The names of Triton 3.9, and those of 3.6, which later ones have in part but refuse.
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -27,12 +24,15 @@ _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _write_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
-def describe(tensor: Tensor, positions: int) -> Any:
-    """A descriptor by which the copy engine fetches and writes tiles of ``positions`` rows of (N, H, L, DIM)."""
-    dim = padded(tensor.shape[3])
+def describe(tensor: Tensor, positions: int, columns: int = 0) -> Any:
+    """A descriptor by which the copy engine fetches and writes tiles of ``positions`` rows of (N, H, L, DIM).
+
+    A tile holds ``columns`` elements of each row, or all of them padded to a power of two.
+    """
+    dim = columns or padded(tensor.shape[3])
     # A row of the tile is swizzled by its own width, up to the 128 bytes that are the engine's most.
-    swizzle = min(dim * _ELEMENT_BITS // 8, 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=_ELEMENT_BITS, rank=4)
+    size = tensor.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=min(dim * size, 128), element_bitwidth=size * 8, rank=4)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, positions, dim], layout)
 
 
@@ -57,9 +57,9 @@ def visible_length(key_lengths, n, len_k):
 
 
 @gluon.jit
-def fetch(descriptor, n, h, start, barrier, buffer, wanted=True):
+def fetch(descriptor, n, h, start, barrier, buffer, wanted=True, column=0):
     """Start copying the tile of rows from ``start`` on; ``barrier`` has been told how many bytes to expect."""
-    _load_tile(descriptor, [n, h, start, 0], barrier, buffer, pred=wanted)
+    _load_tile(descriptor, [n, h, start, column], barrier, buffer, pred=wanted)
 
 
 @gluon.jit
@@ -69,16 +69,17 @@ def matrix(buffer):
 
 
 @gluon.constexpr_function
-def rows_layout(dim, warps):
-    """16 bytes a thread along rows of ``dim`` elements of 16 bit."""
-    lanes = dim // _CHUNK.value
-    return gl.BlockedLayout([1, _CHUNK.value], [32 // lanes, lanes], [warps, 1], [1, 0])
+def rows_layout(dim, warps, dtype):
+    """16 bytes a thread along rows of ``dim`` elements."""
+    access = _ACCESS_BITS // dtype.primitive_bitwidth
+    lanes = dim // access
+    return gl.BlockedLayout([1, access], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def product_layout(columns, warps):
-    """How the matrix units leave a product of this many columns in registers: 16 rows to a warp."""
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+def product_layout(columns, warps, dtype):
+    """How the matrix units leave a product of this many columns of ``dtype`` in registers: 16 rows to a warp."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 256 // dtype.primitive_bitwidth])
 
 
 @gluon.jit

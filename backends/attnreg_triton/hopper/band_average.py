@@ -1,0 +1,161 @@
+"""``out_i = scale * sum_c band[i, c] y_j`` on Hopper: the kernel of ``attnreg_triton.band_average`` with whole rows read.
+
+A chunk of 64 slots a row, seen straight, fills the upper half of one tile of 64 keys and the lower half of the next.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from attnreg import Window
+from attnreg_triton.hopper.skew import BLOCK, allocate_views, chunk_layout, store_chunk
+from attnreg_triton.hopper.tile import (
+    advance,
+    barriers,
+    clear_rows_from,
+    describe,
+    fetch,
+    finish_stores,
+    locate_program,
+    matrix,
+    product_layout,
+    rows_layout,
+    store_tile,
+    synchronize,
+    visible_length,
+)
+from attnreg_triton.launch import ceil_div, launch, origin
+from attnreg_triton.tiles import hopper_product
+
+
+def band_average(band: Tensor, keys: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float) -> Tensor:
+    """(N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D), of a call that ``serves_band_average`` accepts."""
+    batch, heads, len_q, _ = band.shape
+    _, kv_heads, len_k, dim = keys.shape
+    rows = torch.empty((batch, heads, len_q, dim), dtype=keys.dtype, device=keys.device)
+    tiles = hopper_product()
+    row_tiles = ceil_div(len_q, tiles.rows)
+    launch(
+        _band_average,
+        batch * heads * row_tiles,
+        tiles,
+        describe(band, tiles.rows, columns=BLOCK.value),
+        describe(keys, tiles.keys),
+        key_lengths,
+        describe(rows, tiles.rows),
+        kv_heads,
+        heads // kv_heads,
+        row_tiles,
+        len_q,
+        len_k,
+        origin(window, len_q, len_k),
+        window.size,
+        scale,
+        STAGES=tiles.num_stages,
+        device=keys.device,
+    )
+    return rows
+
+
+@gluon.jit
+def _stage_weights(skewed, weights, j_begin, length, layout: gl.constexpr):
+    """Put a chunk that begins at key ``j_begin`` into shared memory, with 0 where no key is visible."""
+    # The first slot of the first row has the first key of all, the last slot of the last row the last one.
+    if (j_begin < 0) | (j_begin + 2 * BLOCK > length):
+        first = -j_begin - gl.arange(0, BLOCK, gl.SliceLayout(1, layout))[:, None]
+        c = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
+        store_chunk(skewed, gl.where((c >= first) & (c < first + length), weights, 0.0))
+    else:
+        store_chunk(skewed, weights)
+
+
+@gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
+def _band_average(
+    band,
+    keys,
+    key_lengths,
+    rows,
+    kv_heads,
+    group,
+    row_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    gl.static_assert(BLOCK_M == BLOCK)
+    gl.static_assert(BLOCK_N == BLOCK)
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = keys.dtype
+    BLOCK_DIM: gl.constexpr = keys.block_type.shape[3]
+    o_layout: gl.constexpr = product_layout(BLOCK_DIM, WARPS, dtype)
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    y_layout: gl.constexpr = rows_layout(BLOCK_DIM, WARPS, dtype)
+    c_layout: gl.constexpr = chunk_layout(1)
+
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
+    length = visible_length(key_lengths, n, len_k)
+    i_begin = tile * BLOCK
+    # Tile t of keys begins at that of slot 64 t of the first row. Tiles [begin, end) have visible keys, or one more that
+    # comes before them: half of its chunk belongs to the next.
+    begin = gl.maximum(-(i_begin + origin) // BLOCK - 1, 0)
+    end = gl.minimum(length - i_begin - origin, width + BLOCK - 1)
+    end = gl.maximum((end + BLOCK - 1) // BLOCK, begin)
+    j_begin = i_begin + origin + begin * BLOCK
+
+    w_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, BLOCK], band.layout)
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, BLOCK_DIM], keys.layout)
+    straight, skewed = allocate_views(dtype, 1)
+    ready = barriers(STAGES)
+    for slot in gl.static_range(STAGES):
+        wanted = begin + slot < end
+        mbarrier.expect(ready.index(slot), band.block_type.nbytes + keys.block_type.nbytes, pred=wanted)
+        column = (begin + slot) * BLOCK
+        fetch(band, n, h, i_begin, ready.index(slot), w_tiles.index(slot), wanted, column)
+        fetch(keys, n, h_kv, j_begin + slot * BLOCK, ready.index(slot), y_tiles.index(slot), wanted)
+
+    # What no chunk reaches, left of the skew and right of it, stays zero.
+    nothing = gl.zeros([BLOCK, BLOCK], dtype, w_layout)
+    straight.slice(0, BLOCK, 1).store(nothing)
+    straight.slice(BLOCK, BLOCK, 1).store(nothing)
+    rest = nothing
+    acc = gl.zeros([BLOCK, BLOCK_DIM], gl.float32, o_layout)
+    stage = 0
+    phase = 0
+    for step in range(begin, end):
+        mbarrier.wait(ready.index(stage), phase)
+        weights = matrix(w_tiles.index(stage)).load(c_layout)
+        synchronize()
+        _stage_weights(skewed, weights, j_begin, length, c_layout)
+        if key_lengths is not None:
+            clear_rows_from(length - j_begin, y_tiles.index(stage), y_layout)
+        synchronize()
+        # One of the two is zero: the tile's keys past each row's first slot in this chunk, and those before it.
+        w = straight.slice(0, BLOCK, 1).load(w_layout) + rest
+        rest = straight.slice(BLOCK, BLOCK, 1).load(w_layout)
+        acc = warpgroup_mma(w, matrix(y_tiles.index(stage)), warpgroup_mma_init(acc), is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        synchronize()
+        wanted = step + STAGES < end
+        mbarrier.expect(ready.index(stage), band.block_type.nbytes + keys.block_type.nbytes, pred=wanted)
+        column = (step + STAGES) * BLOCK
+        fetch(band, n, h, i_begin, ready.index(stage), w_tiles.index(stage), wanted, column)
+        fetch(keys, n, h_kv, j_begin + STAGES * BLOCK, ready.index(stage), y_tiles.index(stage), wanted)
+        j_begin += BLOCK
+        stage, phase = advance(stage, phase, STAGES)
+    store_tile(rows, n, h, i_begin, acc * scale, y_tiles.index(0))
+    finish_stores()

@@ -1,0 +1,203 @@
+"""``band[i, c] = scale * x_i . y_j`` on Hopper: the kernel of ``attnreg_triton.band_dot`` with whole rows written.
+
+The products of 64 rows with tiles of 64 keys are put side by side, two at a time, and read skewed as 64 slots a row.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attnreg import Window, allow_tf32
+from attnreg_triton.hopper.skew import (
+    BLOCK,
+    allocate_views,
+    chunk_layout,
+    in_vectors,
+    load_chunk,
+    reuse,
+    vector_width,
+)
+from attnreg_triton.hopper.tile import (
+    advance,
+    barriers,
+    describe,
+    fetch,
+    locate_program,
+    matrix,
+    product_layout,
+    rows_layout,
+    synchronize,
+    visible_length,
+)
+from attnreg_triton.launch import ceil_div, launch, origin
+from attnreg_triton.tiles import hopper_product
+
+
+def band_dot(
+    rows: Tensor, keys: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float, fill: float
+) -> Tensor:
+    """(N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W), of a call that ``serves_band_dot`` accepts."""
+    batch, heads, len_q, _ = rows.shape
+    _, kv_heads, len_k, _ = keys.shape
+    band = torch.empty((batch, heads, len_q, window.size), dtype=rows.dtype, device=rows.device)
+    tiles = hopper_product()
+    row_tiles = ceil_div(len_q, tiles.rows)
+    vector = vector_width(band)
+    launch(
+        _band_dot,
+        batch * heads * row_tiles,
+        tiles,
+        describe(rows, tiles.rows),
+        describe(keys, tiles.keys),
+        key_lengths,
+        band,
+        *in_vectors(band, vector),
+        kv_heads,
+        heads // kv_heads,
+        row_tiles,
+        len_q,
+        len_k,
+        origin(window, len_q, len_k),
+        scale,
+        FILL=fill,
+        VECTOR=vector,
+        ACCURATE=rows.dtype == torch.float32 and not allow_tf32(),
+        STAGES=tiles.num_stages,
+        device=rows.device,
+    )
+    return band
+
+
+@gluon.jit
+def _tf32_rest(x):
+    """What is left of ``x`` when the units have cut it to the 11 bits of TF32."""
+    return x - (x.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "band_stride_n",
+        "band_stride_h",
+        "band_stride_i",
+        "width",
+        "kv_heads",
+        "row_tiles",
+        "len_q",
+        "len_k",
+        "origin",
+        "scale",
+    ]
+)
+def _band_dot(
+    rows,
+    keys,
+    key_lengths,
+    band,
+    band_stride_n,
+    band_stride_h,
+    band_stride_i,
+    width,
+    kv_heads,
+    group,
+    row_tiles,
+    len_q,
+    len_k,
+    origin,
+    scale,
+    FILL: gl.constexpr,
+    VECTOR: gl.constexpr,
+    ACCURATE: gl.constexpr,
+    STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    gl.static_assert(BLOCK_M == BLOCK)
+    gl.static_assert(BLOCK_N == BLOCK)
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = rows.dtype
+    BLOCK_DIM: gl.constexpr = rows.block_type.shape[3]
+    s_layout: gl.constexpr = product_layout(BLOCK, WARPS, dtype)
+    x_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 1)
+    y_layout: gl.constexpr = rows_layout(BLOCK_DIM, WARPS, dtype)
+    c_layout: gl.constexpr = chunk_layout(VECTOR)
+
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
+    length = visible_length(key_lengths, n, len_k)
+    i_begin = tile * BLOCK
+    j_begin = i_begin + origin
+    width *= VECTOR
+    chunks = (width + BLOCK - 1) // BLOCK
+
+    x_tile = gl.allocate_shared_memory(dtype, rows.block_type.shape, rows.layout)
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, BLOCK_DIM], keys.layout)
+    straight, skewed = allocate_views(dtype, VECTOR)
+    ready = barriers(STAGES)
+    for slot in gl.static_range(STAGES):
+        wanted = slot <= chunks
+        if slot == 0:
+            mbarrier.expect(ready.index(0), rows.block_type.nbytes + keys.block_type.nbytes)
+            fetch(rows, n, h, i_begin, ready.index(0), x_tile)
+        else:
+            mbarrier.expect(ready.index(slot), keys.block_type.nbytes, pred=wanted)
+        fetch(keys, n, h_kv, j_begin + slot * BLOCK, ready.index(slot), y_tiles.index(slot), wanted)
+
+    r = gl.arange(0, BLOCK, gl.SliceLayout(1, c_layout))
+    c = gl.arange(0, BLOCK, gl.SliceLayout(0, c_layout))
+    # A row past the last has no slots.
+    slots = gl.where(i_begin + r < len_q, width, 0)[:, None]
+    band += (n.to(gl.int64) * band_stride_n + h.to(gl.int64) * band_stride_h) * VECTOR
+    band += i_begin.to(gl.int64) * band_stride_i * VECTOR
+    offsets = r[:, None] * (band_stride_i * VECTOR) + c[None, :]
+    key = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+
+    x = matrix(x_tile)
+    if ACCURATE:
+        # S = x_rest y + x y_rest + x y, where the units cut each x and y short; rest * rest is below fp32's last bit.
+        x_rest = gl.zeros([BLOCK, BLOCK_DIM], gl.float32, x_layout)
+        y_rest = reuse(skewed, y_tiles.index(0))
+    empty = gl.zeros([BLOCK, BLOCK], gl.float32, s_layout)
+    before = gl.zeros([BLOCK, BLOCK], dtype, s_layout)
+    stage = 0
+    phase = 0
+    for step in range(chunks + 1):
+        mbarrier.wait(ready.index(stage), phase)
+        y = matrix(y_tiles.index(stage))
+        if ACCURATE:
+            if step == 0:
+                x_rest = _tf32_rest(x.load(x_layout))
+            synchronize()
+            matrix(y_rest).store(_tf32_rest(y.load(y_layout)))
+            fence_async_shared()
+            synchronize()
+            s = warpgroup_mma(x_rest, y.permute((1, 0)), empty, use_acc=False, is_async=True)
+            s = warpgroup_mma(x, matrix(y_rest).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma(x, y.permute((1, 0)), s, is_async=True)
+        else:
+            s = warpgroup_mma(x, y.permute((1, 0)), empty, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=(s,)) * scale
+        if (j_begin < 0) | (j_begin + BLOCK > length):
+            s = gl.where(((j_begin + key >= 0) & (j_begin + key < length))[None, :], s, FILL)
+        now = s.to(dtype)
+        synchronize()
+        wanted = step + STAGES <= chunks
+        mbarrier.expect(ready.index(stage), keys.block_type.nbytes, pred=wanted)
+        fetch(keys, n, h_kv, j_begin + STAGES * BLOCK, ready.index(stage), y_tiles.index(stage), wanted)
+        if step > 0:
+            straight.slice(0, BLOCK, 1).store(before)
+            straight.slice(BLOCK, BLOCK, 1).store(now)
+            synchronize()
+            gl.store(band + offsets, load_chunk(skewed), mask=(step - 1) * BLOCK + c[None, :] < slots)
+            band += BLOCK
+        before = now
+        j_begin += BLOCK
+        stage, phase = advance(stage, phase, STAGES)
