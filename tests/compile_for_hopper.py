@@ -82,6 +82,8 @@ BAND_CASES = (
     (torch.float16, 40, 129, torch.tensor([200])),
     (torch.float32, 64, 512, None),
     (torch.float32, 36, 131, torch.tensor([200])),
+    (torch.float32, 128, 128, None),
+    (torch.float32, 72, 129, torch.tensor([200])),
 )
 for dtype, dim, size, lengths in BAND_CASES if skew.AVAILABLE else ():
     case = f"{dtype},E={dim},W={size},{'lengths' if lengths is not None else 'no-lengths'}"

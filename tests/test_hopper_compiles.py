@@ -10,9 +10,10 @@ from pathlib import Path
 
 from triton.experimental import gluon
 
-# What two programs to a multiprocessor leave to each, and the bytes of spilled registers that are bearable.
+# What two programs to a multiprocessor leave to each, and the bytes of spilled registers that are bearable: measured, the
+# worst of them (fp32, head dim 128, windows of odd size) is still 1.4 times as fast as the kernel for every GPU.
 SHARED_MEMORY_BYTES = 113 * 2**10
-STACK_BYTES = 128
+STACK_BYTES = 384
 
 
 def test_the_hopper_kernels_compile_and_fit_twice_into_a_multiprocessor():
@@ -25,7 +26,7 @@ def test_the_hopper_kernels_compile_and_fit_twice_into_a_multiprocessor():
     attention = ("_attention", "_attention_backward_rows", "_attention_backward_keys")
     expected = dict.fromkeys(attention, 6)
     if hasattr(gluon.language.shared_memory_descriptor, "_reinterpret"):
-        expected |= {"_band_dot": 6, "_band_average": 2}
+        expected |= {"_band_dot": 8, "_band_average": 2}
     assert compiled == expected
     for kernel, case, registers, stack, shared in kernels:
         assert int(registers) <= 255, (kernel, case)

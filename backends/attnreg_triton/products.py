@@ -33,6 +33,13 @@ def product_precision(dtype: torch.dtype, terms: int, window: Window) -> str:
     return "3xtf32" if terms <= _LONGEST_TF32_SUM and window.size <= NARROW_WINDOW else "3xfp16"
 
 
+def hopper_product_precision(dtype: torch.dtype, terms: int) -> str:
+    """As ``product_precision``, for ``hopper.band_dot``, where splitting in fp16 costs more than the products save."""
+    if dtype != torch.float32 or allow_tf32():
+        return "tf32"
+    return "3xtf32" if terms <= _LONGEST_TF32_SUM else "3xfp16"
+
+
 @triton.jit
 def rows_by_keys(x, y, PRECISION: tl.constexpr):
     """``x y^T`` in fp32: (M, E), (N, E) -> (M, N)."""

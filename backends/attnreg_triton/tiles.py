@@ -139,6 +139,7 @@ def hopper_band_average_pays(window: Window) -> bool:
     return window.size >= _HOPPER_BAND_AVERAGE_FROM
 
 
-def hopper_product() -> Tiles:
+def hopper_product(dtype: torch.dtype, dim: int) -> Tiles:
     """For ``hopper.band_dot`` and ``hopper.band_average``; 64 by 64 is what the skewed view of a tile is made for."""
-    return Tiles(64, 64, 4, num_stages=2)
+    # Two programs to a multiprocessor are worth more than a second stage.
+    return Tiles(64, 64, 4, num_stages=1 if dtype == torch.float32 and dim > 64 else 2)

@@ -43,7 +43,7 @@ def band_average(band: Tensor, keys: Tensor, window: Window, *, key_lengths: Ten
     batch, heads, len_q, _ = band.shape
     _, kv_heads, len_k, dim = keys.shape
     rows = torch.empty((batch, heads, len_q, dim), dtype=keys.dtype, device=keys.device)
-    tiles = hopper_product()
+    tiles = hopper_product(keys.dtype, dim)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
         _band_average,

@@ -17,7 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnreg import Window, allow_tf32
+from attnreg import Window
+from attnreg_triton.hopper.factors import fp16_factors, tf32_rest
 from attnreg_triton.hopper.skew import (
     BLOCK,
     allocate_views,
@@ -25,6 +26,7 @@ from attnreg_triton.hopper.skew import (
     in_vectors,
     load_chunk,
     reuse,
+    reuse_for_factors,
     vector_width,
 )
 from attnreg_triton.hopper.tile import (
@@ -40,6 +42,7 @@ from attnreg_triton.hopper.tile import (
     visible_length,
 )
 from attnreg_triton.launch import ceil_div, launch, origin
+from attnreg_triton.products import hopper_product_precision
 from attnreg_triton.tiles import hopper_product
 
 
@@ -47,10 +50,10 @@ def band_dot(
     rows: Tensor, keys: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float, fill: float
 ) -> Tensor:
     """(N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W), of a call that ``serves_band_dot`` accepts."""
-    batch, heads, len_q, _ = rows.shape
+    batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
     band = torch.empty((batch, heads, len_q, window.size), dtype=rows.dtype, device=rows.device)
-    tiles = hopper_product()
+    tiles = hopper_product(rows.dtype, head_dim)
     row_tiles = ceil_div(len_q, tiles.rows)
     vector = vector_width(band)
     launch(
@@ -71,17 +74,11 @@ def band_dot(
         scale,
         FILL=fill,
         VECTOR=vector,
-        ACCURATE=rows.dtype == torch.float32 and not allow_tf32(),
+        PRECISION=hopper_product_precision(rows.dtype, head_dim),
         STAGES=tiles.num_stages,
         device=rows.device,
     )
     return band
-
-
-@gluon.jit
-def _tf32_rest(x):
-    """What is left of ``x`` when the units have cut it to the 11 bits of TF32."""
-    return x - (x.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
 
 
 @gluon.jit(
@@ -116,7 +113,7 @@ def _band_dot(
     scale,
     FILL: gl.constexpr,
     VECTOR: gl.constexpr,
-    ACCURATE: gl.constexpr,
+    PRECISION: gl.constexpr,
     STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -126,8 +123,10 @@ def _band_dot(
     WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = rows.dtype
     BLOCK_DIM: gl.constexpr = rows.block_type.shape[3]
-    s_layout: gl.constexpr = product_layout(BLOCK, WARPS, dtype)
-    x_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 1)
+    # What the units multiply.
+    factor: gl.constexpr = gl.float16 if PRECISION == "3xfp16" else dtype
+    s_layout: gl.constexpr = product_layout(BLOCK, WARPS, factor)
+    x_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 32 // factor.primitive_bitwidth)
     y_layout: gl.constexpr = rows_layout(BLOCK_DIM, WARPS, dtype)
     c_layout: gl.constexpr = chunk_layout(VECTOR)
 
@@ -138,9 +137,21 @@ def _band_dot(
     width *= VECTOR
     chunks = (width + BLOCK - 1) // BLOCK
 
-    x_tile = gl.allocate_shared_memory(dtype, rows.block_type.shape, rows.layout)
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, BLOCK_DIM], keys.layout)
     straight, skewed = allocate_views(dtype, VECTOR)
+    # The factors of the rows stay in registers. Those of a tile of keys have been used when its products are staged, and
+    # take the same memory.
+    if PRECISION == "3xfp16":
+        x_tile = reuse(skewed, y_tiles.index(0))
+        y_hi, y_lo = reuse_for_factors(skewed, BLOCK_DIM)
+        x_hi = gl.zeros([BLOCK, BLOCK_DIM], factor, x_layout)
+        x_lo = x_hi
+        x_down = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, s_layout))
+    else:
+        x_tile = gl.allocate_shared_memory(dtype, rows.block_type.shape, rows.layout)
+        if PRECISION == "3xtf32":
+            y_rest = matrix(reuse(skewed, y_tiles.index(0)))
+            x_rest = gl.zeros([BLOCK, BLOCK_DIM], dtype, x_layout)
     ready = barriers(STAGES)
     for slot in gl.static_range(STAGES):
         wanted = slot <= chunks
@@ -161,10 +172,6 @@ def _band_dot(
     key = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
 
     x = matrix(x_tile)
-    if ACCURATE:
-        # S = x_rest y + x y_rest + x y, where the units cut each x and y short; rest * rest is below fp32's last bit.
-        x_rest = gl.zeros([BLOCK, BLOCK_DIM], gl.float32, x_layout)
-        y_rest = reuse(skewed, y_tiles.index(0))
     empty = gl.zeros([BLOCK, BLOCK], gl.float32, s_layout)
     before = gl.zeros([BLOCK, BLOCK], dtype, s_layout)
     stage = 0
@@ -172,19 +179,38 @@ def _band_dot(
     for step in range(chunks + 1):
         mbarrier.wait(ready.index(stage), phase)
         y = matrix(y_tiles.index(stage))
-        if ACCURATE:
+        # Of four products of factors the one below fp32's last bit is left out, and the smallest is the first.
+        if PRECISION == "3xfp16":
             if step == 0:
-                x_rest = _tf32_rest(x.load(x_layout))
+                hi, lo, down = fp16_factors(x.load(y_layout))
+                x_hi = gl.convert_layout(hi, x_layout)
+                x_lo = gl.convert_layout(lo, x_layout)
+                x_down = gl.convert_layout(down, gl.SliceLayout(1, s_layout)) * scale
+            hi, lo, down = fp16_factors(y.load(y_layout))
+            y_down = gl.convert_layout(down, gl.SliceLayout(0, s_layout))
             synchronize()
-            matrix(y_rest).store(_tf32_rest(y.load(y_layout)))
+            y_hi.store(hi)
+            y_lo.store(lo)
+            fence_async_shared()
+            synchronize()
+            s = warpgroup_mma(x_lo, y_hi.permute((1, 0)), empty, use_acc=False, is_async=True)
+            s = warpgroup_mma(x_hi, y_lo.permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma(x_hi, y_hi.permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(num_outstanding=0, deps=(s,)) * x_down[:, None] * y_down[None, :]
+        elif PRECISION == "3xtf32":
+            if step == 0:
+                x_rest = tf32_rest(x.load(x_layout))
+            synchronize()
+            y_rest.store(tf32_rest(y.load(y_layout)))
             fence_async_shared()
             synchronize()
             s = warpgroup_mma(x_rest, y.permute((1, 0)), empty, use_acc=False, is_async=True)
-            s = warpgroup_mma(x, matrix(y_rest).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma(x, y_rest.permute((1, 0)), s, is_async=True)
             s = warpgroup_mma(x, y.permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(num_outstanding=0, deps=(s,)) * scale
         else:
             s = warpgroup_mma(x, y.permute((1, 0)), empty, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(num_outstanding=0, deps=(s,)) * scale
+            s = warpgroup_mma_wait(num_outstanding=0, deps=(s,)) * scale
         if (j_begin < 0) | (j_begin + BLOCK > length):
             s = gl.where(((j_begin + key >= 0) & (j_begin + key < length))[None, :], s, FILL)
         now = s.to(dtype)

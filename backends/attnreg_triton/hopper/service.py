@@ -14,9 +14,6 @@ from attnreg_triton.tiles import hopper_band_average_pays, hopper_band_dot_pays
 # Beyond it the accumulators of the backward do not fit the registers.
 LARGEST_HEAD_DIM = 128
 
-# The sums of 3xTF32 stay accurate to fp32 so far.
-LARGEST_FP32_HEAD_DIM = 64
-
 # Offsets within 64 rows of a band are 32-bit.
 _LARGEST_PITCH = 2**24
 
@@ -41,14 +38,13 @@ def serves(*tensors: Tensor, bias: Tensor | None, scale: float) -> bool:
 
 def serves_band_dot(rows: Tensor, keys: Tensor, window: Window, *, bias: Tensor | None) -> bool:
     """Whether the Hopper kernel can compute this band, and is the faster one."""
-    largest = LARGEST_HEAD_DIM if rows.dtype != torch.float32 else LARGEST_FP32_HEAD_DIM
     return (
         bias is None
         and _on_hopper(rows)
         and hopper_band_dot_pays(rows.dtype, window)
         and _skewed_views()
         and window.size < _LARGEST_PITCH
-        and all(_has_tiles(tensor, largest) for tensor in (rows, keys))
+        and all(_has_tiles(tensor, LARGEST_HEAD_DIM) for tensor in (rows, keys))
     )
 
 

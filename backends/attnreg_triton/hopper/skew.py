@@ -97,8 +97,16 @@ def allocate_views(dtype: gl.constexpr, VECTOR: gl.constexpr):
 
 @gluon.jit
 def reuse(view, tile):
-    """The memory of ``view`` as one more buffer like ``tile``, which is no larger."""
+    """The memory of a view as one more buffer like ``tile``, which is no larger."""
     return view._reinterpret(tile.dtype, tile.shape, tile.layout)
+
+
+@gluon.jit
+def reuse_for_factors(view, DIM: gl.constexpr):
+    """The memory of a view of fp32 as two tiles of 64 rows by DIM in fp16, at most 128."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], gl.float16)
+    tiles = view._reinterpret(gl.float16, [2, 64, DIM], layout)
+    return tiles.index(0), tiles.index(1)
 
 
 @gluon.jit
