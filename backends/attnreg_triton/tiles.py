@@ -126,7 +126,10 @@ def hopper_attention_backward_by_keys(window: Window) -> Tiles:
 
 # Narrower windows fill too little of a tile of 64 keys; the kernels for every GPU are then as fast or faster.
 _HOPPER_BAND_DOT_FROM = {torch.float16: 18, torch.bfloat16: 18, torch.float32: 34}
-_HOPPER_BAND_AVERAGE_FROM = 80
+_HOPPER_BAND_AVERAGE_FROM = {torch.float16: 80, torch.bfloat16: 80, torch.float32: 34}
+
+# Beyond it three fp16 products do not fit the registers.
+_LARGEST_FP32_AVERAGE_DIM = 64
 
 
 def hopper_band_dot_pays(dtype: torch.dtype, window: Window) -> bool:
@@ -134,12 +137,18 @@ def hopper_band_dot_pays(dtype: torch.dtype, window: Window) -> bool:
     return window.size >= _HOPPER_BAND_DOT_FROM[dtype]
 
 
-def hopper_band_average_pays(window: Window) -> bool:
-    """Whether ``hopper.band_average``, of 16 bit, is faster than ``band_average``'s own kernel."""
-    return window.size >= _HOPPER_BAND_AVERAGE_FROM
+def hopper_band_average_pays(dtype: torch.dtype, dim: int, window: Window) -> bool:
+    """Whether ``hopper.band_average`` is faster than ``band_average``'s own kernel."""
+    fits = dtype != torch.float32 or dim <= _LARGEST_FP32_AVERAGE_DIM
+    return fits and window.size >= _HOPPER_BAND_AVERAGE_FROM[dtype]
 
 
-def hopper_product(dtype: torch.dtype, dim: int) -> Tiles:
-    """For ``hopper.band_dot`` and ``hopper.band_average``; 64 by 64 is what the skewed view of a tile is made for."""
-    # Two programs to a multiprocessor are worth more than a second stage.
+# 64 by 64 is what the skewed view of a tile is made for. Two programs to a multiprocessor are worth more than a second stage.
+def hopper_band_dot(dtype: torch.dtype, dim: int) -> Tiles:
+    """For ``hopper.band_dot``."""
     return Tiles(64, 64, 4, num_stages=1 if dtype == torch.float32 and dim > 64 else 2)
+
+
+def hopper_band_average(dtype: torch.dtype) -> Tiles:
+    """For ``hopper.band_average``."""
+    return Tiles(64, 64, 4, num_stages=1 if dtype == torch.float32 else 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_init,
@@ -18,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attnreg import Window
+from attnreg_triton.hopper.factors import allocate_factors, fp16_factors
 from attnreg_triton.hopper.skew import BLOCK, allocate_views, chunk_layout, store_chunk
 from attnreg_triton.hopper.tile import (
     advance,
@@ -35,7 +37,7 @@ from attnreg_triton.hopper.tile import (
     visible_length,
 )
 from attnreg_triton.launch import ceil_div, launch, origin
-from attnreg_triton.tiles import hopper_product
+from attnreg_triton.tiles import hopper_band_average
 
 
 def band_average(band: Tensor, keys: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float) -> Tensor:
@@ -43,7 +45,7 @@ def band_average(band: Tensor, keys: Tensor, window: Window, *, key_lengths: Ten
     batch, heads, len_q, _ = band.shape
     _, kv_heads, len_k, dim = keys.shape
     rows = torch.empty((batch, heads, len_q, dim), dtype=keys.dtype, device=keys.device)
-    tiles = hopper_product(keys.dtype, dim)
+    tiles = hopper_band_average(keys.dtype)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
         _band_average,
@@ -102,7 +104,10 @@ def _band_average(
     WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = keys.dtype
     BLOCK_DIM: gl.constexpr = keys.block_type.shape[3]
-    o_layout: gl.constexpr = product_layout(BLOCK_DIM, WARPS, dtype)
+    # fp32 is multiplied as three products of fp16.
+    FACTORS: gl.constexpr = dtype == gl.float32
+    factor: gl.constexpr = gl.float16 if FACTORS else dtype
+    o_layout: gl.constexpr = product_layout(BLOCK_DIM, WARPS, factor)
     w_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     y_layout: gl.constexpr = rows_layout(BLOCK_DIM, WARPS, dtype)
     c_layout: gl.constexpr = chunk_layout(1)
@@ -128,6 +133,8 @@ def _band_average(
         fetch(band, n, h, i_begin, ready.index(slot), w_tiles.index(slot), wanted, column)
         fetch(keys, n, h_kv, j_begin + slot * BLOCK, ready.index(slot), y_tiles.index(slot), wanted)
 
+    if FACTORS:
+        y_hi, y_lo = allocate_factors(BLOCK_DIM)
     # What no chunk reaches, left of the skew and right of it, stays zero.
     nothing = gl.zeros([BLOCK, BLOCK], dtype, w_layout)
     straight.slice(0, BLOCK, 1).store(nothing)
@@ -139,22 +146,44 @@ def _band_average(
     for step in range(begin, end):
         mbarrier.wait(ready.index(stage), phase)
         weights = matrix(w_tiles.index(stage)).load(c_layout)
-        synchronize()
+        if FACTORS:
+            y = matrix(y_tiles.index(stage)).load(y_layout)
+            if key_lengths is not None:
+                key = gl.arange(0, BLOCK, gl.SliceLayout(1, y_layout))[:, None]
+                y = gl.where(j_begin + key < length, y, 0.0)
+            hi, lo, down = fp16_factors(y)
+            y_down = gl.convert_layout(down, gl.SliceLayout(0, w_layout))
+            synchronize()
+            y_hi.store(hi)
+            y_lo.store(lo)
+            fence_async_shared()
+        else:
+            synchronize()
+            if key_lengths is not None:
+                clear_rows_from(length - j_begin, y_tiles.index(stage), y_layout)
         _stage_weights(skewed, weights, j_begin, length, c_layout)
-        if key_lengths is not None:
-            clear_rows_from(length - j_begin, y_tiles.index(stage), y_layout)
         synchronize()
         # One of the two is zero: the tile's keys past each row's first slot in this chunk, and those before it.
         w = straight.slice(0, BLOCK, 1).load(w_layout) + rest
         rest = straight.slice(BLOCK, BLOCK, 1).load(w_layout)
-        acc = warpgroup_mma(w, matrix(y_tiles.index(stage)), warpgroup_mma_init(acc), is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        synchronize()
+        if FACTORS:
+            # Of four products of factors the one below fp32's last bit is left out, and the smallest is the first.
+            w_hi, w_lo, w_down = fp16_factors(w * y_down[None, :])
+            part = warpgroup_mma(w_lo, y_hi, gl.zeros_like(acc), use_acc=False, is_async=True)
+            part = warpgroup_mma(w_hi, y_lo, part, is_async=True)
+            part = warpgroup_mma(w_hi, y_hi, part, is_async=True)
+        else:
+            acc = warpgroup_mma(w, matrix(y_tiles.index(stage)), warpgroup_mma_init(acc), is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            synchronize()
         wanted = step + STAGES < end
         mbarrier.expect(ready.index(stage), band.block_type.nbytes + keys.block_type.nbytes, pred=wanted)
         column = (step + STAGES) * BLOCK
         fetch(band, n, h, i_begin, ready.index(stage), w_tiles.index(stage), wanted, column)
         fetch(keys, n, h_kv, j_begin + STAGES * BLOCK, ready.index(stage), y_tiles.index(stage), wanted)
+        if FACTORS:
+            part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))
+            acc += part * gl.convert_layout(w_down, gl.SliceLayout(1, o_layout))[:, None]
         j_begin += BLOCK
         stage, phase = advance(stage, phase, STAGES)
     store_tile(rows, n, h, i_begin, acc * scale, y_tiles.index(0))

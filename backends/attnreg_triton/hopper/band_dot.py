@@ -43,7 +43,7 @@ from attnreg_triton.hopper.tile import (
 )
 from attnreg_triton.launch import ceil_div, launch, origin
 from attnreg_triton.products import hopper_product_precision
-from attnreg_triton.tiles import hopper_product
+from attnreg_triton.tiles import hopper_band_dot
 
 
 def band_dot(
@@ -53,7 +53,7 @@ def band_dot(
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
     band = torch.empty((batch, heads, len_q, window.size), dtype=rows.dtype, device=rows.device)
-    tiles = hopper_product(rows.dtype, head_dim)
+    tiles = hopper_band_dot(rows.dtype, head_dim)
     row_tiles = ceil_div(len_q, tiles.rows)
     vector = vector_width(band)
     launch(

@@ -23,3 +23,11 @@ def fp16_factors(x):
     x *= ((268 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]
     hi = x.to(gl.float16)
     return hi, (x - hi.to(gl.float32)).to(gl.float16), ((exponent - 14) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def allocate_factors(DIM: gl.constexpr):
+    """Two tiles of 64 rows by DIM in fp16."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], gl.float16)
+    tiles = gl.allocate_shared_memory(gl.float16, [2, 64, DIM], layout)
+    return tiles.index(0), tiles.index(1)

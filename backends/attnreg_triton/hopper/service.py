@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from attnreg import Window
+from attnreg import Window, allow_tf32
 from attnreg_triton.availability import INTERPRETED
 from attnreg_triton.tiles import hopper_band_average_pays, hopper_band_dot_pays
 
@@ -52,9 +52,10 @@ def serves_band_average(band: Tensor, keys: Tensor, window: Window, *, bias: Ten
     """Whether the Hopper kernel can compute this average, and is the faster one."""
     return (
         bias is None
-        and keys.dtype in (torch.float16, torch.bfloat16)
         and _on_hopper(keys)
-        and hopper_band_average_pays(window)
+        # Its fp32 products are never TF32 ones.
+        and (keys.dtype != torch.float32 or not allow_tf32())
+        and hopper_band_average_pays(keys.dtype, keys.shape[3], window)
         and _skewed_views()
         and _has_tiles(keys, LARGEST_HEAD_DIM)
         and _copyable(band)
