@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +97,9 @@ class Backend:
         prepare: called before the first use, and only then: builds or loads what is needed. Returns None, or the reason
             why that failed; the backend is then refused with it from there on.
         refuse: a last filter for what the capability cannot say: the reason to refuse a problem, or None.
+        options: what users may set, by name, as in ``backend="name:option=value"``: a function that makes the value of what
+            was written, and raises ValueError saying what it takes. Every function of the backend gets the options that
+            were given, and those alone, as keyword arguments.
         rank: orders the backends that could run a problem where nothing was measured; the lowest is taken. A number or a
             function of the problem. The slow but always right reference is 100.
 
@@ -115,6 +120,7 @@ class Backend:
     unavailable: Callable[[], str | None] | None = None
     prepare: Callable[[], str | None] | None = None
     refuse: Callable[[Problem], str | None] | None = None
+    options: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
     rank: float | Callable[[Problem], float] = 50.0
 
     def __post_init__(self) -> None:
@@ -124,12 +130,17 @@ class Backend:
             raise TypeError(
                 f"Backend {self.name!r}: capability must be a Capability, got {type(self.capability).__name__}"
             )
-        for field in fields(self):
-            given = getattr(self, field.name)
-            if "Callable" in str(field.type) and not callable(given) and given != field.default:
-                if field.name == "rank" and isinstance(given, (int, float)):
-                    continue
-                raise TypeError(f"Backend {self.name!r}: {field.name} must be callable, got {given!r}")
+        for each in fields(self):
+            given = getattr(self, each.name)
+            if str(each.type).startswith("Callable") and not callable(given) and given is not None:
+                raise TypeError(f"Backend {self.name!r}: {each.name} must be callable, got {given!r}")
+        if not callable(self.rank) and not isinstance(self.rank, (int, float)):
+            raise TypeError(f"Backend {self.name!r}: rank must be a number or callable, got {self.rank!r}")
+        if not isinstance(self.options, Mapping) or not all(
+            isinstance(option, str) and option.isidentifier() and callable(parse)
+            for option, parse in self.options.items()
+        ):
+            raise TypeError(f"Backend {self.name!r}: options must map names to callables, got {self.options!r}")
         if not any(getattr(self, op) for op in OPS):
             raise ValueError(f"Backend {self.name!r}: has no op; give at least one of {', '.join(OPS)}")
         for op in OPS:
@@ -171,6 +182,35 @@ def refusals(backend: Backend, problem: Problem) -> tuple[str, ...]:
     if backend.refuse is not None and not reasons:
         reasons += filter(None, [_ask(backend.refuse, problem)])
     return tuple(reasons)
+
+
+def option_values(backend: Backend, options: tuple[tuple[str, str], ...]) -> tuple[dict[str, object], tuple[str, ...]]:
+    """The values of the options that were asked for, and what is wrong with the others."""
+    values: dict[str, object] = {}
+    wrong = []
+    for option, written in options:
+        if option not in backend.options:
+            wrong.append(f"it has no option {option!r}; it has {_text(backend.options) or 'none'}")
+            continue
+        try:
+            values[option] = backend.options[option](written)
+        except Exception as error:
+            wrong.append(f"the option {option} is {written!r}: {error}")
+    return values, tuple(wrong)
+
+
+def with_options(backend: Backend, options: tuple[tuple[str, str], ...]) -> Backend:
+    """``backend`` with these options given to each of its functions.
+
+    Raises:
+        ValueError: the backend does not have them so.
+    """
+    values, wrong = option_values(backend, options)
+    if wrong:
+        raise ValueError(f"backend {backend.name!r}: {'; '.join(wrong)}")
+    functions = {name: getattr(backend, name) for op in OPS for name in (op, f"{op}_backward")}
+    bound: dict[str, Any] = {name: partial(function, **values) for name, function in functions.items() if function}
+    return replace(backend, **bound)
 
 
 def why_unavailable(backend: Backend) -> str | None:

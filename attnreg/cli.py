@@ -79,6 +79,9 @@ def backends() -> None:
     for status in statuses:
         summary = f": {status.backend.summary}" if status.backend is not None and status.backend.summary else ""
         typer.echo(f"{status.name} ({status.distribution}){summary}")
+        if status.backend is not None and status.backend.options:
+            names = ", ".join(status.backend.options)
+            typer.echo(f"  options, as in {status.name}:{next(iter(status.backend.options))}=...: {names}")
         if status.reason is not None:
             typer.echo(f"  {status.reason}" if status.backend is None else f"  cannot run here: {status.reason}")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from attnreg.backend import Backend, BackendError, refusals
+from attnreg.backend import Backend, BackendError, option_values, refusals
 from attnreg.problem import Problem
+from attnreg.request import Request
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Forced:
-    """A backend that somebody asked for by name, and by which means."""
+    """A backend that somebody asked for, and by which means."""
 
-    name: str
+    request: Request
     by: str
 
 
@@ -75,6 +76,7 @@ class Decision:
         reason: why it was chosen.
         candidates: every registered backend, the chosen one first, those that could run next, refused ones last.
         faults: the plug-ins that could not be used.
+        options: what was asked of the backend, by option and as it was written.
     """
 
     problem: Problem
@@ -82,9 +84,15 @@ class Decision:
     reason: str
     candidates: tuple[Candidate, ...]
     faults: tuple[Fault, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def request(self) -> Request:
+        """The chosen backend with its options, which asks for the same again."""
+        return Request(self.backend, self.options)
 
     def __str__(self) -> str:
-        lines = [str(self.problem), f"-> {self.backend}: {self.reason}"]
+        lines = [str(self.problem), f"-> {self.request}: {self.reason}"]
         for candidate in self.candidates:
             if candidate.name == self.backend:
                 continue
@@ -129,21 +137,24 @@ def choose(
         others = "the only one that can run it" if not rivals else f"the lowest of {rivals + 1} that can run it"
         reason = f"heuristic, rank {first.rank:g}, {others}; nothing was measured"
         return Decision(problem, first.name, reason, tuple(candidates), tuple(faults))
-    for candidate in candidates:
-        if candidate.name == forced.name:
-            if candidate.refusals:
-                reasons = "".join(f"\n  - {reason}" for reason in candidate.refusals)
-                raise BackendError(f"backend {forced.name!r}, asked for by {forced.by}, cannot run {problem}:{reasons}")
-            candidates.remove(candidate)
-            return Decision(problem, forced.name, f"forced by {forced.by}", (candidate, *candidates), tuple(faults))
-    raise BackendError(unknown_backend(forced, entries, faults))
+    request = forced.request
+    backend = next((entry.backend for entry in entries if entry.backend.name == request.name), None)
+    if backend is None:
+        raise BackendError(unknown_backend(forced, entries, faults))
+    candidates.sort(key=lambda candidate: candidate.name != request.name)
+    refused = (*candidates[0].refusals, *option_values(backend, request.options)[1])
+    if refused:
+        reasons = "".join(f"\n  - {reason}" for reason in refused)
+        raise BackendError(f"backend {str(request)!r}, asked for by {forced.by}, cannot run {problem}:{reasons}")
+    reason = f"forced by {forced.by}"
+    return Decision(problem, request.name, reason, tuple(candidates), tuple(faults), request.options)
 
 
 def unknown_backend(forced: Forced, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
     """The message for a name that no registered backend has."""
     names = ", ".join(sorted(entry.backend.name for entry in entries)) or "none"
     broken = "".join(f"\n  {fault}" for fault in faults)
-    return f"no backend is called {forced.name!r}, asked for by {forced.by}; registered: {names}{broken}"
+    return f"no backend is called {forced.request.name!r}, asked for by {forced.by}; registered: {names}{broken}"
 
 
 def _candidate(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> Candidate:

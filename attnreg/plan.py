@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from attnreg.backend import BackendError
+from attnreg.backend import BackendError, option_values
 from attnreg.composition import Function, below_autograd
 from attnreg.dispatch import Decision, Forced, choose, unknown_backend
 from attnreg.problem import Problem
 from attnreg.registry import registry
+from attnreg.request import Request, parse_request
 from attnreg.window import Window
 
-# The names that the enclosing `use_backend` blocks ask for, innermost last.
+# What the enclosing `use_backend` blocks ask for, innermost last.
 requested: ContextVar[tuple[str, ...] | None] = ContextVar("attnreg_backend", default=None)
 
 # os.environ.get() encodes and decodes at every call, 0.7 us. The dictionary under it answers in 0.02 us and sees every
@@ -41,7 +42,7 @@ class Plan:
     """What one kind of call needs to know to run.
 
     Attributes:
-        backend: the chosen backend's name.
+        backend: the chosen backend, as its request says.
         forward: the backend's forward function; None where a tensor of the call has no element, which the op settles.
         differentiable: whether the forward function consists of torch operations that autograd differentiates.
         needs_grad: whether any gradient may be asked for.
@@ -62,25 +63,35 @@ class Plan:
 
 
 class use_backend:
-    """Ask for a backend by name in a ``with`` block or in a decorated (also async) function.
+    """Ask for a backend in a ``with`` block or in a decorated (also async) function.
+
+    ``use_backend("name", option=value)`` is the same as ``use_backend("name:option=value")``.
 
     The request belongs to the current context: other threads and asyncio tasks do not see it. The innermost block
     counts; the argument ``backend=`` of a call goes before it.
 
     Raises:
         TypeError: the name is no string.
-        BackendError: on entry, when no backend of that name is registered.
+        ValueError: an option is given twice, or the name is neither ``NAME`` nor ``NAME:OPTION=VALUE,...``.
+        BackendError: on entry, when no backend of that name is registered, or it does not take the options.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **options: object) -> None:
         if not isinstance(name, str):
             raise TypeError(f"use_backend: the backend's name must be a string, got {name!r} ({type(name).__name__})")
-        self.name = name
+        request = parse_request(name)
+        given = tuple((option, str(value)) for option, value in options.items())
+        self.request = parse_request(str(Request(request.name, (*request.options, *given))))
+        self.name = str(self.request)
 
     def __enter__(self) -> use_backend:
         entries = registry.entries
-        if all(entry.backend.name != self.name for entry in entries):
-            raise BackendError(unknown_backend(Forced(self.name, "use_backend"), entries, registry.faults))
+        backend = next((entry.backend for entry in entries if entry.backend.name == self.request.name), None)
+        if backend is None:
+            raise BackendError(unknown_backend(Forced(self.request, "use_backend"), entries, registry.faults))
+        _, wrong = option_values(backend, self.request.options)
+        if wrong:
+            raise BackendError(f"backend {self.name!r}, asked for by use_backend: {'; '.join(wrong)}")
         requested.set((*(requested.get() or ()), self.name))
         return self
 
@@ -115,12 +126,19 @@ def forced(selector: object) -> Forced | None:
     if selector is None or selector == b"":
         return None
     if isinstance(selector, tuple):
-        return Forced(selector[-1], "use_backend")
+        return _forced(selector[-1], "use_backend")
     if isinstance(selector, bytes):
-        return Forced(os.fsdecode(selector), "the environment variable ATTNREG_BACKEND")
+        return _forced(os.fsdecode(selector), "the environment variable ATTNREG_BACKEND")
     if not isinstance(selector, str):
         raise TypeError(f"backend must be a backend's name or None, got {selector!r} ({type(selector).__name__})")
-    return Forced(selector, "the argument backend=")
+    return _forced(selector, "the argument backend=")
+
+
+def _forced(text: str, by: str) -> Forced:
+    try:
+        return Forced(parse_request(text), by)
+    except ValueError as error:
+        raise BackendError(f"{by}: {error}") from None
 
 
 def selector(backend: str | None) -> object:
@@ -150,11 +168,12 @@ def make_plan(problem: Problem, backend: str | None) -> Plan:
         if registry.prepare(decision.backend):
             break
     (chosen,) = (entry.backend for entry in registry.entries if entry.backend.name == decision.backend)
-    forward = registry.functions(chosen.name)[problem.op]
+    request = str(decision.request)
+    forward = registry.functions(request)[problem.op]
     if not chosen.differentiable:
         forward = below_autograd(forward)
     return Plan(
-        backend=chosen.name,
+        backend=request,
         forward=None if is_empty(problem) else forward,
         differentiable=chosen.differentiable,
         needs_grad=problem.needs_grad,
@@ -179,7 +198,7 @@ def remember(call: Hashable, problem: Problem, backend: str | None) -> Plan:
 
 
 def chosen_backend(problem: Problem, backend: str | None) -> str:
-    """The name of the backend for ``problem``, remembered by the problem itself."""
+    """The request of the backend for ``problem``, remembered by the problem itself."""
     call = (problem, selector(backend))
     plan: Plan | None = registry.plans.get(call)
     return (plan or remember(call, problem, backend)).backend

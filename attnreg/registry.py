@@ -8,9 +8,10 @@ from importlib import metadata
 from types import TracebackType
 from typing import Any
 
-from attnreg.backend import Backend, why_not_prepared
+from attnreg.backend import Backend, why_not_prepared, with_options
 from attnreg.composition import Function, complete
 from attnreg.dispatch import Entry, Fault
+from attnreg.request import parse_request
 
 
 class Registry:
@@ -52,20 +53,25 @@ class Registry:
         """The backends whose preparation failed, by name, with the reason."""
         return dict(self._failed)
 
-    def functions(self, name: str) -> dict[str, Function]:
-        """The functions of a backend by name (``op`` and ``op_backward``), composed ones included.
+    def functions(self, request: str) -> dict[str, Function]:
+        """The functions of a backend by name (``op`` and ``op_backward``), composed ones included, with its options.
 
         Raises:
             LookupError: no such backend is registered any more.
+            ValueError: it does not take the options.
         """
         try:
-            return self._functions[name]
+            return self._functions[request]
         except KeyError:
             self._discover()
-        try:
-            return self._functions[name]
-        except KeyError:
-            raise LookupError(f"backend {name!r} is not registered (any more)") from None
+        asked = parse_request(request)
+        with self._lock:
+            entry = self._entries.get(asked.name)
+            if entry is None:
+                raise LookupError(f"backend {asked.name!r} is not registered (any more)")
+            if request not in self._functions:
+                self._functions[request] = complete(with_options(entry.backend, asked.options))
+            return self._functions[request]
 
     def add(self, backend: Backend, distribution: str) -> None:
         """Register ``backend``.
@@ -81,7 +87,6 @@ class Registry:
             if taken is not None:
                 raise ValueError(f"the name {backend.name!r} is taken by the backend of {taken.distribution}")
             self._entries[backend.name] = Entry(backend, distribution)
-            self._functions[backend.name] = complete(backend)
             self._changed()
 
     def remove(self, backend: Backend) -> None:
@@ -89,7 +94,12 @@ class Registry:
         with self._lock:
             entry = self._entries.get(backend.name)
             if entry is not None and entry.backend is backend:
-                del self._entries[backend.name], self._functions[backend.name]
+                del self._entries[backend.name]
+                self._functions = {
+                    request: functions
+                    for request, functions in self._functions.items()
+                    if parse_request(request).name != backend.name
+                }
                 self._failed.pop(backend.name, None)
                 self._prepared.discard(backend.name)
                 self._changed()

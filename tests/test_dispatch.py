@@ -298,7 +298,7 @@ def test_a_differentiable_backend_needs_no_backward():
         ({"local_dot_product": "function"}, TypeError, "local_dot_product must be callable, got 'function'"),
         ({"local_dot_product": None}, ValueError, "has no op"),
         ({"local_weighted_average_backward": marked(1.0)}, ValueError, "without local_weighted_average"),
-        ({"rank": "high"}, TypeError, "rank must be callable"),
+        ({"rank": "high"}, TypeError, "rank must be a number or callable"),
     ],
 )
 def test_a_backend_put_together_wrongly_says_so(fields, error, message):

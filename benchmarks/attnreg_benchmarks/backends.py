@@ -1,4 +1,4 @@
-"""attnreg's backends as contenders, each asked for by name through the public functions."""
+"""attnreg's backends as contenders, each asked for through the public functions, also with options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import attnreg
-from attnreg.backend import Backend, refusals
+from attnreg.backend import Backend, refusals, with_options
+from attnreg.request import parse_request
 from attnreg_benchmarks.contender import Calls, Contender, Inputs, autograd_calls
 from attnreg_benchmarks.workloads import Workload
 
@@ -18,27 +19,32 @@ REFERENCE_RANK = 100
 
 
 def backends(names: Sequence[str] = ()) -> tuple[Contender, ...]:
-    """The backends of these names; without any, all that are registered but the reference.
+    """The backends of these names (``NAME`` or ``NAME:OPTION=VALUE,...``); without any, all but the reference.
 
     Raises:
-        ValueError: no backend has such a name; the message lists those that there are.
+        ValueError: no backend has such a name, or not these options; the message lists what there is.
     """
-    known = {status.name: (status.backend, status.ops) for status in attnreg.backends() if status.backend is not None}
-    unknown = [name for name in names if name not in known]
+    known: dict[str, tuple[Backend, tuple[str, ...]]] = {
+        status.name: (status.backend, status.ops) for status in attnreg.backends() if status.backend is not None
+    }
+    requests = [parse_request(name) for name in names]
+    unknown = [request.name for request in requests if request.name not in known]
     if unknown:
         raise ValueError(f"no backend is called {unknown[0]!r}; registered: {', '.join(sorted(known))}")
+    for request in requests:
+        with_options(known[request.name][0], request.options)
     chosen = names or [name for name, (backend, _) in known.items() if backend.rank != REFERENCE_RANK]
-    return tuple(_contender(*known[name]) for name in dict.fromkeys(chosen))
+    return tuple(_contender(name, *known[parse_request(name).name]) for name in dict.fromkeys(chosen))
 
 
-def _contender(backend: Backend, ops: tuple[str, ...]) -> Contender:
+def _contender(name: str, backend: Backend, ops: tuple[str, ...]) -> Contender:
     def refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
         problem = workload.problem(device, needs_grad=direction == "backward")
         return "; ".join(refusals(backend, problem)) or None
 
     def prepare(workload: Workload, inputs: Inputs) -> Calls:
         op = getattr(attnreg, workload.op)
-        function: functools.partial[Tensor] = functools.partial(op, window=workload.window, backend=backend.name)
+        function: functools.partial[Tensor] = functools.partial(op, window=workload.window, backend=name)
         return autograd_calls(function, inputs)
 
-    return Contender(backend.name, "backend", ops, refuse, prepare)
+    return Contender(name, "backend", ops, refuse, prepare)
