@@ -7,7 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "rows.cuh"
+#include "geometry.cuh"
 
 namespace attnreg {
 
@@ -87,24 +87,31 @@ struct Lengths {
 
 // What decides which slots of the band are visible.
 struct Visibility {
+  int64_t batch, width;  // of the band
   int64_t shift;  // the key of slot 0 in row 0: Lk - Lq - left
   Lengths lengths;
   Bias bias;
 
-  // One row of the band; its bias starts at `bias_offset`.
+  // One row of the band: slot 0 is key `first_key`, slots [begin, end) are keys of the sequence.
   struct Row {
-    int64_t first_key, length, bias_offset;
+    int64_t first_key;
+    int begin, end;
+    int64_t bias_offset;
   };
 
   __host__ __device__ Row row(int64_t n, int64_t h, int64_t i) const {
-    return {i + shift, lengths[n], n * bias.stride_n + h * bias.stride_h + i * bias.stride_i};
+    const int64_t first_key = i + shift;
+    const int64_t begin = first_key < 0 ? -first_key : 0;
+    const int64_t keys = lengths[n] - first_key;
+    const int64_t end = keys < 0 ? 0 : keys < width ? keys : width;
+    return {first_key, static_cast<int>(begin < width ? begin : width), static_cast<int>(end),
+            n * bias.stride_n + h * bias.stride_h + i * bias.stride_i};
   }
 
   // Whether slot c is visible, and its bias (0 where there is none).
-  __host__ __device__ bool sees(const Row& row, int64_t c, float& bias_value) const {
+  __host__ __device__ bool sees(const Row& row, int c, float& bias_value) const {
     bias_value = 0;
-    const int64_t key = row.first_key + c;
-    if (key < 0 || key >= row.length) return false;
+    if (c < row.begin || c >= row.end) return false;
     if (bias.data == nullptr) return true;
     bool hidden;
     bias_value = bias.read(row.bias_offset + c * bias.stride_c, hidden);
@@ -112,22 +119,37 @@ struct Visibility {
   }
 };
 
-// A (N, H, Lq, W) tensor over the band, with unit stride along the window.
+// A tensor (N, H, L, W or E) with unit stride along its last dimension.
 template <class T>
-struct BandTensor {
+struct Rows {
   T* data;
-  int64_t heads, queries, width, stride_n, stride_h, stride_i;
+  int64_t heads, length, width, stride_n, stride_h, stride_i;
 
-  BandTensor(const Tensor& tensor, T* data)
-      : data(data), heads(tensor.size(1)), queries(tensor.size(2)), width(tensor.size(3)), stride_n(tensor.stride(0)),
+  Rows(const Tensor& tensor, T* data)
+      : data(data), heads(tensor.size(1)), length(tensor.size(2)), width(tensor.size(3)), stride_n(tensor.stride(0)),
         stride_h(tensor.stride(1)), stride_i(tensor.stride(2)) {
-    STD_TORCH_CHECK(tensor.dim() == 4 && (width == 1 || tensor.stride(3) == 1),
-                    "attnreg cublas_block: a band needs four dimensions, the last one contiguous");
+    STD_TORCH_CHECK(tensor.dim() == 4 && (width <= 1 || tensor.stride(3) == 1),
+                    "attnreg cublas_block: a tensor needs four dimensions, the last one contiguous");
   }
 
   __host__ __device__ T* row(int64_t n, int64_t h, int64_t i) const {
     return data + n * stride_n + h * stride_h + i * stride_i;
   }
 };
+
+template <class T>
+const T* read(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+Rows<const T> read_rows(const Tensor& tensor) {
+  return {tensor, static_cast<const T*>(tensor.const_data_ptr())};
+}
+
+template <class T>
+Rows<T> write_rows(const Tensor& tensor) {
+  return {tensor, static_cast<T*>(tensor.mutable_data_ptr())};
+}
 
 }  // namespace attnreg

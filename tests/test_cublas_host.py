@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from attnreg_cublas import blocks, build, functions, operands
+from attnreg_cublas import blocks, build, call, functions
 
 import attnreg
 from attnreg import Window
@@ -23,37 +23,44 @@ def library(tmp_path_factory):
     build.load(build.build(["90"], tmp_path_factory.mktemp("cublas")))
 
 
-@pytest.fixture(
-    params=[None, (1, 1), (2, 8), (4, 1)], ids=lambda p: "as_shipped" if p is None else f"B{p[0]}_pad{p[1]}"
-)
-def forced_blocks(request, monkeypatch):
-    """Tiny blocks and never a whole head in one, so that short sequences have many of them."""
+@pytest.fixture(params=[1, 2, 8, None], ids=lambda rows: f"B{rows}" if rows else "as_shipped")
+def block(request, monkeypatch):
+    """Tiny blocks without padded columns too, so that short sequences have many of them."""
     if request.param is not None:
-        rows, alignment = request.param
-        monkeypatch.setattr(blocks, "SMALLEST_BLOCK", rows)
-        monkeypatch.setattr(blocks, "LARGEST_BLOCK", rows)
-        monkeypatch.setattr(blocks, "ALIGNMENT", alignment)
-        monkeypatch.setattr(blocks.Blocks, "area", property(lambda self: 0 if self.count > 1 else 1))
-    operands._plan.cache_clear()
-    yield
-    operands._plan.cache_clear()
+        monkeypatch.setattr(blocks, "ALIGNMENT", 1)
+    call._cut.cache_clear()
+    yield request.param
+    call._cut.cache_clear()
+
+
+@pytest.fixture(params=["in_place", "copied", "factors"])
+def sides(request, monkeypatch):
+    """Lines read in place where they can be, whatever their edges; padded copies; fp16 factors."""
+    monkeypatch.setattr(call, "LARGEST_EDGE", 0.99 if request.param == "in_place" else -1.0)
+    # Several chunks, and bytes instead of MiB to say so.
+    monkeypatch.setattr(call, "_MEBIBYTE", 1)
+    monkeypatch.setattr(call, "factors_pay", lambda size: request.param == "factors")
+    # The CPU has no product of fp16 with an fp32 result.
+    monkeypatch.setattr(call, "multiply_factors", lambda x, y, out: torch.bmm(x.float(), y.float(), out=out))
 
 
 @pytest.mark.parametrize("queries", LENGTHS)
 @pytest.mark.parametrize("keys", LENGTHS)
-@pytest.mark.usefixtures("library", "forced_blocks")
-def test_equals_the_reference_in_float64(queries, keys):
+@pytest.mark.usefixtures("library", "sides")
+def test_equals_the_reference_in_float64(queries, keys, block):
     torch.manual_seed(queries * 10 + keys)
     for window, group, masked in itertools.product(WINDOWS, (1, 2), (False, True)):
-        _check(queries, keys, window, group, masked)
+        _check(queries, keys, window, group, masked, block)
 
 
-def _check(len_q, len_k, window, group, masked):
+def _check(len_q, len_k, window, group, masked, block):
     def leaf(*shape):
         return torch.randn(shape, dtype=torch.float64).float().double().requires_grad_()
 
-    query, grad_output = leaf(2, group, len_q, 5), leaf(2, group, len_q, 3).detach()
-    key, value = leaf(2, 1, len_k, 5), leaf(2, 1, len_k, 3)
+    # Head dims that rows are read in place for, and others.
+    head_dim, value_dim = (8, 4) if group == 1 else (5, 3)
+    query, grad_output = leaf(2, group, len_q, head_dim), leaf(2, group, len_q, value_dim).detach()
+    key, value = leaf(2, 1, len_k, head_dim), leaf(2, 1, len_k, value_dim)
     weights, grad_scores = leaf(2, group, len_q, window.size), leaf(2, group, len_q, window.size).detach()
     bias = key_lengths = None
     if masked:
@@ -72,12 +79,15 @@ def _check(len_q, len_k, window, group, masked):
     q, k, x, w, go = (t.detach().float() for t in (query, key, value, weights, grad_output))
     b = None if bias is None else bias.detach().float()
     g = torch.where(visible, grad_scores, math.nan).float()
+    blocked = {"block": block, "workspace": 256}
     options = {"bias": b, "key_lengths": key_lengths, "scale": 0.5}
     got = [
-        functions.local_dot_product(q, k, window, **options),
-        *functions.local_dot_product_backward(g, q, k, window, needs_grad=(True, True, masked), **options),
-        functions.local_weighted_average(w, x, window, key_lengths=key_lengths),
-        *functions.local_weighted_average_backward(go, w, x, window, key_lengths=key_lengths, needs_grad=(True, True)),
+        functions.local_dot_product(q, k, window, **options, **blocked),
+        *functions.local_dot_product_backward(g, q, k, window, needs_grad=(True, True, masked), **options, **blocked),
+        functions.local_weighted_average(w, x, window, key_lengths=key_lengths, **blocked),
+        *functions.local_weighted_average_backward(
+            go, w, x, window, key_lengths=key_lengths, needs_grad=(True, True), **blocked
+        ),
     ]
     bias_grad = None if bias is None else bias.grad
     want = [scores, query.grad, key.grad, bias_grad, output, weights.grad, value.grad]

@@ -1,14 +1,19 @@
 """How a window becomes blocks: the geometry, and no tensor in it.
 
-One side of the product owns the *rows*, cut into blocks of B; the other side gives the *columns*. Row i of the rows
-side belongs to block t = i // B, at r = i % B. Column s of block t is position ``t * B + first + s`` of the other side:
-the column ranges overlap, each starts B positions after the one before, so that all blocks are one strided batch. Slot
-c of row r is column ``r + diagonal + c``: in a dense result of pitch S the band has pitch S + 1.
+All sequences of a call (one for each batch entry and key/value head) are laid end to end on one *line* of positions. Query
+i and key j of a sequence lie so that slot c of the query at position x is the key at x - left + c, whatever the lengths:
+their ends are aligned, as in ``Window``. The line is then cut into blocks of B rows, wherever a sequence may begin or end.
+Block b owns the rows at b * B .. b * B + B - 1 and has S columns from b * B - before on: the column ranges overlap, each
+begins B positions after the one before, so that all blocks are one strided batch. Slot c of row r is column
+``r + diagonal + c``: in a dense result of pitch S the band has pitch S + 1.
 
-    rows of block t     columns (S >= B + W - 1)
+    rows of a block     columns (S >= B + W - 1)
           r = 0         [ 0 1 2 3 . . . . ]
           r = 1         [ . 0 1 2 3 . . . ]         W = 4, diagonal = 0; numbers are slots
           r = 2         [ . . 0 1 2 3 . . ]
+
+Where a block reaches over the end of a sequence it also multiplies rows of another one: our kernels never look at these
+results of a dot product, and give them weight zero in an average.
 
 Queries own the rows of scores, outputs and of the gradients of queries and weights. Keys own those of the gradients of
 keys and values: the same geometry with the window mirrored, so that every gradient is a single product, accumulated in
@@ -21,74 +26,66 @@ from dataclasses import dataclass
 
 # Sizes that are leading dimensions are padded to this: 16 bytes of the narrowest dtype, as tensor cores like it.
 ALIGNMENT = 8
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 128
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The sequences of a call, laid end to end.
+
+    Attributes:
+        sequences: how many there are.
+        pitch: positions of a sequence.
+        query_lead: where query 0 lies in its sequence's positions; before it are keys that the first queries see.
+        key_lead: where key 0 lies; negative where the first keys are seen by no query, and have no position.
+        left: positions before a query that it may see: ``window.left``, or less where no key is so far away.
+        right: positions after it, likewise.
+    """
+
+    sequences: int
+    pitch: int
+    query_lead: int
+    key_lead: int
+    left: int
+    right: int
+
+    @property
+    def length(self) -> int:
+        """Positions of the whole line."""
+        return self.sequences * self.pitch
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of one head.
+    """The blocks of a line.
 
     Attributes:
         rows: B, rows of a block.
-        count: blocks of a head in the batch. The last ones may lie past the end of the rows: they only keep the
-            distance between blocks the same from one head to the next, and their results are never read.
         columns: S, columns of a block.
-        first: position on the columns side of column 0 of block 0; may be negative.
-        diagonal: column of slot 0 in row 0 of a block; negative where slots fall outside every sequence.
+        before: how many columns of a block come before its first row.
+        count: blocks that cover the line; the last one may reach over its end.
+        inner: the range of those blocks whose rows and columns all lie on the line.
     """
 
     rows: int
-    count: int
     columns: int
-    first: int
-    diagonal: int
-
-    @property
-    def row_pitch(self) -> int:
-        """Rows of a head on the rows side, padding included."""
-        return self.count * self.rows
-
-    @property
-    def column_pitch(self) -> int:
-        """Rows of a head on the columns side, padding included."""
-        return self.count * self.column_stride
-
-    @property
-    def column_stride(self) -> int:
-        """How far apart the columns of two blocks start."""
-        return self.rows if self.count > 1 else self.columns
-
-    @property
-    def area(self) -> int:
-        """Elements of a head's dense result."""
-        return self.count * self.rows * self.columns
+    before: int
+    count: int
+    inner: tuple[int, int]
 
 
-def plan(length: int, columns: int, left: int, right: int) -> Blocks:
-    """The blocks for ``length`` rows that see ``-left .. right`` around their place among ``columns`` positions.
-
-    Both are aligned at their ends, as in ``Window``. A block that covers the whole head is taken where it is no larger
-    than the sum of the small ones, as it is for a window about as long as the sequence.
-    """
-    shift = columns - length - left  # what slot 0 of row 0 points to
-    seen_first, seen_end = max(shift, 0), min(columns, shift + length + left + right)
-    whole = Blocks(_pad(length), 1, _pad(seen_end - seen_first), seen_first, shift - seen_first)
-
-    # Distances that no pair of positions has need no columns.
-    near_left, near_right = min(left, columns - 1), min(right, length - 1)
-    size = near_left + near_right + 1
-    rows = block_rows(size)
-    block_columns = _pad(rows + size - 1)
-    blocks = -(-length // rows)
-    count = blocks - 1 + -(-block_columns // rows)
-    many = Blocks(rows, count, block_columns, columns - length - near_left, near_left - left)
-    return whole if blocks == 1 or whole.area <= many.area else many
+def lay(sequences: int, queries: int, keys: int, left: int, right: int) -> Line:
+    """The line of ``sequences`` sequences of these lengths, under a window of this reach."""
+    # No pair of positions is further apart than that.
+    left, right = min(left, keys - 1), min(right, queries - 1)
+    surplus = keys - queries
+    lead = min(max(surplus, 0), left)
+    return Line(sequences, lead + queries, lead, lead - surplus, left, right)
 
 
-def block_rows(window_size: int) -> int:
-    """B: the power of two from W up, so that at least half of what is multiplied is band, between 32 and 128."""
-    return min(max(1 << (window_size - 1).bit_length(), SMALLEST_BLOCK), LARGEST_BLOCK)
-
-
-def _pad(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def cut(line: Line, rows: int, *, by_key: bool = False) -> Blocks:
+    """Blocks of ``rows`` rows, which are queries, or keys."""
+    before = line.right if by_key else line.left
+    columns = -(-(rows + line.left + line.right) // ALIGNMENT) * ALIGNMENT
+    begin = -(-before // rows)
+    end = (line.length - max(columns - before, rows)) // rows + 1
+    return Blocks(rows, columns, before, -(-line.length // rows), (begin, max(begin, end)))

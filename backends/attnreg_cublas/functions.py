@@ -1,27 +1,40 @@
-"""The functions of the backend: pack, one batched product, band.
+"""The functions of the backend: the products, the band, and what lies between.
+
+Each takes the options ``block``, the rows of a block (None: by ``rule``), and ``workspace``, the MiB for dense blocks.
 
 The products are torch's own, so that float32 follows torch's matmul precision setting. ``scale`` rides on the product
-(cuBLAS ``alpha``), before any rounding. As in every product over dense blocks, an infinity or NaN in a *visible* row
-also reaches the other rows of its block.
+(cuBLAS ``alpha``), before any rounding. As in every product over dense blocks, an infinity or NaN in a *visible* row of an
+average also reaches the other rows of its block, though never those of another sequence.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from attnreg import Window
-from attnreg_cublas.operands import Operands, product, sum_to
+from attnreg_cublas.call import Call
+
+# MiB of dense blocks at a time.
+WORKSPACE = 256
 
 
 def local_dot_product(
-    query: Tensor, key: Tensor, window: Window, *, bias: Tensor | None, key_lengths: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+    block: int | None = None,
+    workspace: int = WORKSPACE,
 ) -> Tensor:
     """Scores: S = scale * Q.K^T + bias on the band."""
-    operands = Operands(query, key, window, bias, key_lengths)
-    dense = product(operands.query_rows(query), operands.key_columns(key).mT, scale)
-    return operands.gather(dense, hidden=-math.inf)
+    call = Call(query, key, window, bias, key_lengths, block, workspace)
+    return call.band(query, key, scale=scale, hidden=-math.inf)
 
 
 def local_dot_product_backward(
@@ -34,26 +47,30 @@ def local_dot_product_backward(
     key_lengths: Tensor | None,
     scale: float,
     needs_grad: tuple[bool, bool, bool],
+    block: int | None = None,
+    workspace: int = WORKSPACE,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients: dQ = scale * dS.K, dK = scale * dS^T.Q, dbias = dS summed to the shape of the bias."""
-    operands = Operands(query, key, window, bias, key_lengths)
-    grad_query = grad_key = grad_bias = None
-    if needs_grad[0]:
-        rows = product(operands.scatter(grad_scores), operands.key_columns(key), scale)
-        grad_query = operands.unpack_queries(rows, query.size(3))
-    if needs_grad[1]:
-        rows = product(operands.scatter_by_key(grad_scores).mT, operands.query_columns(query), scale, operands.group)
-        grad_key = operands.unpack_keys(rows, key.size(3))
+    call = Call(query, key, window, bias, key_lengths, block, workspace)
+    grad_query = call.average(grad_scores, key, scale=scale) if needs_grad[0] else None
+    grad_key = call.average_by_key(grad_scores, query, scale=scale) if needs_grad[1] else None
+    grad_bias = None
     if needs_grad[2] and bias is not None:
-        grad_bias = sum_to(operands.mask(grad_scores), bias)
+        grad_bias = sum_to(call.masked(grad_scores), bias)
     return grad_query, grad_key, grad_bias
 
 
-def local_weighted_average(weights: Tensor, value: Tensor, window: Window, *, key_lengths: Tensor | None) -> Tensor:
+def local_weighted_average(
+    weights: Tensor,
+    value: Tensor,
+    window: Window,
+    *,
+    key_lengths: Tensor | None,
+    block: int | None = None,
+    workspace: int = WORKSPACE,
+) -> Tensor:
     """Output: O = A.V over the band."""
-    operands = Operands(weights, value, window, None, key_lengths)
-    rows = product(operands.scatter(weights), operands.key_columns(value))
-    return operands.unpack_queries(rows, value.size(3))
+    return Call(weights, value, window, None, key_lengths, block, workspace).average(weights, value)
 
 
 def local_weighted_average_backward(
@@ -64,14 +81,20 @@ def local_weighted_average_backward(
     *,
     key_lengths: Tensor | None,
     needs_grad: tuple[bool, bool],
+    block: int | None = None,
+    workspace: int = WORKSPACE,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients: dA = dO.V^T on the band, dV = A^T.dO."""
-    operands = Operands(weights, value, window, None, key_lengths)
-    grad_weights = grad_value = None
-    if needs_grad[0]:
-        dense = product(operands.query_rows(grad_output), operands.key_columns(value).mT)
-        grad_weights = operands.gather(dense, hidden=0.0)
-    if needs_grad[1]:
-        rows = product(operands.scatter_by_key(weights).mT, operands.query_columns(grad_output), heads=operands.group)
-        grad_value = operands.unpack_keys(rows, value.size(3))
+    call = Call(weights, value, window, None, key_lengths, block, workspace)
+    grad_weights = call.band(grad_output, value, scale=1.0, hidden=0.0) if needs_grad[0] else None
+    grad_value = call.average_by_key(weights, grad_output) if needs_grad[1] else None
     return grad_weights, grad_value
+
+
+def sum_to(band: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias from that of its broadcast: summed to its shape, in fp32 or wider."""
+    broadcast = [dim for dim in range(4) if bias.size(dim) == 1]
+    if not broadcast:
+        return band.to(bias.dtype)
+    wide = torch.promote_types(torch.float32, bias.dtype)
+    return band.sum(broadcast, keepdim=True, dtype=wide).to(bias.dtype)

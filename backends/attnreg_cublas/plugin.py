@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from attnreg import Backend, Capability, hookimpl
-from attnreg_cublas import build, functions
+from attnreg_cublas import build, functions, rule
 
 
 @hookimpl
@@ -23,5 +23,6 @@ def attnreg_backends() -> Iterator[Backend]:
         local_weighted_average_backward=functions.local_weighted_average_backward,
         unavailable=build.unavailable,
         prepare=build.prepare,
+        options={"block": rule.parse_block, "workspace": rule.parse_workspace},
         rank=60,
     )
