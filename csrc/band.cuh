@@ -85,14 +85,17 @@ struct Lengths {
   }
 };
 
-// What decides which slots of the band are visible.
+// What decides which slots of the band are visible. Most calls have no bias, and their kernels no code for it.
+template <bool kBias>
 struct Visibility {
-  int64_t batch, width;  // of the band
+  static constexpr bool kHasBias = kBias;
+  int32_t batch;
+  int64_t width;  // of the band
   int64_t shift;  // the key of slot 0 in row 0: Lk - Lq - left
   Lengths lengths;
   Bias bias;
 
-  // One row of the band: slot 0 is key `first_key`, slots [begin, end) are keys of the sequence.
+  // One row of the band: slot 0 is key `first_key`, slots [begin, end) are keys of the sequence, or there are none.
   struct Row {
     int64_t first_key;
     int begin, end;
@@ -103,21 +106,34 @@ struct Visibility {
     const int64_t first_key = i + shift;
     const int64_t begin = first_key < 0 ? -first_key : 0;
     const int64_t keys = lengths[n] - first_key;
-    const int64_t end = keys < 0 ? 0 : keys < width ? keys : width;
-    return {first_key, static_cast<int>(begin < width ? begin : width), static_cast<int>(end),
+    const int64_t end = keys < width ? keys : width;
+    if (begin >= end) return {first_key, 0, 0, 0};
+    return {first_key, static_cast<int>(begin), static_cast<int>(end),
             n * bias.stride_n + h * bias.stride_h + i * bias.stride_i};
   }
+
+  __host__ __device__ static Row nothing() { return {0, 0, 0, 0}; }
 
   // Whether slot c is visible, and its bias (0 where there is none).
   __host__ __device__ bool sees(const Row& row, int c, float& bias_value) const {
     bias_value = 0;
-    if (c < row.begin || c >= row.end) return false;
-    if (bias.data == nullptr) return true;
-    bool hidden;
-    bias_value = bias.read(row.bias_offset + c * bias.stride_c, hidden);
+    if (static_cast<unsigned>(c - row.begin) >= static_cast<unsigned>(row.end - row.begin)) return false;
+    bool hidden = false;
+    if constexpr (kBias) bias_value = bias.read(row.bias_offset + c * bias.stride_c, hidden);
     return !hidden;
   }
 };
+
+// Calls run with what decides in a call, of the type that it needs.
+template <class Run>
+void dispatch_visibility(const Tensor& band, int64_t keys, int64_t left, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& key_lengths, const Run& run) {
+  const int64_t shift = keys - band.size(2) - left;
+  const auto batch = static_cast<int32_t>(band.size(0));
+  const Lengths lengths(key_lengths, keys);
+  if (bias) return run(Visibility<true>{batch, band.size(3), shift, lengths, Bias(bias)});
+  run(Visibility<false>{batch, band.size(3), shift, lengths, Bias(bias)});
+}
 
 // A tensor (N, H, L, W or E) with unit stride along its last dimension.
 template <class T>

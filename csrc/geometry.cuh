@@ -13,37 +13,43 @@
 namespace attnreg {
 
 struct Geometry {
-  int64_t kv_heads, group, pitch, query_lead, key_lead;
-  int64_t rows, columns, before;
-  int64_t begin, end;  // the blocks that have a dense result: those whose rows and columns all lie on the line
+  Divisor kv_heads, group, pitch;
+  int32_t query_lead, key_lead;
+  Divisor rows;
+  int32_t columns, before;
 
-  explicit Geometry(const std::vector<int64_t>& numbers) {
-    STD_TORCH_CHECK(numbers.size() == 10, "attnreg cublas_block: a geometry has ten numbers");
-    int64_t* const fields[] = {&kv_heads, &group, &pitch, &query_lead, &key_lead, &rows, &columns, &before, &begin, &end};
-    for (size_t field = 0; field < 10; ++field) *fields[field] = numbers[field];
-  }
+  explicit Geometry(const std::vector<int64_t>& numbers)
+      : kv_heads(number(numbers, 0)), group(number(numbers, 1)), pitch(number(numbers, 2)),
+        query_lead(number(numbers, 3)), key_lead(number(numbers, 4)), rows(number(numbers, 5)),
+        columns(number(numbers, 6)), before(number(numbers, 7)) {}
 
   struct Place {
-    int64_t n, kv_head, at;
+    int32_t n, kv_head, at;
   };
 
-  __host__ __device__ Place place(int64_t x) const {
-    const int64_t at = pop(x, pitch);
-    const int64_t kv_head = pop(x, kv_heads);
+  __host__ __device__ Place place(int32_t x) const {
+    const int32_t at = pitch.pop(x);
+    const int32_t kv_head = kv_heads.pop(x);
     return {x, kv_head, at};
   }
 
-  __host__ __device__ int64_t start(int64_t n, int64_t h) const { return (n * kv_heads + h / group) * pitch; }
-
-  __host__ __device__ bool has_dense(int64_t x) const {
-    const int64_t block = x / rows;
-    return begin <= block && block < end;
+  // Rows whose block may have columns of another sequence lie at the ends of their own.
+  __host__ __device__ int32_t head() const { return before + rows.size(); }
+  __host__ __device__ int32_t ends() const {
+    const int32_t both = head() + columns - before;
+    return both < pitch.size() ? both : pitch.size();
+  }
+  // The place of the `index`-th such row of a sequence, `index` < ends().
+  __host__ __device__ int32_t end_place(int32_t index) const {
+    return index < head() ? index : pitch.size() - ends() + index;
   }
 
-  // Whether the block of position x has columns of another sequence than that of x, which begins at `start`.
-  __host__ __device__ bool meets_another(int64_t x, int64_t start) const {
-    const int64_t first = x - x % rows - before;
-    return first < start || first + columns > start + pitch;
+ private:
+  static int32_t number(const std::vector<int64_t>& numbers, size_t index) {
+    STD_TORCH_CHECK(numbers.size() == 8, "attnreg cublas_block: a geometry has eight numbers, got ", numbers.size());
+    STD_TORCH_CHECK(numbers[index] >= INT32_MIN && numbers[index] <= INT32_MAX,
+                    "attnreg cublas_block: positions must be below 2^31, got ", numbers[index]);
+    return static_cast<int32_t>(numbers[index]);
   }
 };
 

@@ -2,9 +2,9 @@
 //
 // Every op writes into a tensor that it is given; the products between them are torch's own (cuBLAS). The host kernels
 // are the same code in a plain loop: they test the index arithmetic where there is no GPU.
-#include "average.cuh"
 #include "gather.cuh"
 #include "mask.cuh"
+#include "mend.cuh"
 #include "pack.cuh"
 #include "scatter.cuh"
 #include "split.cuh"
@@ -14,16 +14,15 @@ STABLE_TORCH_LIBRARY(attnreg_cublas, m) {
         "int reach, int extent) -> ()");
   m.def("split(Tensor source, Tensor(a!) factors, Tensor(b!) scales, int pitch, int first, int lead, "
         "bool of_keys) -> ()");
-  m.def("gather_band(Tensor? dense, Tensor query, Tensor key, Tensor? query_scales, Tensor? key_scales, "
-        "Tensor(a!) band, Tensor? bias, Tensor? key_lengths, int[] geometry, int first_block, int first_position, "
-        "int positions, int left, float scale, float hidden) -> ()");
+  m.def("gather_band(Tensor dense, Tensor? query_scales, Tensor? key_scales, Tensor(a!) band, Tensor? bias, "
+        "Tensor? key_lengths, int[] geometry, int first_block, int keys, int left, float scale, float hidden) -> ()");
   m.def("scatter_band(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int[] geometry, "
         "int first_block, int keys, int left) -> ()");
   m.def("scatter_band_by_key(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int[] geometry, "
         "int first_block, int keys, int left) -> ()");
-  m.def("average_rows(Tensor band, Tensor source, Tensor(a!) output, Tensor? bias, Tensor? key_lengths, "
+  m.def("mend_rows(Tensor band, Tensor source, Tensor(a!) output, Tensor? bias, Tensor? key_lengths, "
         "int[] geometry, int keys, int left, float scale) -> ()");
-  m.def("average_rows_by_key(Tensor band, Tensor source, Tensor(a!) output, Tensor? bias, Tensor? key_lengths, "
+  m.def("mend_rows_by_key(Tensor band, Tensor source, Tensor(a!) output, Tensor? bias, Tensor? key_lengths, "
         "int[] geometry, int keys, int left, float scale) -> ()");
   m.def("mask_band(Tensor band, Tensor(a!) masked, Tensor? bias, Tensor? key_lengths, int keys, int left) -> ()");
 }
@@ -36,8 +35,8 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("gather_band", TORCH_BOX(&attnreg::gather_band));
   m.impl("scatter_band", TORCH_BOX(&attnreg::scatter_band));
   m.impl("scatter_band_by_key", TORCH_BOX(&attnreg::scatter_band_by_key));
-  m.impl("average_rows", TORCH_BOX(&attnreg::average_rows));
-  m.impl("average_rows_by_key", TORCH_BOX(&attnreg::average_rows_by_key));
+  m.impl("mend_rows", TORCH_BOX(&attnreg::mend_rows));
+  m.impl("mend_rows_by_key", TORCH_BOX(&attnreg::mend_rows_by_key));
   m.impl("mask_band", TORCH_BOX(&attnreg::mask_band));
 }
 

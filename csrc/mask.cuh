@@ -5,16 +5,15 @@
 
 namespace attnreg {
 
-template <class T>
+template <class T, bool kBias>
 struct MaskBand {
   Rows<const T> band;
   Rows<T> masked;
-  Visibility visibility;
+  Divisor length, heads;
+  Visibility<kBias> visibility;
 
-  __host__ __device__ void operator()(int64_t row, int lane, int lanes) const {
-    const int64_t i = pop(row, band.length);
-    const int64_t h = pop(row, band.heads);
-    const int64_t n = row;
+  __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
+    const int32_t i = length.pop(row), h = heads.pop(row), n = row;
     const T* from = band.row(n, h, i);
     T* to = masked.row(n, h, i);
     const auto seen = visibility.row(n, h, i);
@@ -29,10 +28,12 @@ inline void mask_band(Tensor band, Tensor masked, std::optional<Tensor> bias, st
                       int64_t keys, int64_t left) {
   dispatch_dtype(band.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const MaskBand<T> kernel{read_rows<T>(band), write_rows<T>(masked),
-                             Visibility{band.size(0), band.size(3), keys - band.size(2) - left,
-                                        Lengths(key_lengths, keys), Bias(bias)}};
-    for_each_row(kernel, band.size(0) * band.size(1) * band.size(2), band.size(3), masked);
+    const auto run = [&](auto visibility) {
+      const MaskBand<T, visibility.kHasBias> kernel{read_rows<T>(band), write_rows<T>(masked), Divisor(band.size(2)),
+                                                    Divisor(band.size(1)), visibility};
+      for_each_row(kernel, band.size(0) * band.size(1) * band.size(2), band.size(3), masked);
+    };
+    dispatch_visibility(band, keys, left, bias, key_lengths, run);
   });
 }
 

@@ -13,9 +13,11 @@ template <class Word>
 struct Pack {
   const char* source;
   Word* packed;
-  int64_t batch, kv_heads, group, pitch, words, padded_words;  // the last two in words, of a row
+  int32_t batch;
+  Divisor kv_heads, group, pitch;
+  int32_t words, padded_words;                  // of a row
   int64_t length, stride_n, stride_h, stride_l;                // of the source, strides in bytes
-  int64_t first, lead;  // the first packed position; where row 0 of a sequence lies in it
+  int32_t first, lead;  // the first packed position; where row 0 of a sequence lies in it
   int64_t reach, extent;  // row l sees (or is) the keys l + reach .. l + reach + extent - 1
   Lengths key_lengths;
 
@@ -27,17 +29,18 @@ struct Pack {
     return begin < end;
   }
 
-  __host__ __device__ void operator()(int64_t row, int lane, int lanes) const {
-    Word* to = packed + row * padded_words;
-    const int64_t g = pop(row, group);
-    int64_t n = first + row;
+  __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
+    Word* to = packed + int64_t{row} * padded_words;
+    const int32_t g = group.pop(row);
+    int32_t n = first + row;
     const bool on_line = n >= 0;
-    const int64_t l = pop(n, pitch) - lead;
-    const int64_t kv_head = pop(n, kv_heads);
+    if (!on_line) n = 0;
+    const int32_t l = pitch.pop(n) - lead;
+    const int32_t kv_head = kv_heads.pop(n);
     const bool load = on_line && n < batch && seen(n, l);
     const Word* from = reinterpret_cast<const Word*>(
-        source + (load ? n * stride_n + (kv_head * group + g) * stride_h + l * stride_l : 0));
-    for (int64_t e = lane; e < padded_words; e += lanes) to[e] = load && e < words ? from[e] : Word{};
+        source + (load ? n * stride_n + int64_t{kv_head * group.size() + g} * stride_h + l * stride_l : 0));
+    for (int e = lane; e < padded_words; e += lanes) to[e] = load && e < words ? from[e] : Word{};
   }
 };
 
@@ -48,10 +51,10 @@ void run_pack(const Tensor& source, const Tensor& packed, int64_t element, int64
   const Pack<Word> kernel{
       static_cast<const char*>(source.const_data_ptr()),
       static_cast<Word*>(packed.mutable_data_ptr()),
-      source.size(0), source.size(1) / group, group, pitch, source.size(3) * element / word,
-      packed.size(2) * element / word,
+      static_cast<int32_t>(source.size(0)), Divisor(source.size(1) / group), Divisor(group), Divisor(pitch),
+      static_cast<int32_t>(source.size(3) * element / word), static_cast<int32_t>(packed.size(2) * element / word),
       source.size(2), source.stride(0) * element, source.stride(1) * element, source.stride(2) * element,
-      first, lead, reach, extent, key_lengths};
+      static_cast<int32_t>(first), static_cast<int32_t>(lead), reach, extent, key_lengths};
   for_each_row(kernel, packed.size(0) * group, kernel.padded_words, packed);
 }
 

@@ -4,7 +4,6 @@
 // Both devices run the same code, so the index arithmetic is tested where there is no GPU.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -23,29 +22,72 @@ using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+// How many loads of a lane are under way together.
+constexpr int kAtOnce = 8;
 
-// index -> index / size, returning index % size. The compiler divides in 32 bits where both fit.
-__host__ __device__ inline int64_t pop(int64_t& index, int64_t size) {
-  const int64_t quotient = index / size;
-  const int64_t remainder = index - quotient * size;
-  index = quotient;
-  return remainder;
+// Divides 31-bit numbers by one that is known beforehand, with a product and a shift instead of a division: an index is
+// taken apart for every row. Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
+class Divisor {
+ public:
+  explicit Divisor(int64_t size) : size_(static_cast<int32_t>(size)) {
+    STD_TORCH_CHECK(size > 0 && size <= INT32_MAX, "attnreg cublas_block: a size must be in 1 .. 2^31 - 1, got ", size);
+    while ((int64_t{1} << shift_) < size) ++shift_;
+    factor_ = static_cast<uint32_t>((((uint64_t{1} << shift_) - size) << 32) / size + 1);
+  }
+
+  __host__ __device__ int32_t size() const { return size_; }
+
+  __host__ __device__ int32_t quotient(int32_t index) const {
+    const uint32_t number = static_cast<uint32_t>(index);
+    const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(number) * factor_) >> 32);
+    return static_cast<int32_t>((high + number) >> shift_);
+  }
+
+  // index -> index / size, returning index % size.
+  __host__ __device__ int32_t pop(int32_t& index) const {
+    const int32_t whole = quotient(index);
+    const int32_t rest = index - whole * size_;
+    index = whole;
+    return rest;
+  }
+
+  __host__ __device__ int32_t remainder(int32_t index) const { return pop(index); }
+
+ private:
+  int32_t size_, shift_ = 0;
+  uint32_t factor_;
+};
+
+// Calls store(c, load(c)) for the columns of a lane, eight loads before their stores: they are under way together. `load` is
+// called for columns past the last one, too, and must give anything there: a branch would hold the next load up.
+template <class Load, class Store>
+__host__ __device__ inline void copy_columns(int lane, int lanes, int columns, const Load& load, const Store& store) {
+  for (int first = lane; first < columns; first += kAtOnce * lanes) {
+    decltype(load(0)) values[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      values[k] = load(first + k * lanes);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + k * lanes < columns) store(first + k * lanes, values[k]);
+    }
+  }
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads) run_rows(const __grid_constant__ Kernel kernel, int64_t rows) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += step) {
-    kernel(row, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
-  }
+__global__ void __launch_bounds__(kThreads) run_rows(const __grid_constant__ Kernel kernel, int32_t rows) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row < rows) kernel(static_cast<int32_t>(row), static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
 }
 
 // Runs `kernel` over rows x columns on the device of `output`, on its current stream.
 template <class Kernel>
 void for_each_row(const Kernel& kernel, int64_t rows, int64_t columns, const Tensor& output) {
   if (rows == 0) return;
+  STD_TORCH_CHECK(rows <= INT32_MAX, "attnreg cublas_block: more than 2^31 - 1 rows: ", rows);
   if (!output.is_cuda()) {
-    for (int64_t row = 0; row < rows; ++row) kernel(row, 0, 1);
+    for (int32_t row = 0; row < rows; ++row) kernel(row, 0, 1);
     return;
   }
   const auto device = output.get_device_index();
@@ -54,13 +96,13 @@ void for_each_row(const Kernel& kernel, int64_t rows, int64_t columns, const Ten
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 
+  // At least 8 lanes side by side, which fill the sectors of memory that they touch.
   int lanes = 1;
-  while (lanes < columns && lanes < kWarp) lanes *= 2;
+  while (lanes < columns && (lanes < 8 || lanes * kAtOnce < columns) && lanes < kWarp) lanes *= 2;
   const int rows_per_block = kThreads / lanes;
-  constexpr int64_t kMaxBlocks = 1 << 20;
-  const auto blocks = std::min((rows + rows_per_block - 1) / rows_per_block, kMaxBlocks);
-  run_rows<<<static_cast<unsigned>(blocks), dim3(lanes, rows_per_block), 0, static_cast<cudaStream_t>(stream)>>>(
-      kernel, rows);
+  const auto blocks = static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
+  run_rows<<<blocks, dim3(lanes, rows_per_block), 0, static_cast<cudaStream_t>(stream)>>>(
+      kernel, static_cast<int32_t>(rows));
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "attnreg cublas_block: kernel launch failed: ", cudaGetErrorString(error));
 }

@@ -10,67 +10,66 @@
 
 namespace attnreg {
 
-template <class T>
+template <class T, bool kBias>
 struct ScatterBand {
   Geometry geometry;
   Rows<const T> band;
   T* dense;
-  int64_t first_block, diagonal;
-  Visibility visibility;
+  Divisor block_columns;
+  int32_t first_block, diagonal;
+  Visibility<kBias> visibility;
 
-  __host__ __device__ void operator()(int64_t row, int lane, int lanes) const {
+  __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
     const int columns = static_cast<int>(geometry.columns);
-    T* __restrict__ to = dense + row * columns;
-    const int64_t g = pop(row, geometry.group);
-    const int64_t x = first_block * geometry.rows + row;
+    T* __restrict__ to = dense + int64_t{row} * columns;
+    const int32_t g = geometry.group.pop(row);
+    const int32_t x = first_block * geometry.rows.size() + row;
     const auto place = geometry.place(x);
-    const int64_t i = place.at - geometry.query_lead;
-    const int64_t h = place.kv_head * geometry.group + g;
+    const int32_t i = place.at - geometry.query_lead;
+    const int32_t h = place.kv_head * geometry.group.size() + g;
     const bool inside = i >= 0 && i < band.length && place.n < visibility.batch;
-    const T* __restrict__ from = band.row(inside ? place.n : 0, h, inside ? i : 0);
-    const auto seen = visibility.row(inside ? place.n : 0, h, inside ? i : 0);
-    const int slot_of_column_0 = static_cast<int>(-(x % geometry.rows) - diagonal);
-#pragma unroll 4
-    for (int s = lane; s < columns; s += lanes) {
-      const int c = slot_of_column_0 + s;
+    const auto seen = inside ? visibility.row(place.n, h, i) : visibility.nothing();
+    const int slot_of_column_0 = -geometry.rows.remainder(x) - diagonal;
+    const T* __restrict__ from = band.row(place.n, h, i) + slot_of_column_0;
+    const auto load = [&](int s) {
       float bias;
-      to[s] = inside && visibility.sees(seen, c, bias) ? from[c] : T(0.0f);
-    }
+      return visibility.sees(seen, slot_of_column_0 + s, bias) ? from[s] : T(0.0f);
+    };
+    copy_columns(lane, lanes, columns, load, [&](int s, T weight) { to[s] = weight; });
   }
 };
 
-template <class T>
+template <class T, bool kBias>
 struct ScatterBandByKey {
   Geometry geometry;
   Rows<const T> band;
   T* dense;
-  int64_t first_block, diagonal;
-  Visibility visibility;
+  Divisor block_columns;
+  int32_t first_block, diagonal;
+  Visibility<kBias> visibility;
 
-  __host__ __device__ void operator()(int64_t row, int lane, int lanes) const {
-    const int keys = static_cast<int>(geometry.rows);
-    T* __restrict__ to = dense + row * keys;
-    const int64_t g = pop(row, geometry.group);
-    const int64_t s = pop(row, geometry.columns);
-    const int64_t first_key = (first_block + row) * geometry.rows;
-    const int64_t x = first_key - geometry.before + s;
+  __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
+    const int keys = geometry.rows.size();
+    T* __restrict__ to = dense + int64_t{row} * keys;
+    const int32_t g = geometry.group.pop(row);
+    const int32_t s = block_columns.pop(row);
+    const int32_t x = (first_block + row) * keys - geometry.before + s;
     const auto place = geometry.place(x < 0 ? 0 : x);
-    const int64_t i = place.at - geometry.query_lead;
-    const int64_t h = place.kv_head * geometry.group + g;
+    const int32_t i = place.at - geometry.query_lead;
+    const int32_t h = place.kv_head * geometry.group.size() + g;
     const bool inside = x >= 0 && i >= 0 && i < band.length && place.n < visibility.batch;
-    const T* __restrict__ from = band.row(inside ? place.n : 0, h, inside ? i : 0);
-    const auto seen = visibility.row(inside ? place.n : 0, h, inside ? i : 0);
-    const int slot_of_key_0 = static_cast<int>(band.width - 1 - s + diagonal);
-#pragma unroll 4
-    for (int r = lane; r < keys; r += lanes) {
-      const int c = slot_of_key_0 + r;
+    const auto seen = inside ? visibility.row(place.n, h, i) : visibility.nothing();
+    const int slot_of_key_0 = static_cast<int>(band.width) - 1 - s + diagonal;
+    const T* __restrict__ from = band.row(place.n, h, i) + slot_of_key_0;
+    const auto load = [&](int r) {
       float bias;
-      to[r] = inside && visibility.sees(seen, c, bias) ? from[c] : T(0.0f);
-    }
+      return visibility.sees(seen, slot_of_key_0 + r, bias) ? from[r] : T(0.0f);
+    };
+    copy_columns(lane, lanes, keys, load, [&](int r, T weight) { to[r] = weight; });
   }
 };
 
-template <template <class> class Kernel>
+template <template <class, bool> class Kernel>
 void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& key_lengths, const std::vector<int64_t>& numbers, int64_t first_block,
                  int64_t diagonal, int64_t keys, int64_t left) {
@@ -79,10 +78,13 @@ void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Te
                   "attnreg cublas_block: a scatter got tensors that do not fit");
   dispatch_dtype(band.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Kernel<T> kernel{geometry, read_rows<T>(band), static_cast<T*>(dense.mutable_data_ptr()), first_block, diagonal,
-                           Visibility{band.size(0), band.size(3), keys - band.size(2) - left,
-                                      Lengths(key_lengths, keys), Bias(bias)}};
-    for_each_row(kernel, dense.size(0) * dense.size(1) * dense.size(2), dense.size(3), dense);
+    const auto run = [&](auto visibility) {
+      const Kernel<T, visibility.kHasBias> kernel{
+          geometry, read_rows<T>(band), static_cast<T*>(dense.mutable_data_ptr()), Divisor(geometry.columns),
+          static_cast<int32_t>(first_block), static_cast<int32_t>(diagonal), visibility};
+      for_each_row(kernel, dense.size(0) * dense.size(1) * dense.size(2), dense.size(3), dense);
+    };
+    dispatch_visibility(band, keys, left, bias, key_lengths, run);
   });
 }
 

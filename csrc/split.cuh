@@ -1,10 +1,12 @@
 // split: fp32 rows (N, H, L, E) -> three fp16 factors a row on the line, and a power of two for each row.
 //
 // x = (hi + lo) * scale to 22 bits, with the largest element of a row brought to [2^14, 2^15). The query's row is
-// [hi hi lo] and the key's [hi lo hi], so that one product over 3 E terms is hi.hi + hi.lo + lo.hi: what is left out,
-// lo.lo, lies below the last bit of fp32. A row that is not finite becomes zeros with the scale NaN, so that it reaches
+// [hi lo hi] and the key's [lo hi hi], so that one product over 3 E terms is hi.lo + lo.hi + hi.hi, the smallest first:
+// what is left out, lo.lo, lies below the last bit of fp32. A row that is not finite becomes zeros with the scale NaN, so that it reaches
 // those only who see it.
 #pragma once
+
+#include <cstring>
 
 #include "band.cuh"
 
@@ -14,50 +16,100 @@ struct Split {
   Rows<const float> source;
   __half* factors;  // (positions, G, 3 * E padded), from position `first` on
   float* scales;    // (positions of the line, G)
-  int64_t batch, kv_heads, group, pitch, first, lead, padded;
-  bool of_keys;
+  int32_t batch;
+  Divisor kv_heads, group, pitch;
+  int32_t first, lead, padded;
+  bool of_keys, aligned;  // whether every row of the source begins where a vector may
 
-  __host__ __device__ void operator()(int64_t row, int lane, int lanes) const {
-    __half* to = factors + row * 3 * padded;
-    const int64_t g = pop(row, group);
-    const int64_t x = first + row;
-    int64_t n = x;
-    const int64_t l = pop(n, pitch) - lead;
-    const int64_t kv_head = pop(n, kv_heads);
+  __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
+    __half* __restrict__ to = factors + int64_t{row} * 3 * padded;
+    const int32_t g = group.pop(row);
+    const int32_t x = first + row;
+    int32_t n = x < 0 ? 0 : x;
+    const int32_t l = pitch.pop(n) - lead;
+    const int32_t kv_head = kv_heads.pop(n);
     const bool on_line = x >= 0 && n < batch;
     const bool inside = on_line && l >= 0 && l < source.length;
-    const float* from = inside ? source.row(n, kv_head * group + g, l) : nullptr;
-    const int64_t width = inside ? source.width : 0;
-    float largest = 0;
-    bool finite = true;
-    for (int64_t e = lane; e < width; e += lanes) {
-      finite = finite && isfinite(from[e]);
-      largest = fmaxf(largest, fabsf(from[e]));
+    const float* __restrict__ from = inside ? source.row(n, kv_head * group.size() + g, l) : nullptr;
+    const int width = inside ? static_cast<int>(source.width) : 0;
+    // The bits of a positive float order as it does, and those of an infinity and of NaN are the largest.
+    int32_t largest = 0;
+    for (int e = kVector * lane; e < width; e += kVector * lanes) {
+      const auto values = load(from, e, width);
+      for (int k = 0; k < kVector; ++k) {
+        const int32_t magnitude = bits(values.at[k]) & INT32_MAX;
+        largest = magnitude > largest ? magnitude : largest;
+      }
     }
 #ifdef __CUDA_ARCH__
     // The lanes of one row only: those of the warp's other rows may be through.
     const unsigned first_lane = threadIdx.y * lanes % kWarp;
     const unsigned row_lanes = (lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1u) << first_lane;
     for (int other = lanes / 2; other > 0; other /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(row_lanes, largest, other));
-      finite = __shfl_xor_sync(row_lanes, finite, other) && finite;
+      largest = max(largest, __shfl_xor_sync(row_lanes, largest, other));
     }
 #endif
-    int exponent = 0;
-    frexpf(largest, &exponent);  // largest = fraction * 2^exponent, with the fraction in [1/2, 1)
-    exponent = largest == 0 || !finite ? 0 : exponent < -100 ? -100 : exponent;
-    const float up = ldexpf(1.0f, 15 - exponent);
-    if (on_line && lane == 0) scales[x * group + g] = finite ? ldexpf(1.0f, exponent - 15) : NAN;
-    for (int64_t e = lane; e < padded; e += lanes) {
-      const float x = finite && e < width ? from[e] * up : 0.0f;
-      const __half hi = __float2half_rn(x);
-      const __half lo = __float2half_rn(x - __half2float(hi));
-      to[e] = hi;
-      to[padded + e] = of_keys ? lo : hi;
-      to[2 * padded + e] = of_keys ? hi : lo;
+    const int32_t exponent = largest >> 23;
+    const bool finite = exponent < 255;
+    const int32_t power = !finite || exponent < 20 ? 20 : exponent;  // the powers of two below stay normal numbers
+    const float up = power_of_two(268 - power);
+    if (on_line && lane == 0) scales[int64_t{x} * group.size() + g] = finite ? power_of_two(power - 14) : NAN;
+    for (int e = kVector * lane; e < padded; e += kVector * lanes) {
+      const auto values = load(from, e, finite ? width : 0);
+      Vector<__half> hi, lo;
+      for (int k = 0; k < kVector; ++k) {
+        const float value = values.at[k] * up;
+        hi.at[k] = __float2half_rn(value);
+        lo.at[k] = __float2half_rn(value - __half2float(hi.at[k]));
+      }
+      store(to + e, of_keys ? lo : hi);
+      store(to + padded + e, of_keys ? hi : lo);
+      store(to + 2 * padded + e, hi);
     }
   }
+
+  static constexpr int kVector = 4;  // neighbours of a row in one access; a padded row holds a multiple of them
+
+  template <class T>
+  struct alignas(kVector * sizeof(T)) Vector {
+    T at[kVector];
+  };
+
+  // The elements from e on, 0 past `width`.
+  __host__ __device__ Vector<float> load(const float* from, int e, int width) const {
+    if (aligned && e + kVector <= width) return *reinterpret_cast<const Vector<float>*>(from + e);
+    Vector<float> values;
+    for (int k = 0; k < kVector; ++k) values.at[k] = e + k < width ? from[e + k] : 0.0f;
+    return values;
+  }
+
+  __host__ __device__ static void store(__half* to, const Vector<__half>& values) {
+    *reinterpret_cast<Vector<__half>*>(to) = values;
+  }
+
+  __host__ __device__ static int32_t bits(float value) {
+    int32_t result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+  }
+
+  // 2^(exponent - 127)
+  __host__ __device__ static float power_of_two(int32_t exponent) {
+    const int32_t encoded = exponent << 23;
+    float result;
+    memcpy(&result, &encoded, sizeof result);
+    return result;
+  }
 };
+
+// Whether every row of a tensor begins at a multiple of `bytes`.
+inline bool is_aligned(const Tensor& tensor, uintptr_t bytes) {
+  uintptr_t starts = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    if (tensor.size(dim) > 1) starts |= tensor.stride(dim) * sizeof(float);
+  }
+  return starts % bytes == 0;
+}
 
 inline void split(Tensor source, Tensor factors, Tensor scales, int64_t pitch, int64_t first, int64_t lead,
                   bool of_keys) {
@@ -66,9 +118,11 @@ inline void split(Tensor source, Tensor factors, Tensor scales, int64_t pitch, i
                   "attnreg cublas_block: split got tensors that do not fit");
   const int64_t group = factors.size(1);
   const Split kernel{read_rows<float>(source), static_cast<__half*>(factors.mutable_data_ptr()),
-                     static_cast<float*>(scales.mutable_data_ptr()), source.size(0), source.size(1) / group, group,
-                     pitch, first, lead, factors.size(2) / 3, of_keys};
-  for_each_row(kernel, factors.size(0) * group, kernel.padded, factors);
+                     static_cast<float*>(scales.mutable_data_ptr()), static_cast<int32_t>(source.size(0)),
+                     Divisor(source.size(1) / group), Divisor(group), Divisor(pitch), static_cast<int32_t>(first),
+                     static_cast<int32_t>(lead), static_cast<int32_t>(factors.size(2) / 3), of_keys,
+                     is_aligned(source, Split::kVector * sizeof(float))};
+  for_each_row(kernel, factors.size(0) * group, kernel.padded / Split::kVector, factors);
 }
 
 }  // namespace attnreg

@@ -251,7 +251,7 @@ def test_a_failure_costs_only_itself():
 
 
 def test_peers_refuse_with_a_reason_what_they_cannot_run():
-    assert {peer.name for peer in PEERS} == {"flash2-torch", "flash4", "cudnn", "flex", "sdpa-dense"}
+    assert {peer.name for peer in PEERS} == {"flash2-torch", "flash4", "cudnn", "flex", "sdpa-dense", "seed-design"}
     half, single = BY_NAME["fused-e64/w64"], small(FUSED)
     for peer in PEERS:
         assert peer.ops == (FUSED,)

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from attnreg_cublas import blocks, build, call, functions
+from attnreg_cublas import blocks, build, call, functions, rule
 
 import attnreg
 from attnreg import Window
 
-LENGTHS = (1, 2, 3, 6)
+LENGTHS = (1, 2, 6)
 WINDOWS = [Window(left, size - 1 - left) for size in (1, 2, 3, 5, 9) for left in range(size)]
 
 
@@ -96,3 +96,54 @@ def _check(len_q, len_k, window, group, masked, block):
             assert ours is None
         else:
             torch.testing.assert_close(ours.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, None])
+@pytest.mark.usefixtures("library", "sides")
+def test_what_is_not_finite_stays_in_its_sequence(rows):
+    window, options = Window(3, 2), {"key_lengths": None, "block": rows}
+    query, key, value = torch.randn(3, 2, 2, 9, 8).unbind()
+    weights = torch.randn(2, 2, 9, window.size)
+    everything = {"bias": None, "scale": 1.0}
+
+    def results(query, key, value):
+        return (
+            functions.local_dot_product(query, key, window, **everything, **options),
+            *functions.local_dot_product_backward(
+                weights, query, key, window, needs_grad=(True, True, False), **everything, **options
+            )[:2],
+            functions.local_weighted_average(weights, value, window, **options),
+            *functions.local_weighted_average_backward(
+                query, weights, value, window, needs_grad=(True, True), **options
+            ),
+        )
+
+    clean = results(query, key, value)
+    for tensor in (query, key, value):
+        tensor[0, 1] = math.inf
+    for got, expected in zip(results(query, key, value), clean):
+        assert not got[0, 1].isfinite().all()
+        for elsewhere in ((0, 0), (1, 0), (1, 1)):
+            torch.testing.assert_close(got[elsewhere], expected[elsewhere])
+
+
+def test_the_options_say_what_they_take():
+    for text in ("8", "512", "20", "many"):
+        with pytest.raises(ValueError, match="a multiple of 8 from 16 to 256"):
+            rule.parse_block(text)
+    for text in ("0", "-1", "1.5"):
+        with pytest.raises(ValueError, match="MiB"):
+            rule.parse_workspace(text)
+    assert (rule.parse_block("48"), rule.parse_workspace("64")) == (48, 64)
+
+
+def test_dense_blocks_keep_to_the_workspace(monkeypatch):
+    rows = torch.empty(1, 64, 2048, 4)
+    monkeypatch.setattr(call, "ops", lambda: None)
+    one = call.Call(rows, rows, Window.centered(512), None, None, 128, 1)
+    geometry = blocks.cut(one.line, 128)
+    chunks = list(one._chunks(geometry, rows.element_size()))
+    largest = max(end - begin for begin, end in chunks)
+    assert largest * geometry.rows * geometry.columns * rows.element_size() <= 2**20
+    assert (chunks[0][0], chunks[-1][1]) == (0, geometry.count)
+    assert all(first[1] == second[0] for first, second in itertools.pairwise(chunks))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +25,7 @@ from attnreg_cublas.sides import Side, in_place, padded_width
 # cuBLAS puts the batch on a grid dimension, in some of its kernels with a limit of 65535.
 LARGEST_BATCH = 32768
 
-# Rows of blocks that leave the line are computed one by one. Where they are more than this part of all, a padded copy is
-# made instead, on which no block leaves the line.
+# Blocks that leave the line are multiplied from small copies. Where they are more than this part of all, everything is copied.
 LARGEST_EDGE = 1 / 8
 
 _MEBIBYTE = 2**20
@@ -58,44 +59,31 @@ class Call:
 
     def band(self, query: Tensor, key: Tensor, *, scale: float, hidden: float) -> Tensor:
         """``scale * query . key + bias`` (N, H, Lq, W) in the visible slots, and ``hidden`` in the others."""
-        line, blocks = self.line, _cut(self.line, self.block)
+        blocks = _cut(self.line, self.block)
         band = query.new_empty(self.batch, self.heads, self.queries, self.window.size)
-        row_scales = key_scales = None
-        rows, columns = in_place(query), in_place(key)
+        rows, columns = self._queries(query, blocks), self._keys(key, blocks)
+        scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if query.dtype == torch.float32 and not allow_tf32() and factors_pay(self.width):
-            inner = (0, blocks.count)
-            rows, row_scales = self._split(query, line.query_lead, 0, blocks.count * blocks.rows, of_keys=False)
-            columns, key_scales = self._split(key, line.key_lead, blocks.before, _reach(blocks), of_keys=True)
-        elif rows is not None and columns is not None and self._is_line(blocks):
-            inner = blocks.inner
-        else:
-            inner = (0, blocks.count)
-            rows = self._pack(query, line.query_lead, 0, blocks.count * blocks.rows, *self._seen_by_queries)
-            columns = self._pack(key, line.key_lead, blocks.before, _reach(blocks), 0, 1)
-        numbers = self._geometry(blocks, inner)
-        for begin, end in self._chunks(blocks, inner, query.element_size()):
+            scales = (self._scales(query), self._scales(key))
+        for begin, end in self._chunks(blocks, query.element_size()):
             dense = query.new_empty(end - begin, blocks.rows * self.group, blocks.columns)
-            left = _rows(rows, blocks, begin, end)
-            right = _columns(columns, blocks, begin, end).mT
-            if row_scales is None:
-                multiply(left, right, dense, scale)
+            if scales[0] is not None and scales[1] is not None:
+                left = self._split(rows, begin, end, scales[0], of_keys=False)
+                right = self._split(columns, begin, end, scales[1], of_keys=True)
+                multiply_factors(left, right.mT, dense)
             else:
-                multiply_factors(left, right, dense)
-            first = 0 if begin == inner[0] else begin * blocks.rows
-            last = line.length if end == inner[1] else end * blocks.rows
+                for first, last in _parts(begin, end, rows, columns):
+                    left, right = self._matrices(rows, first, last), self._matrices(columns, first, last)
+                    multiply(left, right.mT, dense[first - begin : last - begin], scale)
             self.ops.gather_band(
                 dense,
-                query,
-                key,
-                row_scales,
-                key_scales,
+                *scales,
                 band,
                 self.bias,
                 self.key_lengths,
-                numbers,
+                self._geometry(blocks),
                 begin,
-                first,
-                last - first,
+                self.keys,
                 self.window.left,
                 scale,
                 hidden,
@@ -104,37 +92,72 @@ class Call:
 
     def average(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over c of band[i, c] * source[key of c]`` (N, H, Lq, E), over the visible slots."""
-        line, blocks = self.line, _cut(self.line, self.block)
-        inner, columns = self._columns_of(source, blocks, line.key_lead, 0, 1)
-        numbers = self._geometry(blocks, inner)
-        result = self._result(band, source, blocks)
-        for begin, end in self._chunks(blocks, inner, band.element_size()):
+        blocks = _cut(self.line, self.block)
+        columns = self._keys(source, blocks, skip_unseen=True)
+        result = self._result(band, source, blocks, self.group)
+        for begin, end in self._chunks(blocks, band.element_size()):
             dense = band.new_empty(end - begin, blocks.rows, self.group, blocks.columns)
-            self.ops.scatter_band(band, dense, self.bias, self.key_lengths, numbers, begin, self.keys, self.window.left)
-            into = _rows(result, blocks, begin, end)
-            multiply(dense.flatten(1, 2), _columns(columns, blocks, begin, end), into, scale)
-        output = self._from_line(result, source.size(3), line.query_lead, self.queries)
-        self.ops.average_rows(
-            band, source, output, self.bias, self.key_lengths, numbers, self.keys, self.window.left, scale
+            self.ops.scatter_band(
+                band,
+                dense,
+                self.bias,
+                self.key_lengths,
+                self._geometry(blocks),
+                begin,
+                self.keys,
+                self.window.left,
+            )
+            weights = dense.flatten(1, 2)
+            for first, last in _parts(begin, end, columns):
+                into = result[first * blocks.rows : last * blocks.rows].view(last - first, weights.size(1), -1)
+                multiply(weights[first - begin : last - begin], self._matrices(columns, first, last), into, scale)
+        output = self._from_line(result, source.size(3), self.line.query_lead, self.queries)
+        self.ops.mend_rows(
+            band,
+            source,
+            output,
+            self.bias,
+            self.key_lengths,
+            self._geometry(blocks),
+            self.keys,
+            self.window.left,
+            scale,
         )
         return output
 
     def average_by_key(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over the queries i that see key j of band[i, slot of j] * source[i]`` (N, Hkv, Lk, E)."""
-        line, blocks = self.line, _cut(self.line, self.block, by_key=True)
-        inner, columns = self._columns_of(source, blocks, line.query_lead, *self._seen_by_queries)
-        numbers = self._geometry(blocks, inner)
-        result = self._result(band, source, blocks, heads=1)
-        for begin, end in self._chunks(blocks, inner, band.element_size()):
+        blocks = _cut(self.line, self.block, by_key=True)
+        columns = self._queries(source, blocks, of_columns=True, skip_unseen=True)
+        result = self._result(band, source, blocks, 1)
+        for begin, end in self._chunks(blocks, band.element_size()):
             dense = band.new_empty(end - begin, blocks.columns, self.group, blocks.rows)
             self.ops.scatter_band_by_key(
-                band, dense, self.bias, self.key_lengths, numbers, begin, self.keys, self.window.left
+                band,
+                dense,
+                self.bias,
+                self.key_lengths,
+                self._geometry(blocks),
+                begin,
+                self.keys,
+                self.window.left,
             )
-            into = _rows(result, blocks, begin, end)
-            multiply(dense.flatten(1, 2).mT, _columns(columns, blocks, begin, end), into, scale, self.group)
-        output = self._from_line(result, source.size(3), line.key_lead, self.keys)
-        self.ops.average_rows_by_key(
-            band, source, output, self.bias, self.key_lengths, numbers, self.keys, self.window.left, scale
+            weights = dense.flatten(1, 2).mT
+            for first, last in _parts(begin, end, columns):
+                into = result[first * blocks.rows : last * blocks.rows].view(last - first, blocks.rows, -1)
+                right = self._matrices(columns, first, last)
+                multiply(weights[first - begin : last - begin], right, into, scale, self.group)
+        output = self._from_line(result, source.size(3), self.line.key_lead, self.keys)
+        self.ops.mend_rows_by_key(
+            band,
+            source,
+            output,
+            self.bias,
+            self.key_lengths,
+            self._geometry(blocks),
+            self.keys,
+            self.window.left,
+            scale,
         )
         return output
 
@@ -144,80 +167,124 @@ class Call:
         self.ops.mask_band(band, masked, self.bias, self.key_lengths, self.keys, self.window.left)
         return masked
 
-    @property
-    def _seen_by_queries(self) -> tuple[int, int]:
-        """The keys that make a query worth reading: from which one on, counted from its own position, and how many."""
-        return self.keys - self.queries - self.window.left, self.window.size
+    def _queries(
+        self, source: Tensor, blocks: Blocks, *, of_columns: bool = False, skip_unseen: bool = False
+    ) -> _Operand:
+        # A query is worth reading for the keys that it sees: from which one on, counted from its own position, how many.
+        seen = (self.keys - self.queries - self.window.left, self.window.size)
+        return self._operand(source, blocks, self.line.query_lead, seen, of_columns, skip_unseen)
 
-    def _is_line(self, blocks: Blocks) -> bool:
-        """Whether tensors without gaps are the line, and few of its blocks leave it."""
-        begin, end = blocks.inner
-        edge = self.line.length - (end - begin) * blocks.rows
-        return self.queries == self.keys and self.group == 1 and edge <= LARGEST_EDGE * self.line.length
+    def _keys(self, source: Tensor, blocks: Blocks, *, skip_unseen: bool = False) -> _Operand:
+        return self._operand(source, blocks, self.line.key_lead, (0, 1), True, skip_unseen)
 
-    def _columns_of(
-        self, source: Tensor, blocks: Blocks, lead: int, reach: int, extent: int
-    ) -> tuple[tuple[int, int], Side]:
-        """The blocks to multiply, and their columns."""
+    def _operand(
+        self,
+        source: Tensor,
+        blocks: Blocks,
+        lead: int,
+        seen: tuple[int, int],
+        of_columns: bool,
+        skip_unseen: bool,
+    ) -> _Operand:
+        edge = blocks.count - (blocks.inner[1] - blocks.inner[0])
+        is_line = self.queries == self.keys and self.group == 1 and edge <= LARGEST_EDGE * blocks.count
         # Weights are zero past a key length, but what lies there may be NaN.
-        side = in_place(source) if self.key_lengths is None and self._is_line(blocks) else None
-        if side is not None:
-            return blocks.inner, side
-        return (0, blocks.count), self._pack(source, lead, blocks.before, _reach(blocks), reach, extent)
+        readable = is_line and not (skip_unseen and self.key_lengths is not None)
+        return _Operand(source, in_place(source) if readable else None, blocks, lead, seen, of_columns)
 
-    def _pack(self, source: Tensor, lead: int, origin: int, positions: int, reach: int, extent: int) -> Side:
+    def _matrices(self, operand: _Operand, begin: int, end: int) -> Tensor:
+        """The rows, or the columns, of these blocks: (blocks, B * G, E) or (blocks, S * G, E)."""
+        if operand.is_in_place(begin, end):
+            assert operand.line is not None
+            return operand.matrices(operand.line, begin, end)
+        source = operand.source
         group = source.size(1) // self.kv_heads
-        width = padded_width(source.size(3), source.dtype)
-        packed = source.new_empty(positions, group, width)
-        self.ops.pack(source, packed, self.key_lengths, self.keys, self.line.pitch, -origin, lead, reach, extent)
-        return Side(packed, origin)
+        first, positions = operand.positions(begin, end)
+        packed = source.new_empty(positions, group, padded_width(source.size(3), source.dtype))
+        self.ops.pack(source, packed, self.key_lengths, self.keys, self.line.pitch, first, operand.lead, *operand.seen)
+        return operand.matrices(Side(packed, -first), begin, end)
 
-    def _split(self, source: Tensor, lead: int, origin: int, positions: int, *, of_keys: bool) -> tuple[Side, Tensor]:
-        group = source.size(1) // self.kv_heads
+    def _split(self, operand: _Operand, begin: int, end: int, scales: Tensor, *, of_keys: bool) -> Tensor:
+        """As ``_matrices``, in three fp16 factors a row; their scales are written to ``scales``."""
+        source = operand.source
+        first, positions = operand.positions(begin, end)
         width = padded_width(source.size(3), torch.float16)
-        factors = source.new_empty(positions, group, 3 * width, dtype=torch.float16)
-        scales = source.new_empty(self.line.length, group)
-        self.ops.split(source, factors, scales, self.line.pitch, -origin, lead, of_keys)
-        return Side(factors, origin), scales
+        factors = source.new_empty(positions, scales.size(1), 3 * width, dtype=torch.float16)
+        self.ops.split(source, factors, scales, self.line.pitch, first, operand.lead, of_keys)
+        return operand.matrices(Side(factors, -first), begin, end)
 
-    def _result(self, band: Tensor, source: Tensor, blocks: Blocks, heads: int | None = None) -> Side:
-        width = padded_width(source.size(3), source.dtype)
-        return Side(band.new_empty(blocks.count * blocks.rows, heads or self.group, width), 0)
+    def _scales(self, source: Tensor) -> Tensor:
+        return source.new_empty(self.line.length, source.size(1) // self.kv_heads)
 
-    def _from_line(self, result: Side, width: int, lead: int, length: int) -> Tensor:
+    def _result(self, band: Tensor, source: Tensor, blocks: Blocks, heads: int) -> Tensor:
+        """Room for a product by position: (positions, heads, width)."""
+        return band.new_empty(blocks.count * blocks.rows, heads, padded_width(source.size(3), source.dtype))
+
+    def _from_line(self, result: Tensor, width: int, lead: int, length: int) -> Tensor:
         """The rows of a result (N, H, length, width); those that have no position are zero."""
-        heads = result.rows.size(1)
-        line = result.rows[: self.line.length].view(self.batch, self.kv_heads, self.line.pitch, heads, -1)
-        begin = max(lead, 0)
-        rows = line[:, :, begin : lead + length, :, :width].transpose(2, 3)
+        heads = result.size(1)
+        line = result[: self.line.length].view(self.batch, self.kv_heads, self.line.pitch, heads, -1)
+        rows = line[:, :, max(lead, 0) : lead + length, :, :width].transpose(2, 3)
         rows = rows.reshape(self.batch, self.kv_heads * heads, -1, width)
         if lead < 0:
             unseen = rows.new_zeros(self.batch, self.kv_heads * heads, -lead, width)
             return torch.cat((unseen, rows), 2)
         return rows.contiguous()
 
-    def _geometry(self, blocks: Blocks, inner: tuple[int, int]) -> list[int]:
+    def _geometry(self, blocks: Blocks) -> list[int]:
         """What the kernels know of line and blocks, in the order of ``Geometry`` in ``csrc/geometry.cuh``."""
         line = self.line
         on_line = (self.kv_heads, self.group, line.pitch, line.query_lead, line.key_lead)
-        return [*on_line, blocks.rows, blocks.columns, blocks.before, *inner]
+        return [*on_line, blocks.rows, blocks.columns, blocks.before]
 
-    def _chunks(self, blocks: Blocks, inner: tuple[int, int], element_size: int) -> Iterator[tuple[int, int]]:
+    def _chunks(self, blocks: Blocks, element_size: int) -> Iterator[tuple[int, int]]:
         """Ranges of blocks whose dense elements fit the workspace, one block at least."""
         block_bytes = blocks.rows * self.group * blocks.columns * element_size
         step = min(max(self.workspace // block_bytes, 1), LARGEST_BATCH)
-        for begin in range(inner[0], inner[1], step):
-            yield begin, min(begin + step, inner[1])
+        for begin in range(0, blocks.count, step):
+            yield begin, min(begin + step, blocks.count)
 
 
-def _reach(blocks: Blocks) -> int:
-    """The positions from the first column of the first block to the last one of the last."""
-    return (blocks.count - 1) * blocks.rows + blocks.columns
+class _Operand(NamedTuple):
+    """One side of a product: a tensor, and where its rows lie on the line.
+
+    Attributes:
+        source: (N, H or Hkv, L, E).
+        line: the same as the line that it is, where it can be read in place.
+        blocks: the blocks that it is cut into.
+        lead: where row 0 of a sequence lies.
+        seen: the keys that make a row worth reading, see ``csrc/pack.cuh``.
+        of_columns: whether it gives the columns of the blocks, or their rows.
+    """
+
+    source: Tensor
+    line: Side | None
+    blocks: Blocks
+    lead: int
+    seen: tuple[int, int]
+    of_columns: bool
+
+    def is_in_place(self, begin: int, end: int) -> bool:
+        """Whether all of these blocks can be read where they are."""
+        return self.line is not None and self.blocks.inner[0] <= begin and end <= self.blocks.inner[1]
+
+    def positions(self, begin: int, end: int) -> tuple[int, int]:
+        """The first position that these blocks read, and how many from there on."""
+        first = begin * self.blocks.rows - (self.blocks.before if self.of_columns else 0)
+        return first, (end - begin - 1) * self.blocks.rows + self._height
+
+    def matrices(self, side: Side, begin: int, end: int) -> Tensor:
+        """The matrices of these blocks in ``side``."""
+        return side.matrices(self.positions(begin, end)[0], self.blocks.rows, self._height, end - begin)
+
+    @property
+    def _height(self) -> int:
+        return self.blocks.columns if self.of_columns else self.blocks.rows
 
 
-def _rows(side: Side, blocks: Blocks, begin: int, end: int) -> Tensor:
-    return side.matrices(begin * blocks.rows, blocks.rows, blocks.rows, end - begin)
-
-
-def _columns(side: Side, blocks: Blocks, begin: int, end: int) -> Tensor:
-    return side.matrices(begin * blocks.rows - blocks.before, blocks.rows, blocks.columns, end - begin)
+def _parts(begin: int, end: int, *operands: _Operand) -> Iterator[tuple[int, int]]:
+    """A range of blocks, parted where some of the operands can be read in place and where they have to be copied."""
+    cuts = {begin, end}
+    if any(operand.line is not None for operand in operands):
+        cuts |= {min(max(cut, begin), end) for cut in operands[0].blocks.inner}
+    yield from pairwise(sorted(cuts))

@@ -7,12 +7,12 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
 def block_rows(window_size: int) -> int:
     """B, the rows of a block."""
-    return min(max(1 << (window_size - 1).bit_length(), 32), 128)
+    return 32 if window_size <= 32 else 64
 
 
 def factors_pay(window_size: int) -> bool:
     """Whether fp32-accurate dot products are made of fp16 factors rather than multiplied as fp32."""
-    return window_size >= 64
+    return window_size > 80
 
 
 def parse_block(text: str) -> int:

@@ -105,12 +105,13 @@ ONE = Window(0, 0)  # stands in the first of a series, until the series gives ea
 HALF, SINGLE = torch.bfloat16, torch.float32
 FUSED_SIZES = (16, 64, 128, 256, 512, 1024)
 BAND_SIZES = (8, 16, 32, 64, 128, 256, 512)
+CURVE_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 CPU_SIZES = (8, 32, 128)
 
 # Groups whose workloads differ in their length, not in their window.
 LENGTH_SERIES = ("long",)
 # Groups that are run only when they are named.
-ON_REQUEST = ("long",)
+ON_REQUEST = ("long", "curve-dot-fp32", "curve-average-fp32", "curve-dot-bf16", "curve-average-bf16")
 
 # Shapes in the order N, H, Hkv, L, E.
 WORKLOADS: tuple[Workload, ...] = (
@@ -123,6 +124,10 @@ WORKLOADS: tuple[Workload, ...] = (
     *_series(Workload("dot-bf16", DOT, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
     *_series(Workload("average-bf16", AVERAGE, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
     *_lengths(Workload("long", FUSED, 1, 2, 2, 1, 64, Window.causal(128), HALF), [2**power for power in range(14, 21)]),
+    *_series(Workload("curve-dot-fp32", DOT, 10, 12, 12, 2048, 64, ONE, SINGLE), CURVE_SIZES, Window.centered),
+    *_series(Workload("curve-average-fp32", AVERAGE, 10, 12, 12, 2048, 64, ONE, SINGLE), CURVE_SIZES, Window.centered),
+    *_series(Workload("curve-dot-bf16", DOT, 10, 12, 12, 2048, 64, ONE, HALF), CURVE_SIZES, Window.centered),
+    *_series(Workload("curve-average-bf16", AVERAGE, 10, 12, 12, 2048, 64, ONE, HALF), CURVE_SIZES, Window.centered),
     *_series(Workload("cpu-fused", FUSED, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES),
     *_series(Workload("cpu-fused-bf16", FUSED, 1, 4, 4, 2048, 64, ONE, HALF, "cpu"), CPU_SIZES),
     *_series(Workload("cpu-dot", DOT, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES, Window.centered),

@@ -1,4 +1,4 @@
-"""The peers: other libraries' implementations of ``local_attention``, one file each. Nobody else has the other two ops."""
+"""The peers, one file each: other libraries' implementations of ``local_attention``, and of its two products the seed's."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ from attnreg_benchmarks.peers.dense import DENSE
 from attnreg_benchmarks.peers.flash2 import FLASH2
 from attnreg_benchmarks.peers.flash4 import FLASH4
 from attnreg_benchmarks.peers.flex import FLEX
+from attnreg_benchmarks.peers.seed import SEED
 
-PEERS: tuple[Contender, ...] = (FLASH2, FLASH4, CUDNN, FLEX, DENSE)
+PEERS: tuple[Contender, ...] = (FLASH2, FLASH4, CUDNN, FLEX, DENSE, SEED)
