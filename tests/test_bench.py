@@ -254,6 +254,10 @@ def test_peers_refuse_with_a_reason_what_they_cannot_run():
     assert {peer.name for peer in PEERS} == {"flash2-torch", "flash4", "cudnn", "flex", "sdpa-dense", "seed-design"}
     half, single = BY_NAME["fused-e64/w64"], small(FUSED)
     for peer in PEERS:
+        if peer.name == "seed-design":
+            assert peer.ops == (DOT, AVERAGE)
+            assert "grouped heads" in peer.refuse(small(DOT, heads=4, kv_heads=2), "forward", CPU)
+            continue
         assert peer.ops == (FUSED,)
         if peer.name == "sdpa-dense":
             assert "a dense mask is tried up to" in peer.refuse(half, "forward", CUDA)
@@ -269,6 +273,15 @@ def test_the_dense_peer_is_right(window):
     (dense,) = (peer for peer in PEERS if peer.name == "sdpa-dense")
     for direction in DIRECTIONS:
         assert verify(stage, dense, direction).fault is None
+
+
+@pytest.mark.parametrize("op", [DOT, AVERAGE])
+@pytest.mark.parametrize("window", [Window(5, 3), Window(64, 0), Window(0, 2), Window(0, 0)])
+def test_the_seeds_design_is_right(op, window):
+    stage = set_stage(small(op, window=window, length=150, kv_heads=4), CPU)
+    (seed,) = (peer for peer in PEERS if peer.name == "seed-design")
+    for direction in DIRECTIONS:
+        assert verify(stage, seed, direction).fault is None
 
 
 # The command
@@ -305,7 +318,7 @@ def test_results_survive_the_file(measured, tmp_path):
     found = stored.load(path)
     assert [each.name for each in found.workloads] == [each["name"] for each in content["workloads"]]
     timed = [record for record in found.records if record.seconds is not None]
-    assert {record.contender for record in timed} == {"torch_block", "sdpa-dense"}
+    assert {record.contender for record in timed} == {"torch_block", "sdpa-dense", "seed-design"}
     assert all(record.errors and record.method == "clock" for record in timed)
     assert found.environment.packages["torch"] == torch.__version__
     assert "fp32" in found.ceilings.flops_per_second

@@ -142,8 +142,9 @@ def test_dense_blocks_keep_to_the_workspace(monkeypatch):
     monkeypatch.setattr(call, "ops", lambda: None)
     one = call.Call(rows, rows, Window.centered(512), None, None, 128, 1)
     geometry = blocks.cut(one.line, 128)
-    chunks = list(one._chunks(geometry, rows.element_size()))
-    largest = max(end - begin for begin, end in chunks)
-    assert largest * geometry.rows * geometry.columns * rows.element_size() <= 2**20
+    chunks = list(one._chunks(geometry, rows, (geometry.rows, geometry.columns)))
+    assert all(dense.numel() * dense.element_size() <= 2**20 for *_, dense in chunks)
+    assert len({dense.data_ptr() for *_, dense in chunks}) == 1
+    assert all(dense.size(0) == end - begin for begin, end, dense in chunks)
     assert (chunks[0][0], chunks[-1][1]) == (0, geometry.count)
     assert all(first[1] == second[0] for first, second in itertools.pairwise(chunks))

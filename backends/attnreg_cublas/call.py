@@ -7,6 +7,7 @@ for these are in ``csrc/``. Dense blocks are made a chunk at a time, in a bounde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -53,7 +54,7 @@ class Call:
         self.window, self.bias, self.key_lengths = window, bias, key_lengths
         self.line = _lay(self.batch * self.kv_heads, self.queries, self.keys, window.left, window.right)
         self.width = self.line.left + self.line.right + 1
-        self.block = block or block_rows(self.width)
+        self.block = block or block_rows(self.width, rows.dtype, allow_tf32())
         self.workspace = workspace * _MEBIBYTE
         self.ops = ops()
 
@@ -65,8 +66,7 @@ class Call:
         scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if query.dtype == torch.float32 and not allow_tf32() and factors_pay(self.width):
             scales = (self._scales(query), self._scales(key))
-        for begin, end in self._chunks(blocks, query.element_size()):
-            dense = query.new_empty(end - begin, blocks.rows * self.group, blocks.columns)
+        for begin, end, dense in self._chunks(blocks, query, (blocks.rows * self.group, blocks.columns)):
             if scales[0] is not None and scales[1] is not None:
                 left = self._split(rows, begin, end, scales[0], of_keys=False)
                 right = self._split(columns, begin, end, scales[1], of_keys=True)
@@ -95,8 +95,7 @@ class Call:
         blocks = _cut(self.line, self.block)
         columns = self._keys(source, blocks, skip_unseen=True)
         result = self._result(band, source, blocks, self.group)
-        for begin, end in self._chunks(blocks, band.element_size()):
-            dense = band.new_empty(end - begin, blocks.rows, self.group, blocks.columns)
+        for begin, end, dense in self._chunks(blocks, band, (blocks.rows, self.group, blocks.columns)):
             self.ops.scatter_band(
                 band,
                 dense,
@@ -130,8 +129,7 @@ class Call:
         blocks = _cut(self.line, self.block, by_key=True)
         columns = self._queries(source, blocks, of_columns=True, skip_unseen=True)
         result = self._result(band, source, blocks, 1)
-        for begin, end in self._chunks(blocks, band.element_size()):
-            dense = band.new_empty(end - begin, blocks.columns, self.group, blocks.rows)
+        for begin, end, dense in self._chunks(blocks, band, (blocks.columns, self.group, blocks.rows)):
             self.ops.scatter_band_by_key(
                 band,
                 dense,
@@ -237,12 +235,17 @@ class Call:
         on_line = (self.kv_heads, self.group, line.pitch, line.query_lead, line.key_lead)
         return [*on_line, blocks.rows, blocks.columns, blocks.before]
 
-    def _chunks(self, blocks: Blocks, element_size: int) -> Iterator[tuple[int, int]]:
-        """Ranges of blocks whose dense elements fit the workspace, one block at least."""
-        block_bytes = blocks.rows * self.group * blocks.columns * element_size
-        step = min(max(self.workspace // block_bytes, 1), LARGEST_BATCH)
+    def _chunks(self, blocks: Blocks, like: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
+        """Ranges of blocks, and room for the dense elements of each block, which are of ``shape``.
+
+        A range is what fits the workspace, one block at least; the room is the same one every time.
+        """
+        block_bytes = math.prod(shape) * like.element_size()
+        step = min(max(self.workspace // block_bytes, 1), LARGEST_BATCH, blocks.count)
+        room = like.new_empty(step, *shape)
         for begin in range(0, blocks.count, step):
-            yield begin, min(begin + step, blocks.count)
+            end = min(begin + step, blocks.count)
+            yield begin, end, room[: end - begin]
 
 
 class _Operand(NamedTuple):

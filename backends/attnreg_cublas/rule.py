@@ -1,18 +1,31 @@
-"""The block for a window, and how fp32 is multiplied: one rule of (window, dtype)."""
+"""The block for a window, and how fp32 is multiplied: one rule, of window and arithmetic.
+
+Measured on an H200 at head dim 64, see ``docs/window-curve.md``. A block wastes the columns that its band does not reach, B - 1
+of them a row, and the units waste what a small block leaves empty: those for fp32 less than those for TF32 and 16 bit.
+"""
 
 from __future__ import annotations
 
+import torch
+
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
+# Windows up to this one are narrow: the copies that a product of factors needs would cost more than it saves.
+_NARROW = 80
 
-def block_rows(window_size: int) -> int:
+
+def block_rows(window_size: int, dtype: torch.dtype, tf32: bool) -> int:
     """B, the rows of a block."""
-    return 32 if window_size <= 32 else 64
+    if dtype != torch.float32:
+        return 64
+    if tf32:
+        return 64 if window_size <= _NARROW else 128
+    return 32 if window_size <= _NARROW else 64
 
 
 def factors_pay(window_size: int) -> bool:
     """Whether fp32-accurate dot products are made of fp16 factors rather than multiplied as fp32."""
-    return window_size > 80
+    return window_size > _NARROW
 
 
 def parse_block(text: str) -> int:

@@ -45,7 +45,7 @@ def plot_results(results: Results, path: Path) -> None:
     if not series:
         raise ValueError("there is nothing to plot: no contender was timed")
     directions = [each for each in DIRECTIONS if any(record.direction == each for record in results.records)]
-    figure = Figure(figsize=(5 * len(directions), 3.4 * len(series) + 1.2), layout="constrained")
+    figure = Figure(figsize=(max(5 * len(directions), 7.5), 3.4 * len(series) + 1.2), layout="constrained")
     colours = _colours(results.records)
     panels = figure.subplots(len(series), len(directions), squeeze=False)
     for row, workloads in zip(panels, series):

@@ -1,0 +1,101 @@
+"""What only a GPU shows of cublas_block: streams, graphs, its workspace, and long sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attnreg_cublas.call import LARGEST_EDGE
+
+import attnreg
+from attnreg import Window
+
+pytestmark = pytest.mark.gpu
+
+WINDOW = Window.centered(40)
+NAME = "cublas_block"
+
+
+def tensors(*shapes, dtype=torch.float32):
+    return [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def step(query, key, value, backend):
+    """Both products and all their gradients."""
+    scores = attnreg.local_dot_product(query, key, WINDOW, backend=backend)
+    weights = scores.softmax(-1)
+    output = attnreg.local_weighted_average(weights, value, WINDOW, backend=backend)
+    return (output, *torch.autograd.grad(output, (query, key, value), torch.ones_like(output)))
+
+
+def assert_same(got, expected):
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", ["", ":block=16", ":block=256", ":block=40,workspace=1"])
+@pytest.mark.parametrize("length", [1200, 77])
+def test_every_block_and_workspace_gives_the_same(options, length):
+    inputs = tensors(*[(2, 3, length, 64)] * 3)
+    assert_same(step(*inputs, NAME + options), step(*inputs, "torch"))
+
+
+def test_a_graph_replays_on_new_numbers():
+    inputs = tensors(*[(2, 3, 1200, 64)] * 3)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*inputs, NAME)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step(*inputs, NAME)
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.normal_()
+    graph.replay()
+    assert_same(got, step(*inputs, "torch"))
+
+
+def test_it_runs_on_the_current_stream():
+    inputs = tensors(*[(2, 3, 1200, 64)] * 3)
+    expected = step(*inputs, "torch")
+    late = [torch.full_like(tensor, torch.nan).requires_grad_() for tensor in inputs]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        # The numbers come only after a while, and on this stream alone is that waited for.
+        torch.cuda._sleep(50_000_000)
+        with torch.no_grad():
+            for tensor, given in zip(late, inputs):
+                tensor.copy_(given)
+        got = step(*late, NAME)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_it_runs_on_the_tensors_device_whatever_the_current_one_is():
+    inputs = tensors(*[(2, 3, 1200, 64)] * 3)
+    there = [tensor.detach().to("cuda:1").requires_grad_() for tensor in inputs]
+    assert_same([tensor.to("cuda:0") for tensor in step(*there, NAME)], step(*inputs, "torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_million_positions_keep_to_the_workspace(dtype):
+    length, head_dim, window = 2**20, 64, Window.centered(512)
+    query, key = (tensor.detach() for tensor in tensors(*[(1, 1, length, head_dim)] * 2, dtype=dtype))
+    attnreg.local_dot_product(query[:, :, :4096], key[:, :, :4096], window, backend=NAME)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    scores = attnreg.local_dot_product(query, key, window, backend=NAME)
+    band_bytes = scores.numel() * scores.element_size()
+    # Of one chunk, beside its dense blocks: both sides in three factors, and their scales.
+    factors = 2 * 3 * 2 * query.numel() + 8 * length if dtype == torch.float32 else 0
+    slack = LARGEST_EDGE * query.numel() * query.element_size() + 2**20
+    assert torch.cuda.max_memory_allocated() - before <= band_bytes + 256 * 2**20 + factors + slack
+    middle = slice(length // 2 - 300, length // 2 + 300)
+    expected = attnreg.local_dot_product(
+        query[:, :, middle].float(), key[:, :, middle].float(), window, backend="torch"
+    )
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-1}
+    torch.testing.assert_close(scores[:, :, middle][:, :, 260:340].float(), expected[:, :, 260:340], **tolerance)
