@@ -30,6 +30,13 @@ from attnreg_benchmarks.workloads import select
 assert select("cpu")
 from attnreg_cublas.build import sources
 assert (sources() / "library.cu").is_file() and str(sources()).startswith({folder!r}), sources()
+from attnreg_cublas import build
+assert (build.packaged() is None) == (build.find_nvcc() is None), (build.packaged(), build.find_nvcc())
+if build.packaged() is not None:
+    build.load(build.packaged())
+    packed = torch.empty(4, 1, 8)
+    torch.ops.attnreg_cublas.pack(torch.ones(1, 1, 4, 8), packed, None, 4, 4, 0, 0, 0, 1)
+    assert (packed == 1).all()
 """
 
 

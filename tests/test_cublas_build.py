@@ -23,3 +23,19 @@ def test_a_failed_build_quotes_the_compilers_last_lines_and_leaves_nothing_to_lo
     assert shown[-1] == "library.cu(1): error: broken"
     assert shown[1:-1] == [f"line {i} of the log" for i in range(12, 31)]
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_the_build_that_a_wheel_carries_is_found_where_there_is_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PACKAGED", tmp_path / "wheel")
+    monkeypatch.setenv("ATTNREG_CACHE_DIR", str(tmp_path / "cache"))
+    assert build._cached(["90"], None) is None
+    carried = build._library(build.PORTABLE_ARCHS, None, build.PACKAGED)
+    carried = carried.with_name(carried.name.replace("*", "13.0.0"))
+    carried.parent.mkdir(parents=True)
+    carried.touch()
+    assert build._cached(["90"], None) == carried
+    own = build._library(["90"], None, build.cache_dir())
+    own = own.with_name(own.name.replace("*", "13.0.0"))
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert build._cached(["90"], None) == own

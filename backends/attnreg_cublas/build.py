@@ -2,7 +2,7 @@
 
 The library uses torch's stable ABI and links against nothing of torch but the name of ``libtorch.so``: a build serves
 every torch from 2.11 on and every Python. Builds lie in the user's cache directory, or in ``ATTNREG_CACHE_DIR``, under
-a hash of sources and flags and the versions of compiler and GPU.
+a hash of sources and flags and the versions of compiler and GPU. A wheel may carry one.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ FLAGS = (
 )
 
 
+# Where a wheel carries a build for ``PORTABLE_ARCHS``.
+PACKAGED = Path(__file__).parent / "lib"
+
+
 class BuildError(RuntimeError):
     """The library could not be built or loaded; the message ends with the last lines of the compiler's output."""
 
@@ -42,7 +46,7 @@ def unavailable() -> str | None:
     """Why the backend cannot run on this machine, or None."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "torch has no CUDA device"
-    if _loaded is None and find_nvcc() is None and not any(_directory(cache_dir()).glob("*.so")):
+    if _loaded is None and find_nvcc() is None and not _any_build():
         return f"no nvcc found ($CUDACXX, $CUDA_HOME/bin, PATH, /usr/local/cuda/bin), and no build in {cache_dir()}"
     return None
 
@@ -147,14 +151,23 @@ def find_nvcc() -> str | None:
 
 
 def _cached(archs: Sequence[str], nvcc: str | None) -> Path | None:
-    """A finished build for these architectures or a portable one; by any compiler where there is none here."""
+    """A finished build for these architectures or a portable one; by any compiler where there is none here, and in a wheel."""
     for target in (archs, PORTABLE_ARCHS):
         library = _library(target, nvcc, cache_dir())
         found = [library] if nvcc else sorted(library.parent.glob(library.name))
         for path in found:
             if path.exists():
                 return path
-    return None
+    return packaged()
+
+
+def packaged() -> Path | None:
+    """The build that the wheel carried, if it did."""
+    return next(iter(sorted(_directory(PACKAGED).glob("*.so"))), None)
+
+
+def _any_build() -> bool:
+    return packaged() is not None or any(_directory(cache_dir()).glob("*.so"))
 
 
 def _library(archs: Sequence[str], nvcc: str | None, directory: Path) -> Path:
