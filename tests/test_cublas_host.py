@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
-from attnreg_cublas import blocks, build, call, functions, rule
+from attnreg_cublas import blocks, build, call, functions, plugin, rule
 
 import attnreg
 from attnreg import Window
@@ -148,3 +149,22 @@ def test_dense_blocks_keep_to_the_workspace(monkeypatch):
     assert all(dense.size(0) == end - begin for begin, end, dense in chunks)
     assert (chunks[0][0], chunks[-1][1]) == (0, geometry.count)
     assert all(first[1] == second[0] for first, second in itertools.pairwise(chunks))
+
+
+def test_more_rows_than_the_kernels_can_count_are_refused():
+    problem = attnreg.Problem(
+        op="local_dot_product",
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        batch=2**12,
+        heads=2**6,
+        kv_heads=2**6,
+        query_length=2**13,
+        key_length=2**13,
+        head_dim=16,
+        value_dim=0,
+        window=Window(3, 0),
+        needs_grad=False,
+    )
+    assert "at most 1073741824 rows" in plugin._refuse(problem)
+    assert plugin._refuse(dataclasses.replace(problem, batch=2**4)) is None

@@ -6,8 +6,16 @@ from collections.abc import Iterator
 
 import torch
 
-from attnreg import Backend, Capability, hookimpl
+from attnreg import Backend, Capability, Problem, hookimpl
 from attnreg_cublas import build, functions, rule
+
+# Positions and rows are 32-bit numbers in the kernels; a padded copy has some more than the sequences.
+_MOST_ROWS = 2**30
+
+
+def _refuse(problem: Problem) -> str | None:
+    rows = problem.batch * problem.heads * (problem.query_length + problem.key_length)
+    return f"it counts at most {_MOST_ROWS} rows; queries and keys have {rows}" if rows > _MOST_ROWS else None
 
 
 @hookimpl
@@ -23,6 +31,7 @@ def attnreg_backends() -> Iterator[Backend]:
         local_weighted_average_backward=functions.local_weighted_average_backward,
         unavailable=build.unavailable,
         prepare=build.prepare,
+        refuse=_refuse,
         options={"block": rule.parse_block, "workspace": rule.parse_workspace},
         rank=60,
     )
