@@ -75,19 +75,8 @@ class Call:
                 for first, last in _parts(begin, end, rows, columns):
                     left, right = self._matrices(rows, first, last), self._matrices(columns, first, last)
                     multiply(left, right.mT, dense[first - begin : last - begin], scale)
-            self.ops.gather_band(
-                dense,
-                *scales,
-                band,
-                self.bias,
-                self.key_lengths,
-                self._geometry(blocks),
-                begin,
-                self.keys,
-                self.window.left,
-                scale,
-                hidden,
-            )
+            visibility = self._visibility(blocks)
+            self.ops.gather_band(dense, *scales, band, *visibility, begin, self.keys, self.window.left, scale, hidden)
         return band
 
     def average(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -96,32 +85,10 @@ class Call:
         columns = self._keys(source, blocks, skip_unseen=True)
         result = self._result(band, source, blocks, self.group)
         for begin, end, dense in self._chunks(blocks, band, (blocks.rows, self.group, blocks.columns)):
-            self.ops.scatter_band(
-                band,
-                dense,
-                self.bias,
-                self.key_lengths,
-                self._geometry(blocks),
-                begin,
-                self.keys,
-                self.window.left,
-            )
-            weights = dense.flatten(1, 2)
-            for first, last in _parts(begin, end, columns):
-                into = result[first * blocks.rows : last * blocks.rows].view(last - first, weights.size(1), -1)
-                multiply(weights[first - begin : last - begin], self._matrices(columns, first, last), into, scale)
+            self.ops.scatter_band(band, dense, *self._visibility(blocks), begin, self.keys, self.window.left)
+            self._multiply(dense.flatten(1, 2), columns, result, begin, end, scale)
         output = self._from_line(result, source.size(3), self.line.query_lead, self.queries)
-        self.ops.mend_rows(
-            band,
-            source,
-            output,
-            self.bias,
-            self.key_lengths,
-            self._geometry(blocks),
-            self.keys,
-            self.window.left,
-            scale,
-        )
+        self.ops.mend_rows(band, source, output, *self._visibility(blocks), self.keys, self.window.left, scale)
         return output
 
     def average_by_key(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -130,33 +97,10 @@ class Call:
         columns = self._queries(source, blocks, of_columns=True, skip_unseen=True)
         result = self._result(band, source, blocks, 1)
         for begin, end, dense in self._chunks(blocks, band, (blocks.columns, self.group, blocks.rows)):
-            self.ops.scatter_band_by_key(
-                band,
-                dense,
-                self.bias,
-                self.key_lengths,
-                self._geometry(blocks),
-                begin,
-                self.keys,
-                self.window.left,
-            )
-            weights = dense.flatten(1, 2).mT
-            for first, last in _parts(begin, end, columns):
-                into = result[first * blocks.rows : last * blocks.rows].view(last - first, blocks.rows, -1)
-                right = self._matrices(columns, first, last)
-                multiply(weights[first - begin : last - begin], right, into, scale, self.group)
+            self.ops.scatter_band_by_key(band, dense, *self._visibility(blocks), begin, self.keys, self.window.left)
+            self._multiply(dense.flatten(1, 2).mT, columns, result, begin, end, scale, self.group)
         output = self._from_line(result, source.size(3), self.line.key_lead, self.keys)
-        self.ops.mend_rows_by_key(
-            band,
-            source,
-            output,
-            self.bias,
-            self.key_lengths,
-            self._geometry(blocks),
-            self.keys,
-            self.window.left,
-            scale,
-        )
+        self.ops.mend_rows_by_key(band, source, output, *self._visibility(blocks), self.keys, self.window.left, scale)
         return output
 
     def masked(self, band: Tensor) -> Tensor:
@@ -202,6 +146,15 @@ class Call:
         self.ops.pack(source, packed, self.key_lengths, self.keys, self.line.pitch, first, operand.lead, *operand.seen)
         return operand.matrices(Side(packed, -first), begin, end)
 
+    def _multiply(
+        self, weights: Tensor, columns: _Operand, result: Tensor, begin: int, end: int, scale: float, heads: int = 1
+    ) -> None:
+        """Write ``scale * weights @ columns`` for these blocks, of which ``weights`` are all, to their rows of ``result``."""
+        rows = columns.blocks.rows
+        for first, last in _parts(begin, end, columns):
+            into = result[first * rows : last * rows].view(last - first, weights.size(1), -1)
+            multiply(weights[first - begin : last - begin], self._matrices(columns, first, last), into, scale, heads)
+
     def _split(self, operand: _Operand, begin: int, end: int, scales: Tensor, *, of_keys: bool) -> Tensor:
         """As ``_matrices``, in three fp16 factors a row; their scales are written to ``scales``."""
         source = operand.source
@@ -229,11 +182,11 @@ class Call:
             return torch.cat((unseen, rows), 2)
         return rows.contiguous()
 
-    def _geometry(self, blocks: Blocks) -> list[int]:
-        """What the kernels know of line and blocks, in the order of ``Geometry`` in ``csrc/geometry.cuh``."""
+    def _visibility(self, blocks: Blocks) -> tuple[Tensor | None, Tensor | None, list[int]]:
+        """What the kernels know of visible slots, of line and blocks; the numbers as ``csrc/geometry.cuh`` orders them."""
         line = self.line
         on_line = (self.kv_heads, self.group, line.pitch, line.query_lead, line.key_lead)
-        return [*on_line, blocks.rows, blocks.columns, blocks.before]
+        return self.bias, self.key_lengths, [*on_line, blocks.rows, blocks.columns, blocks.before]
 
     def _chunks(self, blocks: Blocks, like: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
         """Ranges of blocks, and room for the dense elements of each block, which are of ``shape``.
