@@ -168,3 +168,19 @@ def test_more_rows_than_the_kernels_can_count_are_refused():
     )
     assert "at most 1073741824 rows" in plugin._refuse(problem)
     assert plugin._refuse(dataclasses.replace(problem, batch=2**4)) is None
+
+
+@pytest.mark.usefixtures("library")
+def test_factors_are_not_used_where_torch_may_sum_them_in_fp16(monkeypatch):
+    def multiply_factors(*_):
+        raise AssertionError("factors were used")
+
+    monkeypatch.setattr(call, "factors_pay", lambda size: True)
+    monkeypatch.setattr(call, "multiply_factors", multiply_factors)
+    query = torch.randn(1, 2, 40, 8)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True  # has no attribute for monkeypatch to put back
+    try:
+        got = functions.local_dot_product(query, query, Window(9, 0), bias=None, key_lengths=None, scale=1.0)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    torch.testing.assert_close(got, attnreg.local_dot_product(query, query, Window(9, 0), backend="torch"))

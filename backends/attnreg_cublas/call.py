@@ -19,7 +19,7 @@ from torch import Tensor
 from attnreg import Window, allow_tf32
 from attnreg_cublas.blocks import Blocks, cut, lay
 from attnreg_cublas.build import ops
-from attnreg_cublas.products import multiply, multiply_factors
+from attnreg_cublas.products import multiply, multiply_factors, sums_factors_in_fp32
 from attnreg_cublas.rule import block_rows, factors_pay
 from attnreg_cublas.sides import Side, in_place, padded_width
 
@@ -64,7 +64,8 @@ class Call:
         band = query.new_empty(self.batch, self.heads, self.queries, self.window.size)
         rows, columns = self._queries(query, blocks), self._keys(key, blocks)
         scales: tuple[Tensor | None, Tensor | None] = (None, None)
-        if query.dtype == torch.float32 and not allow_tf32() and factors_pay(self.width):
+        exact = query.dtype == torch.float32 and not allow_tf32()
+        if exact and factors_pay(self.width) and sums_factors_in_fp32():
             scales = (self._scales(query), self._scales(key))
         for begin, end, dense in self._chunks(blocks, query, (blocks.rows * self.group, blocks.columns)):
             if scales[0] is not None and scales[1] is not None:

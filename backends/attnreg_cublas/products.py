@@ -18,6 +18,11 @@ def multiply(left: Tensor, right: Tensor, result: Tensor, scale: float = 1.0, he
         result.baddbmm_(left[:, :, every], right[:, every], beta=min(head, 1), alpha=scale)
 
 
+def sums_factors_in_fp32() -> bool:
+    """Whether cuBLAS sums products of fp16 in fp32: a setting of torch allows it to sum them in fp16."""
+    return not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
 def multiply_factors(left: Tensor, right: Tensor, result: Tensor) -> None:
     """``result = left @ right`` for fp16 (blocks, m, k) and (blocks, k, n), with a result in fp32 that is not rounded."""
     torch.bmm(left, right, out_dtype=torch.float32, out=result)
