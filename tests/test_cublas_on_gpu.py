@@ -9,7 +9,10 @@ from attnreg_cublas.call import LARGEST_EDGE
 import attnreg
 from attnreg import Window
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 WINDOW = Window.centered(40)
 NAME = "cublas_block"
