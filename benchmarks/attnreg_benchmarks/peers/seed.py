@@ -1,8 +1,10 @@
 """The published design that attnreg began with, fast-transformers' local_product, re-created in PyTorch for its two products.
 
-Queries are taken 64 at a time: one product of 64 rows by 64 + W - 1 columns, and one copy that keeps the band, so a forward
-is two launches a block, one block after the other. The backward does the same the other way round; the original's gradient
-of the key is wrong for windows of two or more, this one is right. Source: idiap/fast-transformers, ``local_product``, issue #51.
+Queries are taken 64 at a time: one product of 64 rows by 64 + W - 1 columns, and one copy that keeps the band, one block after
+the other. The original does that in two launches a block; this one needs four, as it also fills a dense block and copies
+the product into it, so that the ends of a sequence need no kernel of their own. The backward does the same the other way
+round; the original's gradient of the key is wrong for windows of two or more, this one is right. Source:
+idiap/fast-transformers, ``local_product``, issue #51.
 """
 
 from __future__ import annotations
