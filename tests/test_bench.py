@@ -12,19 +12,22 @@ import pytest
 import torch
 from attnreg_benchmarks import results as stored
 from attnreg_benchmarks.backends import backends
-from attnreg_benchmarks.contender import Calls, Contender
-from attnreg_benchmarks.floor import Ceilings, bytes_moved, floor_seconds, visible_pairs
+from attnreg_benchmarks.contender import Contender
+from attnreg_benchmarks.floor import Ceilings, floor_seconds, visible_pairs
 from attnreg_benchmarks.peers import PEERS
 from attnreg_benchmarks.plot import plot_results
 from attnreg_benchmarks.run import merge, run, set_stage, verify
-from attnreg_benchmarks.workloads import AVERAGE, DIRECTIONS, DOT, FUSED, WORKLOADS, Workload, select
+from attnreg_benchmarks.workloads import DIRECTIONS, WORKLOADS, Workload, select
+from attnreg_benchmarks.workloads import workload as table_row
 from reference import brute_force_visible
 from typer.testing import CliRunner
 
 from attnreg import Window
 from attnreg.cli import app
+from attnreg.measuring.inputs import Calls
+from attnreg.measuring.task import AVERAGE, DOT, FUSED, bytes_moved
+from attnreg.measuring.timing import measure, measuring_stream, sets_for_cold_cache
 from attnreg.problem import OPS
-from attnreg.timing import measure, measuring_stream, sets_for_cold_cache
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 H200 = Ceilings(4.26e12, {"bf16": 790e12, "tf32": 355e12, "fp32": 51e12})
@@ -42,7 +45,7 @@ AVERAGE_FLOORS = {8: (0.031, 0.048), 32: (0.037, 0.059), 64: (0.044, 0.073), 128
 
 
 def small(op: str, **changes: object) -> Workload:
-    return replace(Workload("small", op, 2, 4, 2, 300, 8, Window(5, 3), torch.float32, "cpu"), **changes)
+    return replace(table_row("small", op, 2, 4, 2, 300, 8, Window(5, 3), torch.float32, "cpu"), **changes)
 
 
 def contender(name: str) -> Contender:
@@ -386,4 +389,4 @@ def test_a_bad_option_is_told_with_what_was_expected(arguments, message):
 def test_importing_the_command_imports_no_benchmark():
     script = "import sys, attnreg.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not {"attnreg_benchmarks", "attnreg.timing", "matplotlib"} & set(done.stdout.split())
+    assert not {"attnreg_benchmarks", "attnreg.measuring.timing", "matplotlib"} & set(done.stdout.split())

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import attnreg
 from attnreg.backend import Backend, refusals, with_options
+from attnreg.measuring.inputs import Calls, Inputs, autograd_calls
 from attnreg.request import parse_request
-from attnreg_benchmarks.contender import Calls, Contender, Inputs, autograd_calls
+from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.workloads import Workload
 
 # The rank of the slow but always right reference, see attnreg.Backend: it takes part only when it is asked for.

@@ -6,38 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from attnreg.measuring.inputs import Calls, Inputs
 from attnreg_benchmarks.workloads import Workload
-
-Gradients = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """One set of tensors for a workload.
-
-    Attributes:
-        tensors: the op's tensors, in the order in which it takes them, that of ``Workload.inputs``.
-        upstream: the gradient of the output, in the output's shape.
-    """
-
-    tensors: tuple[Tensor, ...]
-    upstream: Tensor
-
-
-@dataclass(frozen=True)
-class Calls:
-    """What a contender does with one set of inputs.
-
-    Attributes:
-        forward: gives the output in the workload's layout (N, H, L, D), or (N, H, L, W) for ``local_dot_product``.
-        make_backward: runs what a backward needs of the forward, outside of any measurement, and gives the backward: a call
-            that gives the gradients of all inputs, in their order and shapes.
-    """
-
-    forward: Callable[[], Tensor]
-    make_backward: Callable[[], Callable[[], Gradients]]
 
 
 @dataclass(frozen=True)
@@ -57,27 +28,3 @@ class Contender:
     ops: tuple[str, ...]
     refuse: Callable[[Workload, str, torch.device], str | None]
     prepare: Callable[[Workload, Inputs], Calls]
-
-
-def autograd_calls(function: Callable[..., Tensor], inputs: Inputs) -> Calls:
-    """The calls of a differentiable function of the inputs' tensors; the backward is ``torch.autograd.grad`` alone."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(*inputs.tensors)
-
-    def make_backward() -> Callable[[], Gradients]:
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
-        output = function(*leaves)
-        return lambda: torch.autograd.grad(output, leaves, inputs.upstream, retain_graph=True)
-
-    return Calls(forward, make_backward)
-
-
-def random_inputs(workload: Workload, device: torch.device, generator: torch.Generator) -> Inputs:
-    """Tensors of standard normal numbers: zeros would hide errors, and can run faster than real data do."""
-
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=workload.dtype, device=device)
-
-    return Inputs(tuple(map(random, workload.inputs.values())), random(workload.output))

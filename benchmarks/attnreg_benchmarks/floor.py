@@ -8,12 +8,10 @@ it, is left out: it belongs to the method, not to the result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
-
-import torch
 
 from attnreg import Window
-from attnreg_benchmarks.workloads import FUSED, Workload
+from attnreg.measuring.task import FUSED, bytes_moved
+from attnreg_benchmarks.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,6 @@ def floor_seconds(workload: Workload, direction: str, ceilings: Ceilings) -> flo
         bytes_moved(workload, direction) / ceilings.bytes_per_second,
         flops(workload, direction) / ceilings.fastest_flops,
     )
-
-
-def bytes_moved(workload: Workload, direction: str) -> int:
-    """The bytes of every tensor that must be read or written.
-
-    Forward: the inputs and the output. Backward: the inputs, the incoming gradient and the inputs' gradients; the fused op
-    also reads its output.
-    """
-    inputs = sum(map(prod, workload.inputs.values()))
-    output = prod(workload.output)
-    elements = {"forward": inputs + output, "backward": 2 * inputs + output * (2 if workload.op == FUSED else 1)}
-    return elements[direction] * torch.finfo(workload.dtype).bits // 8
 
 
 def flops(workload: Workload, direction: str) -> int:

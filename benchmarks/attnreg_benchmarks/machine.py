@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import attnreg
-from attnreg.timing import measure, measuring_stream
+from attnreg.measuring.timing import measure, measuring_stream
 from attnreg_benchmarks.floor import Ceilings
 
 PACKAGES = ("attnreg", "torch", "triton", "flash-attn-4", "nvidia-cudnn-frontend")

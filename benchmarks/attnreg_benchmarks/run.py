@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from attnreg.timing import Call, Timing, measure, measuring_stream, sets_for_cold_cache
-from attnreg_benchmarks.checking import Expected, Verdict, check, expectations
-from attnreg_benchmarks.contender import Contender, Inputs, random_inputs
-from attnreg_benchmarks.floor import Ceilings, bytes_moved, floor_seconds
+from attnreg.measuring.checking import Expected, Verdict, check, expectations
+from attnreg.measuring.inputs import Inputs, random_inputs
+from attnreg.measuring.task import bytes_moved
+from attnreg.measuring.timing import Call, Timing, measure, measuring_stream, sets_for_cold_cache
+from attnreg_benchmarks.contender import Contender
+from attnreg_benchmarks.floor import Ceilings, floor_seconds
 from attnreg_benchmarks.workloads import Workload
 
 # How long one call is sampled, in seconds.
@@ -33,7 +35,7 @@ class Record:
         seconds: a call's time, the median of all runs; None where there is none.
         spread: seconds between the quartiles within a run, the largest of all runs.
         runs: the median of each run, in seconds.
-        method: how it was timed, see :class:`attnreg.timing.Timing`.
+        method: how it was timed, see :class:`attnreg.measuring.timing.Timing`.
         errors: relative errors by name: "output", or the gradient of each input by the input's name.
         reason: why there is no time; None where there is one.
     """

@@ -8,38 +8,22 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from attnreg import Problem, Window
+from attnreg import Window
+from attnreg.measuring.task import AVERAGE, DOT, FUSED, Task
 
-FUSED, DOT, AVERAGE = "local_attention", "local_dot_product", "local_weighted_average"
 DIRECTIONS = ("forward", "backward")
 
 
-@dataclass(frozen=True)
-class Workload:
-    """One op on one shape, with as many queries as keys, as values as head dims, no bias and no key lengths.
+@dataclass(frozen=True, kw_only=True)
+class Workload(Task):
+    """A task that a benchmark measures.
 
     Attributes:
         group: the series that it belongs to, one curve in a plot.
-        op: one of ``attnreg.problem.OPS``.
-        batch: N.
-        heads: H, the query heads.
-        kv_heads: Hkv, the key and value heads.
-        length: L, the number of queries and of keys.
-        head_dim: E and D, the last dimension of query, key and value.
-        window: which keys a query sees; W = ``window.size``.
-        dtype: of every tensor.
         device_type: the kind of device that its size is meant for: "cuda" or "cpu".
     """
 
     group: str
-    op: str
-    batch: int
-    heads: int
-    kv_heads: int
-    length: int
-    head_dim: int
-    window: Window
-    dtype: torch.dtype
     device_type: str = "cuda"
 
     @property
@@ -47,48 +31,32 @@ class Workload:
         """What it is called in results and on the command line: ``group/w64``, in a series of lengths ``group/l4096``."""
         return f"{self.group}/{f'l{self.length}' if self.group in LENGTH_SERIES else f'w{self.window.size}'}"
 
-    @property
-    def inputs(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the op's tensors by name, in the order in which it takes them."""
-        query = (self.batch, self.heads, self.length, self.head_dim)
-        key = (self.batch, self.kv_heads, self.length, self.head_dim)
-        if self.op == DOT:
-            return {"query": query, "key": key}
-        if self.op == AVERAGE:
-            return {"weights": self._band, "value": key}
-        return {"query": query, "key": key, "value": key}
 
-    @property
-    def output(self) -> tuple[int, ...]:
-        """The output's shape, which is that of the gradient sent back."""
-        return self._band if self.op == DOT else (self.batch, self.heads, self.length, self.head_dim)
-
-    @property
-    def _band(self) -> tuple[int, ...]:
-        return (self.batch, self.heads, self.length, self.window.size)
-
-    def problem(self, device: torch.device, *, needs_grad: bool) -> Problem:
-        """The call as attnreg's dispatcher sees it."""
-        return Problem(
-            op=self.op,
-            device=device,
-            dtype=self.dtype,
-            batch=self.batch,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            query_length=self.length,
-            key_length=self.length,
-            head_dim=0 if self.op == AVERAGE else self.head_dim,
-            value_dim=0 if self.op == DOT else self.head_dim,
-            window=self.window,
-            needs_grad=needs_grad,
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.op} {self.batch},{self.heads},{self.kv_heads},{self.length},{self.head_dim} "
-            f"{str(self.dtype).removeprefix('torch.')} {self.window}"
-        )
+def workload(
+    group: str,
+    op: str,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    head_dim: int,
+    window: Window,
+    dtype: torch.dtype,
+    device_type: str = "cuda",
+) -> Workload:
+    """A row of the table below."""
+    return Workload(
+        group=group,
+        op=op,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        length=length,
+        head_dim=head_dim,
+        window=window,
+        dtype=dtype,
+        device_type=device_type,
+    )
 
 
 def _series(
@@ -115,23 +83,23 @@ ON_REQUEST = ("long", "curve-dot-fp32", "curve-average-fp32", "curve-dot-bf16", 
 
 # Shapes in the order N, H, Hkv, L, E.
 WORKLOADS: tuple[Workload, ...] = (
-    *_series(Workload("fused-e64", FUSED, 4, 16, 16, 8192, 64, ONE, HALF), FUSED_SIZES),
-    *_series(Workload("fused-e128", FUSED, 4, 16, 16, 8192, 128, ONE, HALF), FUSED_SIZES),
-    Workload("gpt-oss", FUSED, 2, 64, 8, 8192, 64, Window.causal(128), HALF),
-    Workload("modernbert", FUSED, 8, 12, 12, 8192, 64, Window(64, 64), HALF),
-    *_series(Workload("dot-fp32", DOT, 10, 12, 12, 2048, 64, ONE, SINGLE), BAND_SIZES, Window.centered),
-    *_series(Workload("average-fp32", AVERAGE, 10, 12, 12, 2048, 64, ONE, SINGLE), BAND_SIZES, Window.centered),
-    *_series(Workload("dot-bf16", DOT, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
-    *_series(Workload("average-bf16", AVERAGE, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
-    *_lengths(Workload("long", FUSED, 1, 2, 2, 1, 64, Window.causal(128), HALF), [2**power for power in range(14, 21)]),
-    *_series(Workload("curve-dot-fp32", DOT, 10, 12, 12, 2048, 64, ONE, SINGLE), CURVE_SIZES, Window.centered),
-    *_series(Workload("curve-average-fp32", AVERAGE, 10, 12, 12, 2048, 64, ONE, SINGLE), CURVE_SIZES, Window.centered),
-    *_series(Workload("curve-dot-bf16", DOT, 10, 12, 12, 2048, 64, ONE, HALF), CURVE_SIZES, Window.centered),
-    *_series(Workload("curve-average-bf16", AVERAGE, 10, 12, 12, 2048, 64, ONE, HALF), CURVE_SIZES, Window.centered),
-    *_series(Workload("cpu-fused", FUSED, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES),
-    *_series(Workload("cpu-fused-bf16", FUSED, 1, 4, 4, 2048, 64, ONE, HALF, "cpu"), CPU_SIZES),
-    *_series(Workload("cpu-dot", DOT, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES, Window.centered),
-    *_series(Workload("cpu-average", AVERAGE, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES, Window.centered),
+    *_series(workload("fused-e64", FUSED, 4, 16, 16, 8192, 64, ONE, HALF), FUSED_SIZES),
+    *_series(workload("fused-e128", FUSED, 4, 16, 16, 8192, 128, ONE, HALF), FUSED_SIZES),
+    workload("gpt-oss", FUSED, 2, 64, 8, 8192, 64, Window.causal(128), HALF),
+    workload("modernbert", FUSED, 8, 12, 12, 8192, 64, Window(64, 64), HALF),
+    *_series(workload("dot-fp32", DOT, 10, 12, 12, 2048, 64, ONE, SINGLE), BAND_SIZES, Window.centered),
+    *_series(workload("average-fp32", AVERAGE, 10, 12, 12, 2048, 64, ONE, SINGLE), BAND_SIZES, Window.centered),
+    *_series(workload("dot-bf16", DOT, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
+    *_series(workload("average-bf16", AVERAGE, 10, 12, 12, 8192, 64, ONE, HALF), BAND_SIZES, Window.centered),
+    *_lengths(workload("long", FUSED, 1, 2, 2, 1, 64, Window.causal(128), HALF), [2**power for power in range(14, 21)]),
+    *_series(workload("curve-dot-fp32", DOT, 10, 12, 12, 2048, 64, ONE, SINGLE), CURVE_SIZES, Window.centered),
+    *_series(workload("curve-average-fp32", AVERAGE, 10, 12, 12, 2048, 64, ONE, SINGLE), CURVE_SIZES, Window.centered),
+    *_series(workload("curve-dot-bf16", DOT, 10, 12, 12, 2048, 64, ONE, HALF), CURVE_SIZES, Window.centered),
+    *_series(workload("curve-average-bf16", AVERAGE, 10, 12, 12, 2048, 64, ONE, HALF), CURVE_SIZES, Window.centered),
+    *_series(workload("cpu-fused", FUSED, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES),
+    *_series(workload("cpu-fused-bf16", FUSED, 1, 4, 4, 2048, 64, ONE, HALF, "cpu"), CPU_SIZES),
+    *_series(workload("cpu-dot", DOT, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES, Window.centered),
+    *_series(workload("cpu-average", AVERAGE, 1, 4, 4, 2048, 64, ONE, SINGLE, "cpu"), CPU_SIZES, Window.centered),
 )
 
 

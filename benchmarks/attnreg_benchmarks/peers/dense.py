@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnreg import Window
-from attnreg_benchmarks.contender import Calls, Contender, Inputs, autograd_calls
-from attnreg_benchmarks.workloads import FUSED, Workload
+from attnreg.measuring.inputs import Calls, Inputs, autograd_calls
+from attnreg.measuring.task import FUSED
+from attnreg_benchmarks.contender import Contender
+from attnreg_benchmarks.workloads import Workload
 
 MOST_POSITIONS = 4096
 

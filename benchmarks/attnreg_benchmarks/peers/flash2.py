@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg_benchmarks.contender import Calls, Contender, Gradients, Inputs
+from attnreg.measuring.inputs import Calls, Gradients, Inputs
+from attnreg.measuring.task import FUSED
+from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.peers.refusals import not_half_on_cuda
-from attnreg_benchmarks.workloads import FUSED, Workload
+from attnreg_benchmarks.workloads import Workload
 
 
 def _refuse(workload: Workload, direction: str, device: torch.device) -> str | None:

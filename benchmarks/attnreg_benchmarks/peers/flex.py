@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from attnreg import Window
-from attnreg_benchmarks.contender import Calls, Contender, Gradients, Inputs, autograd_calls
-from attnreg_benchmarks.workloads import FUSED, Workload
+from attnreg.measuring.inputs import Calls, Gradients, Inputs, autograd_calls
+from attnreg.measuring.task import FUSED
+from attnreg_benchmarks.contender import Contender
+from attnreg_benchmarks.workloads import Workload
 
 # create_block_mask looks at every pair of positions.
 MOST_POSITIONS = 32768

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from attnreg import Window
-from attnreg_benchmarks.contender import Calls, Contender, Inputs
-from attnreg_benchmarks.workloads import AVERAGE, DOT, Workload
+from attnreg.measuring.inputs import Calls, Inputs
+from attnreg.measuring.task import AVERAGE, DOT
+from attnreg_benchmarks.contender import Contender
+from attnreg_benchmarks.workloads import Workload
 
 BLOCK = 64
 

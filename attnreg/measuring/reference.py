@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnreg import Window
-from attnreg_benchmarks.contender import Inputs
-from attnreg_benchmarks.workloads import AVERAGE, DOT, Workload
+from attnreg.measuring.inputs import Inputs
+from attnreg.measuring.task import AVERAGE, DOT, Task
+from attnreg.window import Window
 
 # The inner keys of a strip: a few tiles of any kernel.
 STRIP_KEYS = 200
@@ -22,7 +22,7 @@ STRIP_KEYS = 200
 
 @dataclass(frozen=True)
 class Strip:
-    """A part of a workload, in which gradients are complete for some keys.
+    """A part of a task, in which gradients are complete for some keys.
 
     Attributes:
         batch: the sequence.
@@ -39,74 +39,72 @@ class Strip:
     keys: range
 
 
-def strips(workload: Workload) -> Iterator[Strip]:
+def strips(task: Task) -> Iterator[Strip]:
     """Both ends and the middle of the first and of the last sequence, in their first and last head."""
-    length = workload.length
+    length = task.length
     middle = length // 2
-    places = {(batch, head) for batch, head in ((0, 0), (workload.batch - 1, workload.kv_heads - 1))}
+    places = {(batch, head) for batch, head in ((0, 0), (task.batch - 1, task.kv_heads - 1))}
     for batch, kv_head in sorted(places):
         for start in dict.fromkeys((0, max(middle - STRIP_KEYS // 2, 0), max(length - STRIP_KEYS, 0))):
             inner = range(start, min(start + STRIP_KEYS, length))
             # Query i sees key j if -left <= j - i <= right.
-            rows = _clipped(inner.start - workload.window.right, inner.stop + workload.window.left, length)
-            keys = _clipped(rows.start - workload.window.left, rows.stop + workload.window.right, length)
+            rows = _clipped(inner.start - task.window.right, inner.stop + task.window.left, length)
+            keys = _clipped(rows.start - task.window.left, rows.stop + task.window.right, length)
             yield Strip(batch, kv_head, inner, rows, keys)
 
 
-def inputs_of(workload: Workload, strip: Strip, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+def inputs_of(task: Task, strip: Strip, inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The strip's own tensors: heads first, without the batch."""
     first, *others = inputs.tensors
     return Inputs(
         (
-            _rows(workload, strip, first).to(dtype),
+            _rows(task, strip, first).to(dtype),
             *(tensor[strip.batch, strip.kv_head, _slice(strip.keys)].to(dtype) for tensor in others),
         ),
-        _rows(workload, strip, inputs.upstream).to(dtype),
+        _rows(task, strip, inputs.upstream).to(dtype),
     )
 
 
-def compute(workload: Workload, strip: Strip, part: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+def compute(task: Task, strip: Strip, part: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output (G, rows, D or W) and the gradients of the strip's tensors, densely, in the dtype of ``part``.
 
     G is the number of query heads to a key head. A gradient of keys or values is complete for the inner keys only.
     """
     leaves = tuple(tensor.clone().requires_grad_() for tensor in part.tensors)
-    band, visible = _band(strip, workload.window, part.upstream.device)
-    if workload.op == DOT:
+    band, visible = _band(strip, task.window, part.upstream.device)
+    if task.op == DOT:
         query, key = leaves
         output = _scores(query @ key.mT, band, visible)
-    elif workload.op == AVERAGE:
+    elif task.op == AVERAGE:
         weights, value = leaves
         dense = weights.new_zeros((*weights.shape[:2], len(strip.keys)))
         output = dense.scatter_add(-1, band.expand(weights.shape), weights.where(visible, 0)) @ value
     else:
         query, key, value = leaves
-        dense = (query @ key.mT) * workload.head_dim**-0.5
-        output = dense.masked_fill(_unseen(strip, workload.window, dense.device), -torch.inf).softmax(-1) @ value
+        dense = (query @ key.mT) * task.head_dim**-0.5
+        output = dense.masked_fill(_unseen(strip, task.window, dense.device), -torch.inf).softmax(-1) @ value
     gradients = torch.autograd.grad(output, leaves, part.upstream)
     return output.detach(), gradients
 
 
 def parts_of(
-    workload: Workload, strip: Strip, output: Tensor | None, gradients: tuple[Tensor, ...] | None
+    task: Task, strip: Strip, output: Tensor | None, gradients: tuple[Tensor, ...] | None
 ) -> dict[str, Tensor]:
     """The complete parts of a whole result by name: "output", and the gradient of each input by the input's name."""
     parts = {}
     if output is not None:
-        parts["output"] = _rows(workload, strip, output)
+        parts["output"] = _rows(task, strip, output)
     if gradients is not None:
-        first, *others = workload.inputs
-        parts[first] = _rows(workload, strip, gradients[0])
+        first, *others = task.inputs
+        parts[first] = _rows(task, strip, gradients[0])
         for name, gradient in zip(others, gradients[1:]):
             parts[name] = gradient[strip.batch, strip.kv_head, _slice(strip.inner)]
     return parts
 
 
-def complete_parts(
-    workload: Workload, strip: Strip, output: Tensor, gradients: tuple[Tensor, ...]
-) -> dict[str, Tensor]:
+def complete_parts(task: Task, strip: Strip, output: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The same parts of the strip's own result, that of :func:`compute`."""
-    first, *others = workload.inputs
+    first, *others = task.inputs
     start = strip.inner.start - strip.keys.start
     inner = slice(start, start + len(strip.inner))
     return {
@@ -135,8 +133,8 @@ def _unseen(strip: Strip, window: Window, device: torch.device) -> Tensor:
     return (offset < -window.left) | (offset > window.right)
 
 
-def _rows(workload: Workload, strip: Strip, tensor: Tensor) -> Tensor:
-    group = workload.heads // workload.kv_heads
+def _rows(task: Task, strip: Strip, tensor: Tensor) -> Tensor:
+    group = task.heads // task.kv_heads
     return tensor[strip.batch, strip.kv_head * group : (strip.kv_head + 1) * group, _slice(strip.rows)]
 
 

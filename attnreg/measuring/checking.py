@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnreg import allow_tf32
-from attnreg_benchmarks.contender import Calls, Inputs
-from attnreg_benchmarks.reference import Strip, complete_parts, compute, inputs_of, parts_of, strips
-from attnreg_benchmarks.workloads import Workload
+from attnreg.measuring.inputs import Calls, Inputs
+from attnreg.measuring.reference import Strip, complete_parts, compute, inputs_of, parts_of, strips
+from attnreg.measuring.task import Task
+from attnreg.precision import allow_tf32
 
 # What counts as fp32-accurate even where the naive computation happens to be better, and as TF32-accurate where torch's
 # setting allows TF32: two factors of 11 bits.
@@ -45,24 +45,24 @@ class Verdict:
     fault: str | None
 
 
-def expectations(workload: Workload, inputs: Inputs) -> tuple[Expected, ...]:
+def expectations(task: Task, inputs: Inputs) -> tuple[Expected, ...]:
     """The truth on every strip, with the error budget: twice that of the naive computation in the same dtype plus a rounding.
 
     In float32, an error of 1e-6 passes as well, or of 2^-10 where torch's setting allows TF32.
     """
     accurate = TF32_ACCURATE if allow_tf32() else FP32_ACCURATE
     expected = []
-    for strip in strips(workload):
-        truth = _complete(workload, strip, inputs, torch.float64)
-        naive = _complete(workload, strip, inputs, workload.dtype)
-        rounding = torch.finfo(workload.dtype).eps
-        least = accurate if workload.dtype == torch.float32 else 0.0
+    for strip in strips(task):
+        truth = _complete(task, strip, inputs, torch.float64)
+        naive = _complete(task, strip, inputs, task.dtype)
+        rounding = torch.finfo(task.dtype).eps
+        least = accurate if task.dtype == torch.float32 else 0.0
         limits = {name: max(2 * relative_error(naive[name], truth[name]) + rounding, least) for name in truth}
         expected.append(Expected(strip, truth, limits))
     return tuple(expected)
 
 
-def check(workload: Workload, direction: str, calls: Calls, inputs: Inputs, expected: tuple[Expected, ...]) -> Verdict:
+def check(task: Task, direction: str, calls: Calls, inputs: Inputs, expected: tuple[Expected, ...]) -> Verdict:
     """Run one direction once and compare it with the truth.
 
     Memory that the result is likely to get is filled with NaN first, so that an element nobody writes shows.
@@ -71,21 +71,21 @@ def check(workload: Workload, direction: str, calls: Calls, inputs: Inputs, expe
     if direction == "forward":
         _poison((inputs.upstream,))
         output = calls.forward()
-        shapes = {"output": (output, workload.output)}
+        shapes = {"output": (output, task.output)}
     else:
         run = calls.make_backward()
         _poison(inputs.tensors)
         gradients = run()
-        shapes = dict(zip(workload.inputs, zip(gradients, workload.inputs.values())))
+        shapes = dict(zip(task.inputs, zip(gradients, task.inputs.values())))
     for name, (given, shape) in shapes.items():
-        if tuple(given.shape) != shape or given.dtype != workload.dtype:
+        if tuple(given.shape) != shape or given.dtype != task.dtype:
             return Verdict({}, f"{name}: has shape {tuple(given.shape)}, {given.dtype}; expected {shape}")
         if bool(given.isnan().any()):
             return Verdict({}, f"{name}: holds NaN")
     errors: dict[str, float] = {}
     fault = None
     for each in expected:
-        for name, part in parts_of(workload, each.strip, output, gradients).items():
+        for name, part in parts_of(task, each.strip, output, gradients).items():
             error = relative_error(part, each.truth[name])
             errors[name] = max(error, errors.get(name, 0.0))
             if not error <= each.limits[name] and fault is None:
@@ -105,9 +105,9 @@ def relative_error(given: Tensor, truth: Tensor) -> float:
     return float(wrong / truth.where(finite, 0).norm())
 
 
-def _complete(workload: Workload, strip: Strip, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    output, gradients = compute(workload, strip, inputs_of(workload, strip, inputs, dtype))
-    return complete_parts(workload, strip, output, gradients)
+def _complete(task: Task, strip: Strip, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    output, gradients = compute(task, strip, inputs_of(task, strip, inputs, dtype))
+    return complete_parts(task, strip, output, gradients)
 
 
 def _poison(tensors: tuple[Tensor, ...]) -> None:
