@@ -1,0 +1,140 @@
+"""FlexAttention of torch, compiled, with a block mask for the window and the bias in its score function."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import Problem, Window
+
+# Queries and keys of a block of the mask.
+_BLOCK = 128
+# The mask lists every pair of blocks: 64 MiB of them here.
+MOST_POSITIONS = 2**19
+# Every shape is a compilation of its own; after the default of 8 torch would give up compiling.
+_MOST_COMPILATIONS = 4096
+
+
+def unavailable() -> str | None:
+    """Why it cannot run on this machine."""
+    if not torch.cuda.is_available():
+        return "torch has no CUDA device"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"FlexAttention is compiled to Triton, which is missing: {error}"
+    return None
+
+
+def refuse(problem: Problem) -> str | None:
+    """What the capability cannot say."""
+    longest = max(problem.query_length, problem.key_length)
+    if longest > MOST_POSITIONS:
+        return f"a length is {longest}; its mask lists all pairs of blocks, tried up to {MOST_POSITIONS}"
+    if problem.bias_shape is not None and problem.needs_grad:
+        return "a bias is given and gradients are needed; it adds up the gradient of a bias in no fixed order"
+    return None
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the natural log-sum-exp of each row."""
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    mask, bounds = _block_mask(window.left, window.right, query.size(2), key.size(2), query.device)
+    with dynamo.patch(recompile_limit=_MOST_COMPILATIONS), functorch.patch(donated_buffer=False):
+        output, further = _compiled()(
+            query,
+            key,
+            value,
+            score_mod=None if bias is None else _adds(bias, bounds),
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=query.size(1) != key.size(1),
+            return_aux=AuxRequest(lse=True),
+        )
+    return output.contiguous(), further.lse
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_mask(left: int, right: int, queries: int, keys: int, device: torch.device) -> tuple[Any, Tensor]:
+    """The mask of a window, worked out by block: torch's own maker looks at every pair of positions.
+
+    What the window is reaches the compiled kernel as numbers in a tensor, ``bounds``, so that another window of the same
+    shapes compiles nothing.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    shift = keys - queries
+    bounds = torch.tensor([shift - left, shift + right], device=device)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key - query >= bounds[0]) & (key - query <= bounds[1])
+
+    first = torch.arange(math.ceil(queries / _BLOCK), device=device) * _BLOCK
+    last = (first + _BLOCK - 1).clamp(max=queries - 1)
+    # Some query of a block sees some key of the key blocks begin .. end - 1, and all see all of those in inner .. outer - 1.
+    begin = (first + shift - left).clamp(min=0) // _BLOCK
+    end = torch.maximum((last + shift + right).clamp(min=-1, max=keys - 1) // _BLOCK + 1, begin)
+    inner = torch.minimum(-(-(last + shift - left).clamp(min=0) // _BLOCK), end)
+    outer = torch.maximum((first + shift + right + 1).clamp(min=0, max=keys) // _BLOCK, inner)
+    listed = torch.arange(math.ceil(keys / _BLOCK), device=device)
+    before = (inner - begin)[:, None]
+    partial = torch.where(listed < before, begin[:, None] + listed, outer[:, None] + listed - before)
+    full = inner[:, None] + listed
+
+    def indices(blocks: Tensor) -> Tensor:
+        return blocks.clamp(max=len(listed) - 1).to(torch.int32)[None, None]
+
+    def counts(blocks: Tensor) -> Tensor:
+        return blocks.to(torch.int32)[None, None]
+
+    mask = BlockMask.from_kv_blocks(
+        counts(end - begin - (outer - inner)),
+        indices(partial),
+        counts(outer - inner),
+        indices(full),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(queries, keys),
+    )
+    return mask, bounds
+
+
+def _adds(bias: Tensor, bounds: Tensor) -> Callable[..., Tensor]:
+    """The score function that adds a bias (N, H, Lq, W), broadcast: slot c of query i is key ``i + shift - left + c``."""
+    batch_size, heads, rows, slots = bias.shape
+
+    def add(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        slot = (key - query - bounds[0]).clamp(0, slots - 1)
+        zero = query * 0
+        return score + bias[
+            batch if batch_size > 1 else zero,
+            head if heads > 1 else zero,
+            query if rows > 1 else zero,
+            slot,
+        ].to(score.dtype)
+
+    return add
