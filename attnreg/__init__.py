@@ -20,6 +20,7 @@ from attnreg.window import Window
 
 if _TYPE_CHECKING:
     from attnreg.hookspecs import hookimpl
+    from attnreg.tuning.tune import tune
 
 __all__ = [
     "Backend",
@@ -41,6 +42,7 @@ __all__ = [
     "local_weighted_average",
     "register",
     "reset",
+    "tune",
     "use_backend",
 ]
 
@@ -51,11 +53,15 @@ def reset() -> None:
 
 
 def __getattr__(name: str) -> _Any:
-    # Only a plug-in needs pluggy, only a curious reader the version: neither is paid for by every import.
+    # Only a plug-in needs pluggy, only who tunes the tuning, only a curious reader the version: no import pays for them.
     if name == "hookimpl":
         from attnreg.hookspecs import hookimpl
 
         return hookimpl
+    if name == "tune":
+        from attnreg.tuning.tune import tune
+
+        return tune
     if name == "__version__":
         return _metadata.version("attnreg")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

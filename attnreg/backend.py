@@ -123,6 +123,11 @@ class Backend:
     options: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
     rank: float | Callable[[Problem], float] = 50.0
 
+    @property
+    def own_ops(self) -> tuple[str, ...]:
+        """The ops that it has a function for; others may be composed of them."""
+        return tuple(op for op in OPS if getattr(self, op) is not None)
+
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
             raise ValueError(f"Backend: name must be letters, digits, '_', '-' and '.', got {self.name!r}")

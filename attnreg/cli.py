@@ -1,4 +1,4 @@
-"""The command ``attnreg``: which backends there are, which one a call would get, a demo, and a benchmark.
+"""The command ``attnreg``: which backends there are, which one a call would get, a demo, tuning, and a benchmark.
 
 Only the command imports this module, so that ``import attnreg`` needs neither typer nor rich.
 """
@@ -203,6 +203,96 @@ def demo(
         typer.echo(f"{len(measured)} of {len(DEMO_WINDOWS)} windows ran on {used}, at most {worst:.0e} off float64.")
     else:
         typer.echo("None of the windows that were to be measured could be run.")
+
+
+@app.command()
+def tune(
+    op: Annotated[
+        list[str] | None, typer.Option("--op", metavar="OP", help=f"Of {', '.join(OPS)}; repeatable. Default: all.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", metavar="DTYPE", help="Repeatable. Default: float32, bfloat16, on a GPU float16 too."),
+    ] = None,
+    head_dim: Annotated[
+        list[int] | None, typer.Option("--head-dim", min=1, help="E = D; repeatable. Default: 64, 128.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option("--length", min=1, help="Lq = Lk; repeatable. Default: 4096, on a CPU 1024.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="N.")] = 1,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option("--heads", metavar="H[,HKV]", help="Repeatable. Default: 64, on a CPU 8."),
+    ] = None,
+    window: Annotated[
+        list[int] | None,
+        typer.Option("--window", min=1, help="W; repeatable. Default: powers of two to 1024 and the steps between."),
+    ] = None,
+    grad: Annotated[
+        bool | None, typer.Option("--grad/--no-grad", help="Only with gradients, or only without. Default: both.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", metavar="NAME", help="Only this candidate; repeatable.")
+    ] = None,
+    device: DeviceOption = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.001, help="Sample each candidate so long.")] = 0.06,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Measure nothing: draw the user's table into this file (.png, ...)."
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Measure nothing: write the user's table to FILE.")
+    ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Measure nothing: merge the table in FILE into the user's."),
+    ] = None,
+) -> None:
+    """Measure the backends on this machine, so that the fastest is chosen from then on.
+
+    Each candidate runs in a process of its own, is compared with float64 first, and timed with a cold cache. The table lies in the
+    user's cache directory (ATTNREG_CACHE_DIR). Ctrl-C keeps what was measured. ATTNREG_TABLE=FILE pins a table instead.
+    """
+    from attnreg.tuning import command
+    from attnreg.tuning.plot import MissingMatplotlib
+
+    on = _device(device)
+    if sum(given is not None for given in (plot, export, import_)) > 1:
+        raise typer.BadParameter("give only one of --plot, --export and --import")
+    if import_ is not None:
+        with _bad_value_of("--import"):
+            typer.echo(f"merged into {command.import_table(import_)}")
+    elif export is not None:
+        with _bad_value_of("--export"):
+            command.export_table(on, export)
+        typer.echo(f"table: {export}")
+    elif plot is not None:
+        try:
+            with _bad_value_of("--plot"):
+                command.plot_table(on, plot)
+        except MissingMatplotlib as error:
+            _fail(str(error))
+        typer.echo(f"plot: {plot}")
+    else:
+        missing = _why_missing(on)
+        if missing is not None:
+            raise typer.BadParameter(f"cannot put tensors on {str(on)!r}: {missing}", param_hint="--device")
+        given = {
+            "ops": op,
+            "dtypes": None if dtype is None else [_dtype(each) for each in dtype],
+            "head_dims": head_dim,
+            "lengths": length,
+            "heads": None if heads is None else [_heads(each) for each in heads],
+            "windows": window,
+            "gradients": None if grad is None else (grad,),
+            "backends": backend,
+        }
+        options = {name: value for name, value in given.items() if value is not None}
+        with _bad_value_of("tune"):
+            command.tune_table(on, batch=batch, seconds=seconds, console=_console(), **options)
 
 
 @app.command()
@@ -427,6 +517,12 @@ def _integers(given: str, option: str, names: tuple[str, ...]) -> tuple[int, ...
             f"expected {','.join(names)}, {len(names)} integers of at least 0; got {given!r}", param_hint=option
         )
     return numbers
+
+
+def _heads(given: str) -> tuple[int, int]:
+    names = ("H", "HKV") if "," in given else ("H",)
+    numbers = _integers(given, "--heads", names)
+    return numbers[0], numbers[-1]
 
 
 def _dtype(name: str) -> torch.dtype:

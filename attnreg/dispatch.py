@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnreg.backend import Backend, BackendError, option_values, refusals
+from attnreg.measured import Figure, Measured
 from attnreg.problem import Problem
 from attnreg.request import Request
+
+# Times within this part of the shorter one may be a tie.
+TIE = 0.03
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,14 @@ class Candidate:
         distribution: where it comes from.
         rank: its heuristic rank for the problem, lower is better; None where it is refused.
         refusals: every reason why it cannot run the problem; empty where it can.
+        figure: what was measured of it for such a problem; None where nothing was.
     """
 
     name: str
     distribution: str
     rank: float | None
     refusals: tuple[str, ...]
+    figure: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,11 @@ class Decision:
         problem: the call.
         backend: the chosen backend's name.
         reason: why it was chosen.
+        source: "forced", "tuned", "shipped" or "heuristic": who decided.
         candidates: every registered backend, the chosen one first, those that could run next, refused ones last.
         faults: the plug-ins that could not be used.
         options: what was asked of the backend, by option and as it was written.
+        remarks: what is to be said of the tables of measured times.
     """
 
     problem: Problem
@@ -85,6 +93,8 @@ class Decision:
     candidates: tuple[Candidate, ...]
     faults: tuple[Fault, ...] = ()
     options: tuple[tuple[str, str], ...] = ()
+    source: str = "heuristic"
+    remarks: tuple[str, ...] = ()
 
     @property
     def request(self) -> Request:
@@ -93,15 +103,25 @@ class Decision:
 
     def __str__(self) -> str:
         lines = [str(self.problem), f"-> {self.request}: {self.reason}"]
+        (own,) = (candidate.figure for candidate in self.candidates if candidate.name == self.backend)
+        taken = None if own is None else own.seconds
         for candidate in self.candidates:
             if candidate.name == self.backend:
                 continue
+            time = _time(candidate.figure, taken)
             if candidate.refusals:
-                lines.append(f"   {candidate.name} ({candidate.distribution}) refused:")
+                faster = (
+                    taken is not None and candidate.figure is not None and (candidate.figure.seconds or taken) < taken
+                )
+                wish = "; change one of these to have it:" if faster else ":"
+                lines.append(f"   {candidate.name} ({candidate.distribution}) refused{time}{wish}")
                 lines += [f"     - {reason}" for reason in candidate.refusals]
             else:
-                lines.append(f"   {candidate.name} ({candidate.distribution}) could run it, rank {candidate.rank:g}")
+                lines.append(
+                    f"   {candidate.name} ({candidate.distribution}) could run it, rank {candidate.rank:g}{time}"
+                )
         lines += [f"   {fault}" for fault in self.faults]
+        lines += [f"   {remark}" for remark in self.remarks]
         return "\n".join(lines)
 
 
@@ -112,11 +132,15 @@ def choose(
     forced: Forced | None = None,
     failed: Mapping[str, str] | None = None,
     faults: Sequence[Fault] = (),
+    measured: Sequence[Measured] = (),
+    remarks: Sequence[str] = (),
 ) -> Decision:
     """The decision for ``problem`` among ``entries``.
 
-    Precedence: a forced backend, which passes its own filter or is refused and is never replaced; else the lowest
-    rank among those that pass, a tie going to the name that sorts first.
+    Precedence: a forced backend, which passes its own filter or is refused and is never replaced; else the fastest that
+    passes, by the first of ``measured`` that has a time of one; else the lowest rank among those that pass. Times that
+    differ by no more than their spread, or than ``TIE`` of the shorter where that is less, are a tie. Ties go to the
+    lower rank, then to the name that sorts first.
 
     Args:
         problem: the call.
@@ -124,19 +148,31 @@ def choose(
         forced: the backend that was asked for, if any.
         failed: for backends whose preparation failed, by name, the reason.
         faults: plug-ins that could not be used, kept for the trace.
+        measured: what tables say of such a problem, those to be believed first.
+        remarks: what is to be said of the tables.
 
     Raises:
         BackendError: the forced backend is unknown or refuses, or every backend does; lists every reason.
     """
     candidates = sorted((_candidate(entry, problem, failed or {}) for entry in entries), key=_order)
     if forced is None:
+        for each in measured:
+            timed = [replace(candidate, figure=each.figures.get(candidate.name)) for candidate in candidates]
+            fastest = _fastest(timed)
+            if fastest is None:
+                continue
+            timed.sort(key=lambda candidate: candidate.name != fastest.name)
+            reason = f"{each.source}{_time(fastest.figure)} ({each.text})"
+            return Decision(
+                problem, fastest.name, reason, tuple(timed), tuple(faults), source=each.source, remarks=tuple(remarks)
+            )
         if not candidates or candidates[0].refusals:
             raise BackendError(_nobody(problem, candidates, faults))
         first = candidates[0]
         rivals = sum(not candidate.refusals for candidate in candidates) - 1
         others = "the only one that can run it" if not rivals else f"the lowest of {rivals + 1} that can run it"
         reason = f"heuristic, rank {first.rank:g}, {others}; nothing was measured"
-        return Decision(problem, first.name, reason, tuple(candidates), tuple(faults))
+        return Decision(problem, first.name, reason, tuple(candidates), tuple(faults), remarks=tuple(remarks))
     request = forced.request
     backend = next((entry.backend for entry in entries if entry.backend.name == request.name), None)
     if backend is None:
@@ -146,8 +182,18 @@ def choose(
     if refused:
         reasons = "".join(f"\n  - {reason}" for reason in refused)
         raise BackendError(f"backend {str(request)!r}, asked for by {forced.by}, cannot run {problem}:{reasons}")
-    reason = f"forced by {forced.by}"
-    return Decision(problem, request.name, reason, tuple(candidates), tuple(faults), request.options)
+    figures = measured[0].figures if measured else {}
+    candidates = [replace(candidate, figure=figures.get(candidate.name)) for candidate in candidates]
+    return Decision(
+        problem,
+        request.name,
+        f"forced by {forced.by}",
+        tuple(candidates),
+        tuple(faults),
+        request.options,
+        source="forced",
+        remarks=tuple(remarks),
+    )
 
 
 def unknown_backend(forced: Forced, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
@@ -169,6 +215,33 @@ def _candidate(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> Can
         except Exception as error:
             reasons = (f"its rank() raised {type(error).__name__}: {error}",)
     return Candidate(backend.name, entry.distribution, rank, reasons)
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The fastest of those that pass and have a time; of a tie, the first."""
+    timed = [
+        (candidate, candidate.figure, candidate.figure.seconds)
+        for candidate in candidates
+        if not candidate.refusals and candidate.figure is not None and candidate.figure.seconds is not None
+    ]
+    if not timed:
+        return None
+    _, figure, least = min(timed, key=lambda each: each[2])
+    return next(
+        candidate
+        for candidate, its, seconds in timed
+        if seconds - least <= min(max(its.spread, figure.spread), TIE * least)
+    )
+
+
+def _time(figure: Figure | None, than: float | None = None) -> str:
+    """A figure in words, after a comma; nothing where there is none."""
+    if figure is None:
+        return ""
+    if figure.seconds is None:
+        return f", not timed: {figure.reason}"
+    ratio = "" if than is None else f", {figure.seconds / than:.2f} times that"
+    return f", {figure.seconds * 1e3:.4g} ms{ratio}"
 
 
 def _order(candidate: Candidate) -> tuple[bool, float, str]:

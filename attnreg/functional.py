@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnreg import ops
 from attnreg.ops import is_plain, rows
-from attnreg.plan import ENVIRONMENT_KEY, Plan, environment, remember, requested
+from attnreg.plan import ENVIRONMENT_KEY, TABLE_KEY, Plan, environment, remember, requested
 from attnreg.problem import (
     attention_problem,
     check_scale,
@@ -78,6 +78,7 @@ def local_dot_product(
             window.right,
             None if bias is None and key_lengths is None else _extras(bias, key_lengths),
             backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
+            environment.get(TABLE_KEY),
             (query.requires_grad or key.requires_grad or (bias is not None and bias.requires_grad))
             and _is_grad_enabled(),
         )
@@ -155,6 +156,7 @@ def local_weighted_average(
             None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
             "average",
             backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
+            environment.get(TABLE_KEY),
             (weights.requires_grad or value.requires_grad) and _is_grad_enabled(),
         )
         plan = registry.plans[call]
@@ -233,6 +235,7 @@ def local_attention(
             window.right,
             None if bias is None and key_lengths is None else _extras(bias, key_lengths),
             backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
+            environment.get(TABLE_KEY),
             (
                 query.requires_grad
                 or key.requires_grad

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from attnreg.backend import BackendError, option_values
 from attnreg.composition import Function, below_autograd
-from attnreg.dispatch import Decision, Forced, choose, unknown_backend
+from attnreg.dispatch import Decision, Entry, Forced, choose, unknown_backend
+from attnreg.measured import Measured
 from attnreg.problem import Problem
 from attnreg.registry import registry
 from attnreg.request import Request, parse_request
@@ -30,6 +31,7 @@ requested: ContextVar[tuple[str, ...] | None] = ContextVar("attnreg_backend", de
 # change that is made through os.environ; on POSIX its keys are bytes.
 environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 ENVIRONMENT_KEY = b"ATTNREG_BACKEND"
+TABLE_KEY = b"ATTNREG_TABLE"
 
 # A program whose lengths never repeat must not fill the memory with plans.
 MOST_PLANS = 16384
@@ -148,13 +150,30 @@ def selector(backend: str | None) -> object:
 
 def explain_problem(problem: Problem, backend: str | None) -> Decision:
     """The decision for ``problem``; nothing is prepared or run."""
+    entries = registry.entries
+    measured, remarks = _measured(problem, entries)
     return choose(
         problem,
-        registry.entries,
+        entries,
         forced=forced(selector(backend)),
         failed=registry.failed,
         faults=registry.faults,
+        measured=measured,
+        remarks=remarks,
     )
+
+
+def _measured(problem: Problem, entries: Sequence[Entry]) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
+    """What the tables say of ``problem``, and what is wrong with them."""
+    # Tables are looked at when a plan is made, and then only: importing attnreg does not pay for them.
+    from attnreg.tuning.environment import environment as describe
+    from attnreg.tuning.lookup import measured
+    from attnreg.tuning.store import stamp, tables
+
+    registry.tables_are(stamp())
+    here = describe(problem.device, {entry.backend.name: entry.distribution for entry in entries})
+    stored, wrong = tables(here)
+    return measured(problem, stored), wrong
 
 
 def make_plan(problem: Problem, backend: str | None) -> Plan:
@@ -199,7 +218,7 @@ def remember(call: Hashable, problem: Problem, backend: str | None) -> Plan:
 
 def chosen_backend(problem: Problem, backend: str | None) -> str:
     """The request of the backend for ``problem``, remembered by the problem itself."""
-    call = (problem, selector(backend))
+    call = (problem, selector(backend), environment.get(TABLE_KEY))
     plan: Plan | None = registry.plans.get(call)
     return (plan or remember(call, problem, backend)).backend
 

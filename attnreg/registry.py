@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from importlib import metadata
@@ -29,6 +30,7 @@ class Registry:
         """Forget every backend, fault and plan; plug-ins are discovered anew at the next need."""
         with self._lock:
             self._discovery = "due"
+            self._tables: object = None
             self._prepared: set[str] = set()
             self._entries: dict[str, Entry] = {}
             self._faults: list[Fault] = []
@@ -121,6 +123,17 @@ class Registry:
             self._prepared.add(name)
             return True
 
+    def tables_are(self, stamp: object) -> None:
+        """Drop every plan where the tables of measured times are not those that the plans were made by."""
+        if stamp != self._tables:
+            with self._lock:
+                self._tables = stamp
+                self._changed()
+
+    def _renew_lock(self) -> None:
+        """In a forked child: the thread that held the lock is not there to let it go."""
+        self._lock = threading.RLock()
+
     def _changed(self) -> None:
         self.plans: dict[Any, Any] = {}
 
@@ -205,6 +218,7 @@ class Registration:
 
 
 registry = Registry()
+os.register_at_fork(after_in_child=registry._renew_lock)
 
 
 def register(backend: Backend) -> Registration:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from attnreg.paths import cache_dir
+
 # Built ahead of time for these; the last one also as PTX, which later GPUs compile for themselves.
 PORTABLE_ARCHS = ("80", "90", "90+PTX")
 FLAGS = (
@@ -131,12 +133,6 @@ def sources() -> Path:
     """The CUDA sources: beside this file in a wheel, ``csrc/`` at the root of a checkout."""
     installed = Path(__file__).parent / "csrc"
     return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "csrc"
-
-
-def cache_dir() -> Path:
-    """Where builds are kept: ``ATTNREG_CACHE_DIR``, or ``attnreg`` in the user's cache directory (``XDG_CACHE_HOME``)."""
-    given = os.environ.get("ATTNREG_CACHE_DIR")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnreg"
 
 
 @cache

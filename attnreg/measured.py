@@ -1,0 +1,38 @@
+"""What was measured of a call's candidates, as the dispatcher gets it: facts alone, from whichever table they came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What was found out about one candidate.
+
+    Attributes:
+        seconds: the median time of a call; None where there is none.
+        spread: seconds between the quartiles.
+        reason: why there is no time: it refused, raised, was wrong, ran out of memory, took too long; None where there is one.
+        measured: when, in UTC, as ISO 8601.
+    """
+
+    seconds: float | None = None
+    spread: float = 0.0
+    reason: str | None = None
+    measured: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The figures that a table has for a call.
+
+    Attributes:
+        source: "tuned" for a table of this machine's user, "shipped" for one that came with attnreg.
+        figures: by the candidate's name.
+        text: what was measured, when, and how it differs from the call at hand.
+    """
+
+    source: str
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    text: str = ""

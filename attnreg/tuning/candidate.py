@@ -1,0 +1,116 @@
+"""Measuring one candidate on one task: right first, then fast."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from attnreg import functional
+from attnreg.measured import Figure
+from attnreg.measuring.checking import Expected, check, expectations
+from attnreg.measuring.inputs import Inputs, autograd_calls, random_inputs
+from attnreg.measuring.task import Task, bytes_moved
+from attnreg.measuring.timing import measure, measuring_stream, sets_for_cold_cache
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What the candidates for one task share: inputs enough to make the cache cold, and the truth on the first."""
+
+    sets: tuple[Inputs, ...]
+    expected: tuple[Expected, ...]
+
+
+def measure_candidate(task: Task, gradients: bool, backend: str, device: torch.device, seconds: float) -> Figure:
+    """The time of ``backend`` on ``task``, or the reason why there is none.
+
+    Args:
+        task: the op and its shapes.
+        gradients: measure forward and backward together; otherwise the forward alone.
+        backend: the candidate's name.
+        device: where.
+        seconds: about how long to sample.
+    """
+    try:
+        stage = _stage(task, device)
+    except (RuntimeError, MemoryError) as error:
+        return failed(f"its inputs cannot be made: {first_line(error)}")
+    run: Callable[..., Tensor] = partial(getattr(functional, task.op), window=task.window, backend=backend)
+    try:
+        with measuring_stream(device):
+            calls = [autograd_calls(run, inputs) for inputs in stage.sets]
+            for direction in ("forward", "backward") if gradients else ("forward",):
+                verdict = check(task, direction, calls[0], stage.sets[0], stage.expected)
+                if verdict.fault is not None:
+                    return failed(f"wrong: {verdict.fault}")
+            timed = [_both(run, inputs) if gradients else each.forward for each, inputs in zip(calls, stage.sets)]
+            timing = measure(timed, device, seconds=seconds)
+    # Whatever a candidate raises is its own affair.
+    except Exception as error:
+        reason = first_line(error)
+    else:
+        return Figure(seconds=timing.median, spread=timing.spread, measured=now())
+    finally:
+        calls, timed = [], []
+        _release()
+    return failed(reason)
+
+
+def why_unusable(device: torch.device) -> str | None:
+    """Why nothing more can run on the device in this process; None where it can."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except RuntimeError as error:
+        return first_line(error)
+    return None
+
+
+def failed(reason: str) -> Figure:
+    """A figure without a time."""
+    return Figure(reason=reason, measured=now())
+
+
+def now() -> str:
+    """The time in UTC, as tables hold it."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _both(run: Callable[..., Tensor], inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
+    return lambda: torch.autograd.grad(run(*leaves), leaves, inputs.upstream)
+
+
+@lru_cache(maxsize=1)
+def _stage(task: Task, device: torch.device) -> Stage:
+    generator = torch.Generator(device).manual_seed(0)
+    with measuring_stream(device):
+        count = sets_for_cold_cache(bytes_moved(task, "forward"), device)
+        sets = tuple(random_inputs(task, device, generator) for _ in range(count))
+        return Stage(sets, expectations(task, sets[0]))
+
+
+def forget_stage() -> None:
+    """Give the inputs of the last task back."""
+    _stage.cache_clear()
+    _release()
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):  # a device that has become unusable is told by why_unusable
+            torch.cuda.empty_cache()

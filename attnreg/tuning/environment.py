@@ -1,0 +1,133 @@
+"""What a figure depends on beside the call: the device, and the versions of all that has a part in it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """The hardware that figures belong to.
+
+    Attributes:
+        type: torch's device type.
+        name: the GPU's name, or the CPU's.
+        capability: the compute capability ("9.0"), or a CPU's instruction set as torch uses it ("AVX512").
+    """
+
+    type: str
+    name: str
+    capability: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.capability})"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with which versions a table was measured.
+
+    Attributes:
+        device: the hardware.
+        attnreg, torch, triton, driver: versions; None where there is none.
+        threads: torch's threads where the device is a CPU, else None.
+        backends: the distribution that each backend came from, with its version, by the backend's name.
+    """
+
+    device: Device
+    attnreg: str
+    torch: str
+    triton: str | None = None
+    driver: str | None = None
+    threads: int | None = None
+    backends: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """One name for each environment, told apart by what it holds."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.device.name.lower()).strip('-')}-{digest}.json"
+
+    def hard_mismatches(self, here: Environment) -> tuple[str, ...]:
+        """Why figures from this environment say nothing ``here``: another device, or other kernels of attnreg."""
+        found = []
+        if self.device != here.device:
+            found.append(f"it was measured on {self.device}, this is {here.device}")
+        if _release(self.attnreg) != _release(here.attnreg):
+            found.append(f"it was measured with attnreg {self.attnreg}, this is {here.attnreg}")
+        return tuple(found)
+
+    def soft_mismatches(self, here: Environment) -> tuple[str, ...]:
+        """What differs ``here`` and may move a figure a little."""
+        names = ("attnreg", "torch", "triton", "driver", "threads")
+        pairs = {name: (getattr(self, name), getattr(here, name)) for name in names}
+        pairs |= {
+            name: (source, here.backends[name]) for name, source in self.backends.items() if name in here.backends
+        }
+        return tuple(f"{name} {was}, here {now}" for name, (was, now) in pairs.items() if was != now)
+
+
+def environment(device: torch.device, backends: Mapping[str, str]) -> Environment:
+    """The environment of this process for calls on ``device``; ``backends`` as in :class:`Environment`."""
+    return Environment(
+        device=describe(device.type, device.index),
+        attnreg=_version("attnreg") or "unknown",
+        torch=torch.__version__,
+        triton=_version("triton") if device.type == "cuda" else None,
+        driver=_driver() if device.type == "cuda" else None,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        # One registered in a process alone has no version.
+        backends={name: source for name, source in sorted(backends.items()) if source != "this process"},
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def describe(type: str, index: int | None) -> Device:
+    """The hardware behind a torch device; a device that is not there has its type for a name."""
+    if type == "cuda" and torch.cuda.is_available() and (index or 0) < torch.cuda.device_count():
+        major, minor = torch.cuda.get_device_capability(index)
+        return Device(type, torch.cuda.get_device_name(index), f"{major}.{minor}")
+    if type == "cpu":
+        return Device(type, _cpu_name(), torch.backends.cpu.get_cpu_capability())
+    return Device(type, type, "unknown")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@functools.cache
+def _driver() -> str | None:
+    """The NVIDIA driver's version: a file of the kernel module says it, without a child process."""
+    try:
+        found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found.group() if found else None
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:2])

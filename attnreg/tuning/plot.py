@@ -1,0 +1,91 @@
+"""Latency against window by a table: one line a candidate, the chosen one marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from attnreg.dispatch import TIE
+from attnreg.tuning.table import Key, Table
+
+
+class MissingMatplotlib(RuntimeError):
+    """matplotlib is not installed; the message says how to install it."""
+
+
+def plot(table: Table, path: Path) -> None:
+    """Draw ``table`` into ``path``, whose suffix says the format: a panel for each kind of call that differs in W alone.
+
+    Raises:
+        MissingMatplotlib: matplotlib is not installed.
+        ValueError: the table has no time, or the suffix is no format that matplotlib can write.
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingMatplotlib(f"plots need matplotlib ({error}); pip install 'attnreg[plot]'") from None
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"{path}: the suffix says the format; expected one of {', '.join(sorted(formats))}")
+    series: dict[Key, list[Key]] = {}
+    for key, figures in table.rows.items():
+        if any(figure.seconds is not None for figure in figures.values()):
+            series.setdefault(replace(key, window=0), []).append(key)
+    if not series:
+        raise ValueError("there is nothing to plot: the table has no time")
+    names = sorted({name for figures in table.rows.values() for name in figures})
+    colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
+    across = min(len(series), 2)
+    down = -(-len(series) // across)
+    drawing = Figure(figsize=(5.5 * across + 1, 3.4 * down + 1.2), layout="constrained")
+    panels = drawing.subplots(down, across, squeeze=False)
+    for axes, (kind, keys) in zip(panels.flat, series.items()):
+        _panel(axes, table, sorted(keys, key=lambda key: key.window), colours)
+        axes.set_title(_title(kind), fontsize=8)
+    for axes in list(panels.flat)[len(series) :]:
+        axes.set_axis_off()
+    handles = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels())}
+    drawing.legend(
+        handles.values(),
+        handles.keys(),
+        title=f"{table.environment.device}: ringed is the fastest, and what ties with it",
+        loc="outside upper center",
+        ncols=min(len(handles), 6),
+        fontsize=9,
+    )
+    drawing.savefig(path, dpi=110)
+
+
+def _panel(axes: Any, table: Table, keys: Sequence[Key], colours: dict[str, Any]) -> None:
+    for name, colour in colours.items():
+        points = [
+            (key.window, 1e3 * seconds)
+            for key in keys
+            if (figure := table.rows[key].get(name)) is not None and (seconds := figure.seconds) is not None
+        ]
+        if points:
+            axes.plot(*zip(*points), "-", marker="o", markersize=3, color=colour, label=name)
+    for key in keys:
+        times = {name: figure.seconds for name, figure in table.rows[key].items() if figure.seconds is not None}
+        for name, seconds in times.items():
+            if seconds <= min(times.values()) * (1 + TIE):
+                axes.plot([key.window], [1e3 * seconds], "o", markersize=8, fillstyle="none", color=colours[name])
+    windows = sorted({key.window for key in keys})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(windows, [str(size) for size in windows], fontsize=7)
+    axes.set_xlabel("window W", fontsize=8)
+    axes.set_ylabel("ms", fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _title(kind: Key) -> str:
+    what = "forward and backward" if kind.gradients else "forward"
+    return (
+        f"{kind.op}, {what}\n{kind.dtype} E={kind.head_dim} D={kind.value_dim} L={kind.keys} "
+        f"N*H={kind.sequences} H/Hkv={kind.group}"
+    )

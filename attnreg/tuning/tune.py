@@ -1,0 +1,236 @@
+"""Tuning: every candidate that can run a call is measured, for a grid of calls, and the figures are kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from attnreg.backend import refusals
+from attnreg.dispatch import Entry
+from attnreg.measured import Figure
+from attnreg.measuring.task import FUSED, Task
+from attnreg.problem import OPS
+from attnreg.registry import registry
+from attnreg.tuning.candidate import failed, forget_stage, measure_candidate, why_unusable
+from attnreg.tuning.environment import environment
+from attnreg.tuning.store import save
+from attnreg.tuning.table import Key, Table, key_of
+from attnreg.tuning.worker import Worker
+from attnreg.window import Window
+
+# Powers of two and the steps between.
+WINDOWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+HEAD_DIMS = (64, 128)
+SAMPLING_SECONDS = 0.06
+# What is measured goes into the file this often.
+SAVING_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One candidate on one task, measured.
+
+    Attributes:
+        task: the op and its shapes.
+        gradients: whether forward and backward were measured together, or the forward alone.
+        backend: the candidate's name.
+        figure: what was found.
+        done, total: how many steps of how many are through.
+    """
+
+    task: Task
+    gradients: bool
+    backend: str
+    figure: Figure
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a tuning found.
+
+    Attributes:
+        table: the figures of this tuning alone.
+        path: the file that they were merged into; None where nothing was measured, or nothing was to be kept.
+        interrupted: whether it was ended with Ctrl-C: the table then holds what was measured until there.
+    """
+
+    table: Table
+    path: Path | None
+    interrupted: bool = False
+
+
+def tune(
+    *,
+    ops: Sequence[str] = OPS,
+    dtypes: Sequence[torch.dtype] | None = None,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    lengths: Sequence[int] | None = None,
+    batch: int = 1,
+    heads: Sequence[tuple[int, int]] | None = None,
+    windows: Sequence[int] = WINDOWS,
+    gradients: Sequence[bool] = (False, True),
+    backends: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    seconds: float = SAMPLING_SECONDS,
+    keep: bool = True,
+    progress: Callable[[Step], object] | None = None,
+) -> Tuned:
+    """Measure every candidate on a grid of calls, and remember the figures: the dispatcher chooses by them from then on.
+
+    A candidate runs in a child process, so that one that raises, runs out of memory, spoils its device, dies or hangs costs
+    only itself; it is recorded with its reason. Backends that were registered in this process alone run in it. A result
+    is compared with float64 first, and a wrong one gets no time. What is measured is kept every few seconds, and at the end,
+    however that comes.
+
+    Args:
+        ops: which ops.
+        dtypes: of the tensors; None for float32 and bfloat16, and float16 on a GPU.
+        head_dims: E = D.
+        lengths: Lq = Lk; None for 4096 on a GPU, 1024 on a CPU.
+        batch: N.
+        heads: pairs (H, Hkv); None for (64, 64) on a GPU, (8, 8) on a CPU.
+        windows: sizes W; ``Window.causal`` for attention, ``Window.centered`` for the two products. Those larger than twice a
+            length are left out.
+        gradients: False for the forward alone, True for forward and backward together.
+        backends: the candidates' names; None for all that can run.
+        device: where; None for a GPU if there is one.
+        seconds: about how long to sample each candidate.
+        keep: whether the figures go into the user's table.
+        progress: called after each candidate.
+
+    Returns:
+        The figures, and where they are kept. Ctrl-C ends the tuning, not the program.
+
+    Raises:
+        ValueError: an argument is bad, or no backend has such a name.
+        OSError: the table cannot be written.
+    """
+    on = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = on.type == "cuda"
+    tasks = grid(
+        ops=ops,
+        dtypes=dtypes
+        or ((torch.float32, torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16)),
+        head_dims=head_dims,
+        lengths=lengths or ((4096,) if on_gpu else (1024,)),
+        batch=batch,
+        heads=heads or (((64, 64),) if on_gpu else ((8, 8),)),
+        windows=windows,
+    )
+    rows: dict[Key, dict[str, Figure]] = {}
+    table = Table(environment(on, {entry.backend.name: entry.distribution for entry in registry.entries}), rows)
+    path, interrupted, last = None, False, time.monotonic()
+    try:
+        for step in measure_all(tasks, gradients, on, seconds=seconds, backends=backends):
+            key = key_of(step.task.problem(on, needs_grad=step.gradients))
+            rows.setdefault(key, {})[step.backend] = step.figure
+            if keep and time.monotonic() > last + SAVING_SECONDS:
+                path, last = save(table), time.monotonic()
+            if progress is not None:
+                progress(step)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        if keep and rows:
+            path = save(table)
+    return Tuned(table, path, interrupted)
+
+
+def grid(
+    *,
+    ops: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    head_dims: Sequence[int],
+    lengths: Sequence[int],
+    batch: int,
+    heads: Sequence[tuple[int, int]],
+    windows: Sequence[int],
+) -> list[Task]:
+    """The tasks of a tuning.
+
+    Raises:
+        ValueError: an argument is bad.
+    """
+    for name, given in (("ops", ops), ("dtypes", dtypes), ("head_dims", head_dims), ("lengths", lengths)):
+        if not given:
+            raise ValueError(f"tune: {name} is empty")
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"tune: ops must be of {', '.join(OPS)}; got {op!r}")
+    for name, sizes in (("head_dims", head_dims), ("lengths", lengths), ("windows", windows), ("batch", (batch,))):
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"tune: {name} must be whole numbers of at least 1; got {sizes!r}")
+    for query_heads, kv_heads in heads:
+        if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
+            raise ValueError(f"tune: heads must be pairs (H, Hkv), H a multiple of Hkv; got {(query_heads, kv_heads)}")
+    return [
+        Task(
+            op=op,
+            batch=batch,
+            heads=query_heads,
+            kv_heads=kv_heads,
+            length=length,
+            head_dim=head_dim,
+            window=Window.causal(size) if op == FUSED else Window.centered(size),
+            dtype=dtype,
+        )
+        for op, dtype, head_dim, length, (query_heads, kv_heads), size in product(
+            ops, dtypes, head_dims, lengths, heads, windows
+        )
+        if size <= 2 * length
+    ]
+
+
+def measure_all(
+    tasks: Sequence[Task],
+    gradients: Sequence[bool],
+    device: torch.device,
+    *,
+    seconds: float,
+    backends: Sequence[str] | None = None,
+) -> Iterator[Step]:
+    """Measure every candidate on every task; one step for each.
+
+    Raises:
+        ValueError: no backend has a name of ``backends``.
+    """
+    entries = {entry.backend.name: entry for entry in registry.entries}
+    for name in backends or ():
+        if name not in entries:
+            raise ValueError(f"no backend is called {name!r}; registered: {', '.join(sorted(entries))}")
+    chosen = [entries[name] for name in backends or entries]
+    plan = [
+        (task, needs_grad, entry)
+        for task in tasks
+        for needs_grad in gradients
+        for entry in chosen
+        if not refusals(entry.backend, task.problem(device, needs_grad=needs_grad))
+    ]
+    unusable: str | None = None
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker(device))
+        stack.callback(forget_stage)
+        for done, (task, needs_grad, entry) in enumerate(plan, start=1):
+            name = entry.backend.name
+            if not _is_local(entry):
+                figure = worker.measure(task, needs_grad, name, seconds)
+            elif unusable is not None:
+                figure = failed(f"not run: {unusable}")
+            else:
+                figure = measure_candidate(task, needs_grad, name, device, seconds)
+                fault = why_unusable(device) if figure.reason is not None else None
+                unusable = None if fault is None else f"{name} left the device unusable in this process ({fault})"
+            yield Step(task, needs_grad, name, figure, done, len(plan))
+
+
+def _is_local(entry: Entry) -> bool:
+    """Whether a backend was registered in this process alone: a child would not find it."""
+    return entry.distribution == "this process"

@@ -1,0 +1,129 @@
+"""The process that candidates run in, and its other end: one that dies, hangs or spoils its device takes nothing along.
+
+Requests and answers are lines of JSON. ``python -m attnreg.tuning.worker`` is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from attnreg.measured import Figure
+from attnreg.measuring.task import Task
+from attnreg.tuning.candidate import failed, first_line, measure_candidate, why_unusable
+from attnreg.window import Window
+
+# A candidate may compile for that long; one that takes longer is given up.
+LONGEST_SECONDS = 300.0
+
+
+class Worker:
+    """A child process that measures; started when it is needed, and again when it died."""
+
+    def __init__(self, device: torch.device, longest: float = LONGEST_SECONDS) -> None:
+        self._device, self._longest = device, longest
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def measure(self, task: Task, gradients: bool, backend: str, seconds: float) -> Figure:
+        """As ``measure_candidate``, in the child."""
+        request = {
+            "task": {**asdict(task), "dtype": str(task.dtype).removeprefix("torch.")},
+            "gradients": gradients,
+            "backend": backend,
+            "device": str(self._device),
+            "seconds": seconds,
+        }
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            return failed(self._how_it_ended())
+        if not select.select([process.stdout], [], [], self._longest)[0]:
+            self.close()
+            return failed(f"it was given up after {self._longest:g} s")
+        line = process.stdout.readline()
+        if not line:
+            return failed(self._how_it_ended())
+        answer = json.loads(line)
+        if answer["unusable"] is not None:
+            self.close()
+        return Figure(**answer["figure"])
+
+    def close(self) -> None:
+        """End the child; the next measurement starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_THE_CHILD}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has died
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "attnreg.tuning.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            # Ctrl-C is the parent's: it ends the child itself, between two candidates or in one.
+            start_new_session=True,
+        )
+        return self._process
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        self.close()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"the process that measured it ended with {how}" + (f": {lines[-1]}" if lines else "")
+
+
+_NOT_FOR_THE_CHILD = ("ATTNREG_BACKEND", "ATTNREG_AUTOTUNE")
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a backend prints is no answer
+    for line in sys.stdin:
+        request = json.loads(line)
+        task, device = _task(request["task"]), torch.device(request["device"])
+        try:
+            figure = measure_candidate(task, request["gradients"], request["backend"], device, request["seconds"])
+        except SystemExit as error:
+            figure = failed(first_line(error))
+        json.dump({"figure": _plain(figure), "unusable": why_unusable(device)}, answers)
+        print(file=answers, flush=True)
+
+
+def _task(given: dict[str, Any]) -> Task:
+    return Task(**{**given, "window": Window(**given["window"]), "dtype": getattr(torch, given["dtype"])})
+
+
+def _plain(figure: Figure) -> dict[str, Any]:
+    return asdict(figure)
+
+
+if __name__ == "__main__":
+    main()
