@@ -253,8 +253,8 @@ def tune(
 ) -> None:
     """Measure the backends on this machine, so that the fastest is chosen from then on.
 
-    Each candidate runs in a process of its own, is compared with float64 first, and timed with a cold cache. The table lies in the
-    user's cache directory (ATTNREG_CACHE_DIR). Ctrl-C keeps what was measured. ATTNREG_TABLE=FILE pins a table instead.
+    Each candidate runs in a child process, is compared with float64 first, and timed with a cold cache. The table lies in
+    the user's cache directory (ATTNREG_CACHE_DIR). Ctrl-C keeps what was measured. ATTNREG_TABLE=FILE pins a table instead.
     """
     from attnreg.tuning import command
     from attnreg.tuning.plot import MissingMatplotlib

@@ -10,7 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-os.environ.pop("ATTNREG_BACKEND", None)
+for name in ("ATTNREG_BACKEND", "ATTNREG_TABLE", "ATTNREG_AUTOTUNE"):
+    os.environ.pop(name, None)
 
 import pytest
 
@@ -23,6 +24,17 @@ def _fresh_registry_after_each_test():
     yield
     if any(status.distribution == "this process" for status in attnreg.backends()):
         attnreg.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_tables_of_the_user(tmp_path_factory):
+    """What somebody tuned on this machine is not what is tested; builds stay where they are."""
+    from attnreg.tuning import store
+
+    folder = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "table_dir", lambda: folder)
+        yield
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from attnreg.registry import registry
 from attnreg.tuning import store
 from attnreg.tuning.environment import environment
 from attnreg.tuning.plot import plot
-from attnreg.tuning.table import Table
+from attnreg.tuning.table import Table, TableError
 from attnreg.tuning.tune import Step, tune
 
 
@@ -48,7 +48,7 @@ def import_table(path: Path) -> Path:
     """Merge the table in a file into the user's of the same environment; returns that one's path."""
     try:
         return store.save(store.load(path))
-    except store.TableError as error:
+    except TableError as error:
         raise ValueError(f"{path}: {error}") from None
 
 

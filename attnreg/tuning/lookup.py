@@ -5,8 +5,8 @@ one in the window W and in the head dim (E or D, whichever differs more), half o
 each of Lq and Lk; float16 and bfloat16 stand in for each other at a quarter. The op, any other dtype and whether gradients
 are needed must be the same. The nearest entry of a table serves the call.
 
-Tables are asked in turn, the user's before those that are shipped, then those with fewer mismatches of versions: first for an entry within ``NEAR``, then for one within
-``FAR``. Beyond that nothing measured is taken to say anything of the call.
+Tables are asked in turn, the user's before those that are shipped and those with fewer mismatches of versions first: for an
+entry within ``NEAR``, then again for one within ``FAR``. Beyond that nothing measured is taken to say anything of the call.
 """
 
 from __future__ import annotations
