@@ -11,6 +11,9 @@ def cache_dir() -> Path:
     given = os.environ.get("ATTNREG_CACHE_DIR")
     if given:
         return Path(given)
-    from platformdirs import user_cache_path
-
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        # Installed without its dependencies, attnreg still dispatches: on Linux this is the same folder.
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnreg"
     return user_cache_path("attnreg", appauthor=False)

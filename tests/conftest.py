@@ -10,8 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-for name in ("ATTNREG_BACKEND", "ATTNREG_TABLE", "ATTNREG_AUTOTUNE"):
-    os.environ.pop(name, None)
+os.environ.pop("ATTNREG_BACKEND", None)
+os.environ.pop("ATTNREG_TABLE", None)
+os.environ.pop("ATTNREG_AUTOTUNE", None)
 
 import pytest
 

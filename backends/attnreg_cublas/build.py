@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from attnreg.paths import cache_dir
-
 # Built ahead of time for these; the last one also as PTX, which later GPUs compile for themselves.
 PORTABLE_ARCHS = ("80", "90", "90+PTX")
 FLAGS = (
@@ -133,6 +131,14 @@ def sources() -> Path:
     """The CUDA sources: beside this file in a wheel, ``csrc/`` at the root of a checkout."""
     installed = Path(__file__).parent / "csrc"
     return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "csrc"
+
+
+def cache_dir() -> Path:
+    """Where builds are kept: attnreg's cache directory."""
+    # Not above: the wheel's build imports this module where attnreg is not installed yet.
+    from attnreg.paths import cache_dir
+
+    return cache_dir()
 
 
 @cache
