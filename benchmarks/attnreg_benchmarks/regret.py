@@ -1,0 +1,145 @@
+"""Regret: how much longer the chosen backend takes than the best candidate, on calls that no table has measured.
+
+``python -m attnreg_benchmarks.regret --json FILE`` measures every candidate on a grid of windows, lengths and head dims
+between those of the shipped tables, asks the dispatcher, and gives ``chosen / best``: 1.0 is the best choice there is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attnreg.measuring.task import Task
+from attnreg.plan import explain_problem
+from attnreg.problem import OPS
+from attnreg.tuning.tune import grid, measure_all
+from attnreg_benchmarks.machine import environment
+from attnreg_benchmarks.results import now
+
+# Nothing here is a size of a shipped table: windows, head dims, lengths and heads lie between, or beyond.
+GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
+    "cuda": (
+        {"windows": (11, 90, 700), "head_dims": (64, 96), "lengths": (6000,), "heads": ((48, 48),)},
+        {"windows": (23, 181), "head_dims": (80,), "lengths": (2500,), "heads": ((32, 8),)},
+    ),
+    "cpu": (
+        {"windows": (5, 11, 23, 45, 90, 181), "head_dims": (48, 80), "lengths": (700, 1500), "heads": ((6, 6),)},
+        {"windows": (11, 90), "head_dims": (64,), "lengths": (2500,), "heads": ((4, 2),)},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Regret:
+    """One call: what was chosen, and what would have been best.
+
+    Attributes:
+        call: the task.
+        gradients: forward and backward together, or the forward alone.
+        chosen: the dispatcher's choice.
+        reason: why it chose so.
+        best: the fastest candidate.
+        regret: the time of ``chosen`` over that of ``best``.
+        seconds: every candidate's time.
+    """
+
+    call: str
+    gradients: bool
+    chosen: str
+    reason: str
+    best: str
+    regret: float
+    seconds: dict[str, float]
+
+
+def regrets(
+    tasks: Sequence[Task],
+    gradients: Sequence[bool],
+    device: torch.device,
+    backends: Sequence[str] | None,
+    seconds: float,
+) -> list[Regret]:
+    """Measure every candidate on every task, and compare with the choice.
+
+    Raises:
+        RuntimeError: a chosen backend has no time: a choice that does not run is worse than any regret.
+    """
+    times: dict[tuple[Task, bool], dict[str, float]] = {}
+    failures: dict[tuple[Task, bool, str], str] = {}
+    for step in measure_all(tasks, gradients, device, seconds=seconds, backends=backends):
+        if step.figure.seconds is not None:
+            times.setdefault((step.task, step.gradients), {})[step.backend] = step.figure.seconds
+        else:
+            failures[step.task, step.gradients, step.backend] = step.figure.reason or ""
+    found = []
+    for (task, needs_grad), timed in times.items():
+        decision = explain_problem(task.problem(device, needs_grad=needs_grad), None)
+        if decision.backend not in timed:
+            why = failures.get((task, needs_grad, decision.backend), "it was not measured")
+            raise RuntimeError(f"{task}: {decision.backend} was chosen and has no time: {why}")
+        best = min(timed, key=lambda name: timed[name])
+        ratio = timed[decision.backend] / timed[best]
+        found.append(Regret(str(task), needs_grad, decision.backend, decision.reason, best, ratio, timed))
+    return found
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the results go.")],
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="Repeatable. Default: float32, bfloat16.")] = None,
+    backend: Annotated[list[str] | None, typer.Option("--backend", help="Repeatable. Default: all.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="Sample each candidate so long.")] = 0.06,
+) -> None:
+    """Measure, print the geometric mean and the worst of each op, and store everything."""
+    on = torch.device(device)
+    dtypes = [getattr(torch, name) for name in dtype or ("float32", "bfloat16")]
+    tasks = [task for each in GRIDS[on.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **each)]
+    found = regrets(tasks, (False, True), on, backend, seconds)
+    summary = summarize(found)
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    stored = {
+        "date": now(),
+        "environment": asdict(environment(on)),
+        "summary": summary,
+        "regrets": [asdict(each) for each in found],
+    }
+    json_file.write_text(json.dumps(stored, indent=1) + "\n")
+    table = Table("op", "", "calls", "geometric mean", "worst")
+    for name, each in summary.items():
+        op, _, what = name.partition(", ")
+        table.add_row(op, what, str(each["calls"]), f"{each['geometric_mean']:.3f}", f"{each['worst']:.3f}")
+    Console().print(table)
+    for each in sorted(found, key=lambda each: -each.regret)[:8]:
+        print(
+            f"{each.regret:.3f} {each.chosen} instead of {each.best}: {each.call} gradients={each.gradients}; {each.reason}"
+        )
+
+
+def summarize(found: Sequence[Regret]) -> dict[str, dict[str, float]]:
+    """The geometric mean and the worst regret, by op and direction, and of all."""
+    groups: dict[str, list[float]] = {}
+    for each in found:
+        what = "forward and backward" if each.gradients else "forward"
+        for name in (f"{each.call.split()[0]}, {what}", "all, "):
+            groups.setdefault(name, []).append(each.regret)
+    return {
+        name: {
+            "calls": len(ratios),
+            "geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)),
+            "worst": max(ratios),
+        }
+        for name, ratios in groups.items()
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
