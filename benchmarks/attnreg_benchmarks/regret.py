@@ -28,7 +28,7 @@ from attnreg_benchmarks.results import now
 # Nothing here is a size of a shipped table: windows, head dims, lengths and heads lie between, or beyond.
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "cuda": (
-        {"windows": (11, 90, 700), "head_dims": (64, 96), "lengths": (6000,), "heads": ((48, 48),)},
+        {"windows": (11, 90, 700), "head_dims": (96,), "lengths": (6000,), "heads": ((48, 48),)},
         {"windows": (23, 181), "head_dims": (80,), "lengths": (2500,), "heads": ((32, 8),)},
     ),
     "cpu": (
@@ -68,18 +68,24 @@ def regrets(
     backends: Sequence[str] | None,
     seconds: float,
 ) -> list[Regret]:
-    """Measure every candidate on every task, and compare with the choice.
+    """Measure every candidate on every task, and compare with the choice. Ctrl-C keeps what is whole.
 
     Raises:
         RuntimeError: a chosen backend has no time: a choice that does not run is worse than any regret.
     """
     times: dict[tuple[Task, bool], dict[str, float]] = {}
     failures: dict[tuple[Task, bool, str], str] = {}
-    for step in measure_all(tasks, gradients, device, seconds=seconds, backends=backends):
-        if step.figure.seconds is not None:
-            times.setdefault((step.task, step.gradients), {})[step.backend] = step.figure.seconds
-        else:
-            failures[step.task, step.gradients, step.backend] = step.figure.reason or ""
+    last: tuple[Task, bool] | None = None
+    try:
+        for step in measure_all(tasks, gradients, device, seconds=seconds, backends=backends):
+            last = step.task, step.gradients
+            if step.figure.seconds is not None:
+                times.setdefault(last, {})[step.backend] = step.figure.seconds
+            else:
+                failures[step.task, step.gradients, step.backend] = step.figure.reason or ""
+    except KeyboardInterrupt:
+        if last is not None:
+            times.pop(last, None)
     found = []
     for (task, needs_grad), timed in times.items():
         decision = explain_problem(task.problem(device, needs_grad=needs_grad), None)
@@ -114,9 +120,9 @@ def main(
     }
     json_file.write_text(json.dumps(stored, indent=1) + "\n")
     table = Table("op", "", "calls", "geometric mean", "worst")
-    for name, each in summary.items():
+    for name, group in summary.items():
         op, _, what = name.partition(", ")
-        table.add_row(op, what, str(each["calls"]), f"{each['geometric_mean']:.3f}", f"{each['worst']:.3f}")
+        table.add_row(op, what, f"{group['calls']:.0f}", f"{group['geometric_mean']:.3f}", f"{group['worst']:.3f}")
     Console().print(table)
     for each in sorted(found, key=lambda each: -each.regret)[:8]:
         print(
