@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys as _sys
 from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
@@ -33,6 +34,7 @@ __all__ = [
     "Registration",
     "Window",
     "allow_tf32",
+    "autotune",
     "backends",
     "band_from_dense",
     "explain",
@@ -48,8 +50,29 @@ __all__ = [
 
 
 def reset() -> None:
-    """Forget every backend, fault and choice; plug-ins are discovered anew at the next need."""
+    """Forget every backend, fault, choice and setting; plug-ins and tables are looked for anew at the next need."""
     registry.reset()
+    store = _sys.modules.get("attnreg.tuning.store")
+    if store is not None:
+        store.forget()
+
+
+def autotune(on: bool | None = True) -> None:
+    """Measure the candidates of a call whose class was never measured on this machine, when it is first made.
+
+    That takes seconds, once; the figures go into the user's table, as ``attnreg tune`` puts them. Nothing is measured
+    while a CUDA graph is captured, in a compiled region, under ``torch.use_deterministic_algorithms``, or where
+    ``ATTNREG_TABLE`` pins a table; nor are calls with Lq != Lk or E != D.
+
+    Args:
+        on: True or False for this process; None leaves it to ``ATTNREG_AUTOTUNE`` again.
+
+    Raises:
+        TypeError: ``on`` is neither.
+    """
+    if on is not None and not isinstance(on, bool):
+        raise TypeError(f"autotune: on must be True, False or None, got {on!r} ({type(on).__name__})")
+    registry.set_autotune(on)
 
 
 def __getattr__(name: str) -> _Any:

@@ -218,7 +218,13 @@ def _candidate(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> Can
 
 
 def _fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The fastest of those that pass and have a time; of a tie, the first."""
+    """The fastest of those that pass and have a time; of a tie, the first.
+
+    None where nothing was compared: one alone was measured of several that pass.
+    """
+    passing = [candidate for candidate in candidates if not candidate.refusals]
+    if sum(candidate.figure is not None for candidate in passing) < min(len(passing), 2):
+        return None
     timed = [
         (candidate, candidate.figure, candidate.figure.seconds)
         for candidate in candidates

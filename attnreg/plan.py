@@ -205,7 +205,15 @@ def make_plan(problem: Problem, backend: str | None) -> Plan:
 
 def remember(call: Hashable, problem: Problem, backend: str | None) -> Plan:
     """Make the plan for ``problem`` and keep it under the bare facts of the call; see :func:`make_plan` for errors."""
-    plan = make_plan(problem, backend)
+    if registry.autotunes and selector(backend) in (None, b"") and not is_empty(problem):
+        from attnreg.tuning.autotune import tune_on_first_use
+
+        if not tune_on_first_use(problem):
+            return make_plan(problem, backend)
+    return _keep(call, make_plan(problem, backend))
+
+
+def _keep(call: Hashable, plan: Plan) -> Plan:
     plans = registry.plans
     if len(plans) >= MOST_PLANS:
         plans.clear()
@@ -220,7 +228,8 @@ def chosen_backend(problem: Problem, backend: str | None) -> str:
     """The request of the backend for ``problem``, remembered by the problem itself."""
     call = (problem, selector(backend), environment.get(TABLE_KEY))
     plan: Plan | None = registry.plans.get(call)
-    return (plan or remember(call, problem, backend)).backend
+    # Nothing is tuned here: what asks for a backend by its problem is a compiled graph, or one that is traced.
+    return (plan or _keep(call, make_plan(problem, backend))).backend
 
 
 def is_empty(problem: Problem) -> bool:

@@ -31,6 +31,7 @@ class Registry:
         with self._lock:
             self._discovery = "due"
             self._tables: object = None
+            self._autotune: bool | None = None
             self._prepared: set[str] = set()
             self._entries: dict[str, Entry] = {}
             self._faults: list[Fault] = []
@@ -129,6 +130,19 @@ class Registry:
             with self._lock:
                 self._tables = stamp
                 self._changed()
+
+    @property
+    def autotunes(self) -> bool:
+        """Whether a call that was never measured is measured: as set, else as ``ATTNREG_AUTOTUNE`` says."""
+        if self._autotune is not None:
+            return self._autotune
+        return os.environ.get("ATTNREG_AUTOTUNE", "") not in ("", "0")
+
+    def set_autotune(self, on: bool | None) -> None:
+        """Turn tuning on first use on or off; None leaves it to the environment."""
+        with self._lock:
+            self._autotune = on
+            self._changed()
 
     def _renew_lock(self) -> None:
         """In a forked child: the thread that held the lock is not there to let it go."""

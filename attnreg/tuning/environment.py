@@ -70,11 +70,13 @@ class Environment:
     def soft_mismatches(self, here: Environment) -> tuple[str, ...]:
         """What differs ``here`` and may move a figure a little."""
         names = ("attnreg", "torch", "triton", "driver", "threads")
-        pairs = {name: (getattr(self, name), getattr(here, name)) for name in names}
-        pairs |= {
-            name: (source, here.backends[name]) for name, source in self.backends.items() if name in here.backends
-        }
-        return tuple(f"{name} {was}, here {now}" for name, (was, now) in pairs.items() if was != now)
+        pairs = [(name, getattr(self, name), getattr(here, name)) for name in names]
+        pairs += [
+            (f"the backend {name} of", source, here.backends[name])
+            for name, source in self.backends.items()
+            if name in here.backends
+        ]
+        return tuple(f"{name} {was}, here {now}" for name, was, now in pairs if was != now)
 
 
 def environment(device: torch.device, backends: Mapping[str, str]) -> Environment:

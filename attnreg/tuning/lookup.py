@@ -1,9 +1,10 @@
 """Which entry of which table serves a call.
 
 The distance of an entry from a call is counted in octaves, ``abs(log2(theirs / ours))``, of each size that differs: one for
-one in the window W and in the head dim (E or D, whichever differs more), half of that in N * H and in H / Hkv, and a quarter in
-each of Lq and Lk; float16 and bfloat16 stand in for each other at a quarter. The op, any other dtype and whether gradients
-are needed must be the same. The nearest entry of a table serves the call.
+one in the window W and in the head dim (E or D, whichever differs more, as the next power of two, which kernels pad it to; and a
+tenth of what it differs itself), half of that in N * H and in H / Hkv, and a quarter in each of Lq and Lk. float16 and bfloat16
+stand in for each other at a quarter of an octave. The op, any other dtype and whether gradients are needed must be the same. The
+nearest entry of a table serves the call.
 
 Tables are asked in turn, the user's before those that are shipped and those with fewer mismatches of versions first: for an
 entry within ``NEAR``, then again for one within ``FAR``. Beyond that nothing measured is taken to say anything of the call.
@@ -57,11 +58,17 @@ def same_class(entry: Key, wanted: Key) -> bool:
 def _differences(entry: Key, wanted: Key) -> Iterator[tuple[float, float]]:
     """The weight and the octaves of every size."""
     yield 1.0, _octaves(entry.window, wanted.window)
-    yield 1.0, max(_octaves(entry.head_dim, wanted.head_dim), _octaves(entry.value_dim, wanted.value_dim))
+    head_dims = ((entry.head_dim, wanted.head_dim), (entry.value_dim, wanted.value_dim))
+    yield 1.0, max(_octaves(_padded(theirs), _padded(ours)) for theirs, ours in head_dims)
+    yield 0.1, max(_octaves(theirs, ours) for theirs, ours in head_dims)
     yield 0.5, _octaves(entry.sequences, wanted.sequences)
     yield 0.5, _octaves(entry.group, wanted.group)
     yield 0.25, _octaves(entry.queries, wanted.queries)
     yield 0.25, _octaves(entry.keys, wanted.keys)
+
+
+def _padded(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _octaves(theirs: int, ours: int) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnreg.paths import cache_dir
+from attnreg.registry import registry
 from attnreg.tuning.environment import Environment
 from attnreg.tuning.table import Table, TableError, from_json, to_json
 
@@ -39,6 +40,10 @@ class Stored:
     remarks: tuple[str, ...]
 
 
+# What could not be written, by the name of its file.
+_unwritten: dict[str, Table] = {}
+# How often this process has changed a table.
+_changes = 0
 _read: dict[Path, tuple[tuple[int, int, int], Table | TableError]] = {}
 
 
@@ -74,6 +79,12 @@ def tables(here: Environment) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
                 problems.append(f"the table {path.name} is not used: {'; '.join(hard)}")
             continue
         found.append(Stored(table, "tuned", path.name, table.environment.soft_mismatches(here)))
+    if pin is None:
+        found += [
+            Stored(table, "tuned", f"{name} (in this process)", table.environment.soft_mismatches(here))
+            for name, table in _unwritten.items()
+            if not table.environment.hard_mismatches(here)
+        ]
     found.sort(key=lambda each: len(each.remarks))
     for path in _files(SHIPPED, problems):
         try:
@@ -113,14 +124,21 @@ def load(path: Path) -> Table:
     return known[1]
 
 
+def _changed() -> None:
+    """Count a change of this process's own, which a file's time may be too coarse to show, and drop the plans."""
+    global _changes
+    _changes += 1
+    registry.tables_are(stamp())
+
+
 def stamp() -> tuple[object, ...]:
     """What changes when a table of the user's is written, by whichever process."""
     pin = pinned()
     try:
         status = (pin or table_dir()).stat()
     except OSError:
-        return (pin,)
-    return (pin, status.st_mtime_ns, status.st_ino)
+        return (pin, _changes)
+    return (pin, _changes, status.st_mtime_ns, status.st_ino)
 
 
 def save(table: Table) -> Path:
@@ -145,7 +163,27 @@ def save(table: Table) -> Path:
             except TableError:
                 continue
         write(table, path)
+    _changed()
     return path
+
+
+def keep(table: Table) -> str | None:
+    """Save ``table``; where it cannot be written it serves this process alone. Returns what is wrong, or None."""
+    try:
+        save(table)
+    except (OSError, TimeoutError) as error:
+        name = table.environment.file_name
+        _unwritten[name] = _unwritten[name].merged(table) if name in _unwritten else table
+        _changed()
+        return str(error)
+    return None
+
+
+def forget() -> None:
+    """Drop what could not be written, and read every file anew."""
+    _unwritten.clear()
+    _read.clear()
+    _changed()
 
 
 def write(table: Table, path: Path) -> None:
