@@ -64,6 +64,7 @@ def folder(tmp_path, monkeypatch):
     """The user's tables lie here, and none is shipped."""
     monkeypatch.setattr(store, "table_dir", lambda: tmp_path / "tables")
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter would be a candidate, and a slow one
     attnreg.reset()
     yield tmp_path / "tables"
     attnreg.reset()

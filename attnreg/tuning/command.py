@@ -79,7 +79,7 @@ def own_table(device: torch.device, *, shipped: bool = False) -> Table:
 def _winners(table: Table) -> Grid:
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("op", "dtype", "E", "L", "W", "", "fastest", "ms", "next"):
-        grid.add_column(heading, justify="right" if heading in ("E", "L", "W", "ms") else "left", overflow="fold")
+        grid.add_column(heading, justify="right" if heading in ("E", "L", "W", "ms") else "left", no_wrap=True)
     for key, figures in table.rows.items():
         timed = sorted((figure.seconds, name) for name, figure in figures.items() if figure.seconds is not None)
         first = (timed[0][1], f"{timed[0][0] * 1e3:.4g}") if timed else ("none", "-")
@@ -90,7 +90,7 @@ def _winners(table: Table) -> Grid:
             str(key.head_dim or key.value_dim),
             str(key.keys),
             str(key.window),
-            "with gradients" if key.gradients else "forward",
+            "fwd+bwd" if key.gradients else "fwd",
             *map(Text, (*first, second)),
         )
     return grid

@@ -118,11 +118,12 @@ def tune(
     tasks = grid(
         ops=ops,
         dtypes=dtypes
-        or ((torch.float32, torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16)),
+        if dtypes is not None
+        else ((torch.float32, torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16)),
         head_dims=head_dims,
-        lengths=lengths or ((4096,) if on_gpu else (1024,)),
+        lengths=lengths if lengths is not None else ((4096,) if on_gpu else (1024,)),
         batch=batch,
-        heads=heads or (((64, 64),) if on_gpu else ((8, 8),)),
+        heads=heads if heads is not None else (((64, 64),) if on_gpu else ((8, 8),)),
         windows=windows,
     )
     rows: dict[Key, dict[str, Figure]] = {}
@@ -159,7 +160,14 @@ def grid(
     Raises:
         ValueError: an argument is bad.
     """
-    for name, given in (("ops", ops), ("dtypes", dtypes), ("head_dims", head_dims), ("lengths", lengths)):
+    for name, given in (
+        ("ops", ops),
+        ("dtypes", dtypes),
+        ("head_dims", head_dims),
+        ("lengths", lengths),
+        ("heads", heads),
+        ("windows", windows),
+    ):
         if not given:
             raise ValueError(f"tune: {name} is empty")
     for op in ops:
@@ -206,7 +214,7 @@ def measure_all(
     for name in backends or ():
         if name not in entries:
             raise ValueError(f"no backend is called {name!r}; registered: {', '.join(sorted(entries))}")
-    chosen = [entries[name] for name in backends or entries]
+    chosen = [entries[name] for name in (entries if backends is None else backends)]
     plan = [
         (task, needs_grad, entry)
         for task in tasks
