@@ -164,7 +164,13 @@ def choose(
             timed.sort(key=lambda candidate: candidate.name != fastest.name)
             reason = f"{each.source}{_time(fastest.figure)} ({each.text})"
             return Decision(
-                problem, fastest.name, reason, tuple(timed), tuple(faults), source=each.source, remarks=tuple(remarks)
+                problem,
+                fastest.name,
+                reason,
+                tuple(timed),
+                tuple(faults),
+                source=each.source,
+                remarks=(*each.remarks, *remarks),
             )
         if not candidates or candidates[0].refusals:
             raise BackendError(_nobody(problem, candidates, faults))

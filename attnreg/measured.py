@@ -30,9 +30,11 @@ class Measured:
     Attributes:
         source: "tuned" for a table of this machine's user, "shipped" for one that came with attnreg.
         figures: by the candidate's name.
-        text: what was measured, when, and how it differs from the call at hand.
+        text: which table it is, of when, and which of its entries, where that is not the call itself.
+        remarks: how the environment of the measurement differs from this one.
     """
 
     source: str
     figures: Mapping[str, Figure] = field(default_factory=dict)
     text: str = ""
+    remarks: tuple[str, ...] = ()

@@ -28,13 +28,14 @@ def _fresh_registry_after_each_test():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_tables_of_the_user(tmp_path_factory):
-    """What somebody tuned on this machine is not what is tested; builds stay where they are."""
+def _no_tables(tmp_path_factory):
+    """Neither what somebody tuned on this machine nor what is shipped decides in a test; builds stay where they are."""
     from attnreg.tuning import store
 
     folder = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "table_dir", lambda: folder)
+        patch.setattr(store, "SHIPPED", folder / "shipped")
         yield
 
 

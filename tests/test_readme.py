@@ -18,16 +18,18 @@ BLOCK = re.compile(r"```python\n(.*?)```.*?```\n(.*?)```", re.DOTALL)
 
 @pytest.mark.skipif(not README.exists(), reason="the tests do not lie beside the README")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the README shows a machine without a GPU")
-def test_every_python_block_prints_the_block_after_it():
+def test_every_python_block_prints_the_block_after_it(tmp_path):
     blocks = BLOCK.findall(README.read_text())
     assert len(blocks) == 2
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ATTNREG_BACKEND")
     }
+    environment["ATTNREG_CACHE_DIR"] = str(tmp_path)
     for code, printed in blocks:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stderr
-        assert run.stdout == printed
+        # How this machine differs from the one that the shipped table is from is not the README's affair.
+        assert re.sub(r"   \S+\.json is from elsewhere: .*\n", "", run.stdout) == printed
 
 
 @pytest.mark.skipif(not CONTRIBUTING.exists(), reason="the tests do not lie beside CONTRIBUTING.md")

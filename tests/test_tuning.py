@@ -28,6 +28,7 @@ from attnreg.tuning.table import Table, TableError, from_json, key_of, to_json
 from attnreg.tuning.worker import Worker
 
 CPU = torch.device("cpu")
+SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from them
 SMALL = {"ops": ["local_attention"], "dtypes": [torch.float32], "head_dims": [8], "lengths": [64], "heads": [(2, 1)]}
 
 
@@ -277,7 +278,7 @@ def test_a_hard_mismatch_is_not_used_and_a_soft_one_is_and_is_said(folder, chang
     decision = attnreg.explain(*_tensors(), Window.causal(8))
     assert decision.source == ("tuned" if used else "heuristic")
     if used:
-        assert ", here " in decision.reason
+        assert any(", here " in remark for remark in decision.remarks)
     elif "attnreg" in changes:
         assert any("attnreg 99.0" in remark for remark in decision.remarks)
 
@@ -545,22 +546,27 @@ def test_the_command_refuses_what_is_no_table(folder, tmp_path):
 # What is shipped
 
 
-def shipped():
-    return sorted(store.SHIPPED.glob("*.json"))
-
-
 def test_a_table_is_shipped_for_the_h200_and_for_cpus():
-    devices = {store.load(path).environment.device for path in shipped()}
+    devices = {store.load(path).environment.device for path in SHIPPED}
     assert {device.type for device in devices} == {"cpu", "cuda"}
     assert "NVIDIA H200" in {device.name for device in devices}
 
 
-@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_table_covers_every_op_with_and_without_gradients(path):
     table = store.load(path)
     assert {(key.op, key.gradients) for key in table.rows} == {(op, g) for op in OPS for g in (False, True)}
     assert table.environment.attnreg.split(".")[:2] == attnreg.__version__.split(".")[:2]
     assert all(any(figure.seconds for figure in figures.values()) for figures in table.rows.values())
+
+
+def test_a_shipped_table_serves_every_cpu_and_says_whose_it_is(monkeypatch):
+    monkeypatch.setattr(store, "SHIPPED", SHIPPED[0].parent)
+    attnreg.reset()
+    decision = attnreg.explain(*_tensors(2048), Window.causal(32))
+    assert (decision.source, decision.backend) == ("shipped", "torch_block")
+    other = store.load(next(path for path in SHIPPED if path.stem == "cpu")).environment.device != here().device
+    assert any("measured on" in remark for remark in decision.remarks) == other
 
 
 def test_importing_attnreg_and_a_first_call_load_no_measuring_and_no_plotting():

@@ -90,6 +90,5 @@ def _measured(wanted: Key, key: Key, stored: Stored) -> Measured:
     text = f"{stored.name}, {days[-1] if days else 'no date'}"
     if key != wanted:
         text += f", the nearest entry, {key}"
-    if stored.remarks:
-        text += f"; {'; '.join(stored.remarks)}"
-    return Measured(stored.source, figures, text)
+    remarks = (f"{stored.name} is from elsewhere: {'; '.join(stored.remarks)}",) if stored.remarks else ()
+    return Measured(stored.source, figures, text, remarks)

@@ -32,8 +32,8 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"windows": (23, 181), "head_dims": (80,), "lengths": (2500,), "heads": ((32, 8),)},
     ),
     "cpu": (
-        {"windows": (5, 11, 23, 45, 90, 181), "head_dims": (48, 80), "lengths": (700, 1500), "heads": ((6, 6),)},
-        {"windows": (11, 90), "head_dims": (64,), "lengths": (2500,), "heads": ((4, 2),)},
+        {"windows": (5, 23, 90), "head_dims": (80,), "lengths": (700, 1500), "heads": ((6, 6),)},
+        {"windows": (11,), "head_dims": (48,), "lengths": (2500,), "heads": ((4, 2),)},
     ),
 }
 
