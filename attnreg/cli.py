@@ -264,7 +264,10 @@ def tune(
         raise typer.BadParameter("give only one of --plot, --export and --import")
     if import_ is not None:
         with _bad_value_of("--import"):
-            typer.echo(f"merged into {command.import_table(import_)}")
+            merged, not_used_here = command.import_table(import_)
+        typer.echo(f"merged into {merged}")
+        for reason in not_used_here:
+            typer.echo(f"calls on this machine do not go by it: {reason}")
     elif export is not None:
         with _bad_value_of("--export"):
             command.export_table(on, export)
@@ -291,7 +294,7 @@ def tune(
             "backends": backend,
         }
         options = {name: value for name, value in given.items() if value is not None}
-        with _bad_value_of("tune"):
+        with _bad_value_of(None):
             command.tune_table(on, batch=batch, seconds=seconds, console=_console(), **options)
 
 
@@ -598,7 +601,7 @@ def _backend_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _bad_value_of(option: str) -> Iterator[None]:
+def _bad_value_of(option: str | None) -> Iterator[None]:
     """What cannot be done with an option's value is told as the option's fault."""
     try:
         yield

@@ -168,11 +168,12 @@ def _measured(problem: Problem, entries: Sequence[Entry]) -> tuple[tuple[Measure
     # Tables are looked at when a plan is made, and then only: importing attnreg does not pay for them.
     from attnreg.tuning.environment import environment as describe
     from attnreg.tuning.lookup import measured
-    from attnreg.tuning.store import stamp, tables
+    from attnreg.tuning.store import report, stamp, tables
 
     registry.tables_are(stamp())
     here = describe(problem.device, {entry.backend.name: entry.distribution for entry in entries})
     stored, wrong = tables(here)
+    report(wrong)
     return measured(problem, stored), wrong
 
 

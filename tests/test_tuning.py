@@ -21,10 +21,10 @@ from attnreg.dispatch import TIE, Entry, choose
 from attnreg.measured import Figure, Measured
 from attnreg.problem import OPS, attention_problem
 from attnreg.registry import registry
-from attnreg.tuning import store
+from attnreg.tuning import command, store
 from attnreg.tuning.environment import Device, Environment, environment
 from attnreg.tuning.lookup import FAR, NEAR, distance, measured, same_class
-from attnreg.tuning.table import Table, TableError, from_json, key_of, to_json
+from attnreg.tuning.table import Table, TableError, from_json, key_of, problem_of, to_json
 from attnreg.tuning.worker import Worker
 
 CPU = torch.device("cpu")
@@ -243,6 +243,15 @@ def test_a_broken_table_breaks_no_call_is_reported_and_left_alone(folder, kind):
     assert attnreg.explain(*_tensors(), Window.causal(8)).source == "tuned"
 
 
+def test_a_broken_table_is_reported_once(folder, caplog):
+    folder.mkdir()
+    (folder / "x.json").write_text("hello")
+    for window in (3, 4, 5):
+        call(window=window)
+    (record,) = caplog.records
+    assert "the table x.json is not used: it is not JSON" in record.getMessage()
+
+
 def test_bytes_that_are_no_text_are_a_broken_table(folder):
     folder.mkdir()
     (folder / "x.json").write_bytes(b"\xff\xfe\x00")
@@ -252,6 +261,14 @@ def test_bytes_that_are_no_text_are_a_broken_table(folder):
 def test_a_folder_that_cannot_be_read_breaks_no_call(folder):
     folder.write_text("a file where the folder should be")
     assert call().shape == (1, 2, 64, 8)
+
+
+def test_nothing_is_measured_where_it_cannot_be_written(folder):
+    folder.write_text("a file where the folder should be")
+    seen = []
+    with pytest.raises(OSError, match=f"tables cannot be written to {folder}: File exists"):
+        attnreg.tune(**SMALL, windows=[4], progress=seen.append)
+    assert not seen
 
 
 def test_what_cannot_be_written_serves_the_process_alone(folder):
@@ -464,6 +481,9 @@ def test_an_interrupted_tuning_keeps_what_was_measured(folder):
         ({"heads": [(3, 2)]}, r"H a multiple of Hkv; got \(3, 2\)"),
         ({"backends": ["nobody"]}, "no backend is called 'nobody'; registered:"),
         ({"dtypes": []}, "dtypes is empty"),
+        ({"dtypes": [torch.int8]}, "dtypes must be floating-point dtypes of torch; got torch.int8"),
+        ({"gradients": []}, r"gradients must be one or both of False and True; got \[\]"),
+        ({"device": "nowhere"}, "device 'nowhere' is not to be had"),
     ],
 )
 def test_bad_arguments_are_named(folder, changes, message):
@@ -530,6 +550,33 @@ def test_the_command_tunes_exports_imports_and_plots(folder, tmp_path):
     assert store.load(path).rows == before
     assert run("--plot", str(tmp_path / "p.png"), "--device", "cpu").exit_code == 0
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_an_imported_table_of_another_device_is_kept_and_said_not_to_count_here(folder, tmp_path):
+    table = table_of({"torch": 1.0, "torch_block": 2.0})
+    foreign = Table(replace(table.environment, device=Device("cpu", "Another CPU", "AVX9")), table.rows)
+    store.write(foreign, tmp_path / "foreign.json")
+    result = run("--import", str(tmp_path / "foreign.json"))
+    assert result.exit_code == 0, result.output
+    assert "calls on this machine do not go by it: it was measured on Another CPU (AVX9)" in result.output
+    assert store.load(folder / foreign.environment.file_name) == foreign
+
+
+def test_the_plot_marks_what_is_chosen_a_tie_by_rank(folder, tmp_path, monkeypatch):
+    marked = {}
+    monkeypatch.setattr(command, "plot", lambda table, chosen, path: marked.update(chosen))
+    near = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.02, spread=0.1)}
+    far = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.2, spread=0.1)}
+    keys = key_of(problem(4)), key_of(problem(8))
+    store.save(Table(here(), dict(zip(keys, (near, far)))))
+    command.plot_table(CPU, tmp_path / "p.png")
+    assert marked == dict(zip(keys, ("torch_block", "torch")))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"grad": True}, {"heads": 4, "kv_heads": 1}, {"window": 500}])
+def test_a_key_is_that_of_a_call(sizes):
+    key = key_of(problem(**sizes))
+    assert key_of(problem_of(key, CPU)) == key
 
 
 def test_the_command_refuses_what_is_no_table(folder, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 
 import torch
 
@@ -13,7 +12,7 @@ from attnreg.problem import Problem
 from attnreg.registry import registry
 from attnreg.tuning.environment import environment
 from attnreg.tuning.lookup import same_class
-from attnreg.tuning.store import keep, pinned, tables
+from attnreg.tuning.store import keep, pinned, report, tables
 from attnreg.tuning.table import Table, key_of
 from attnreg.tuning.tune import SAMPLING_SECONDS, measure_all
 
@@ -46,7 +45,7 @@ def tune_on_first_use(problem: Problem) -> bool:
         }
         fault = keep(Table(here, {key_of(problem): figures}))
         if fault is not None:
-            warnings.warn(f"attnreg: what was measured is kept in this process only: {fault}", stacklevel=2)
+            report([f"what was measured is kept in this process only: {fault}"])
     return True
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
+from attnreg.backend import BackendError
+from attnreg.dispatch import choose
+from attnreg.measured import Measured
 from attnreg.registry import registry
 from attnreg.tuning import store
 from attnreg.tuning.environment import environment
 from attnreg.tuning.plot import plot
-from attnreg.tuning.table import Table, TableError
+from attnreg.tuning.table import Table, TableError, kinds, problem_of
 from attnreg.tuning.tune import Step, tune
 
 
@@ -35,8 +38,11 @@ def tune_table(device: torch.device, *, console: Console, **options: Any) -> Non
     if found.path is None:
         console.print("nothing was measured: no backend can run any of these calls", highlight=False)
         return
-    console.print(_winners(found.table))
+    _print_winners(found.table, console)
     console.print(f"table: {found.path}", highlight=False, soft_wrap=True)
+    pin = store.pinned()
+    if pin is not None:
+        console.print(f"calls do not go by it: ATTNREG_TABLE pins {pin}", highlight=False, soft_wrap=True)
 
 
 def export_table(device: torch.device, path: Path) -> None:
@@ -44,17 +50,34 @@ def export_table(device: torch.device, path: Path) -> None:
     store.write(own_table(device), path)
 
 
-def import_table(path: Path) -> Path:
-    """Merge the table in a file into the user's of the same environment; returns that one's path."""
+def import_table(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Merge the table in a file into the user's of the same environment.
+
+    Returns:
+        Where that one lies, and why calls on this machine do not go by it; empty where they do.
+
+    Raises:
+        ValueError: there is no table in the file.
+        OSError: the user's cannot be written.
+    """
     try:
-        return store.save(store.load(path))
+        table = store.load(path)
     except TableError as error:
         raise ValueError(f"{path}: {error}") from None
+    here = environment(torch.device(table.environment.device.type), {})
+    return store.save(table), table.environment.hard_mismatches(here)
 
 
 def plot_table(device: torch.device, path: Path) -> None:
     """Draw what the user has measured for ``device``; what is shipped where that is nothing."""
-    plot(own_table(device, shipped=True), path)
+    table = own_table(device, shipped=True)
+    chosen = {}
+    for key, figures in table.rows.items():
+        with suppress(BackendError):  # none that can run it here: none is chosen
+            measured = [Measured("tuned", figures)]
+            decision = choose(problem_of(key, device), registry.entries, failed=registry.failed, measured=measured)
+            chosen[key] = decision.backend
+    plot(table, chosen, path)
 
 
 def own_table(device: torch.device, *, shipped: bool = False) -> Table:
@@ -76,21 +99,17 @@ def own_table(device: torch.device, *, shipped: bool = False) -> Table:
     return table
 
 
-def _winners(table: Table) -> Grid:
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("op", "dtype", "E", "L", "W", "", "fastest", "ms", "next"):
-        grid.add_column(heading, justify="right" if heading in ("E", "L", "W", "ms") else "left", no_wrap=True)
-    for key, figures in table.rows.items():
-        timed = sorted((figure.seconds, name) for name, figure in figures.items() if figure.seconds is not None)
-        first = (timed[0][1], f"{timed[0][0] * 1e3:.4g}") if timed else ("none", "-")
-        second = f"{timed[1][1]} {timed[1][0] / timed[0][0]:.2f}x" if len(timed) > 1 else ""
-        grid.add_row(
-            key.op.removeprefix("local_"),
-            key.dtype,
-            str(key.head_dim or key.value_dim),
-            str(key.keys),
-            str(key.window),
-            "fwd+bwd" if key.gradients else "fwd",
-            *map(Text, (*first, second)),
-        )
-    return grid
+def _print_winners(table: Table, console: Console) -> None:
+    for kind, keys in kinds(table.rows).items():
+        console.print(f"\n{kind}", highlight=False, soft_wrap=True)
+        grid = Grid(box=None, pad_edge=False, padding=(0, 2))
+        for heading in ("W", "fastest", "ms", "next"):
+            grid.add_column(heading, justify="right" if heading in ("W", "ms") else "left", no_wrap=True)
+        for key in keys:
+            figures = table.rows[key].items()
+            timed = sorted((figure.seconds, name) for name, figure in figures if figure.seconds is not None)
+            first = (timed[0][1], f"{timed[0][0] * 1e3:.4g}") if timed else ("none", "-")
+            second = f"{timed[1][1]} {timed[1][0] / timed[0][0]:.2f}x" if len(timed) > 1 else ""
+            grid.add_row(str(key.window), *map(Text, (*first, second)))
+        console.print(grid)
+    console.print()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnreg.dispatch import TIE
-from attnreg.tuning.table import Key, Table
+from attnreg.tuning.table import Key, Table, kinds
 
 
 class MissingMatplotlib(RuntimeError):
     """matplotlib is not installed; the message says how to install it."""
 
 
-def plot(table: Table, path: Path) -> None:
+def plot(table: Table, chosen: Mapping[Key, str], path: Path) -> None:
     """Draw ``table`` into ``path``, whose suffix says the format: a panel for each kind of call that differs in W alone.
+
+    Args:
+        table: what was measured.
+        chosen: the candidate that a call of each kind gets.
+        path: the picture.
 
     Raises:
         MissingMatplotlib: matplotlib is not installed.
@@ -31,10 +34,9 @@ def plot(table: Table, path: Path) -> None:
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
         raise ValueError(f"{path}: the suffix says the format; expected one of {', '.join(sorted(formats))}")
-    series: dict[Key, list[Key]] = {}
-    for key, figures in table.rows.items():
-        if any(figure.seconds is not None for figure in figures.values()):
-            series.setdefault(replace(key, window=0), []).append(key)
+    series = kinds(
+        key for key, figures in table.rows.items() if any(figure.seconds is not None for figure in figures.values())
+    )
     if not series:
         raise ValueError("there is nothing to plot: the table has no time")
     names = sorted({name for figures in table.rows.values() for name in figures})
@@ -44,15 +46,15 @@ def plot(table: Table, path: Path) -> None:
     drawing = Figure(figsize=(5.5 * across + 1, 3.4 * down + 1.2), layout="constrained")
     panels = drawing.subplots(down, across, squeeze=False)
     for axes, (kind, keys) in zip(panels.flat, series.items()):
-        _panel(axes, table, sorted(keys, key=lambda key: key.window), colours)
-        axes.set_title(_title(kind), fontsize=8)
+        _panel(axes, table, chosen, keys, colours)
+        axes.set_title(kind.replace("; ", "\n"), fontsize=8)
     for axes in list(panels.flat)[len(series) :]:
         axes.set_axis_off()
     handles = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels())}
     drawing.legend(
         handles.values(),
         handles.keys(),
-        title=f"{table.environment.device}: ringed is the fastest, and what ties with it",
+        title=f"{table.environment.device}: the chosen one is ringed",
         loc="outside upper center",
         ncols=min(len(handles), 6),
         fontsize=9,
@@ -60,7 +62,7 @@ def plot(table: Table, path: Path) -> None:
     drawing.savefig(path, dpi=110)
 
 
-def _panel(axes: Any, table: Table, keys: Sequence[Key], colours: dict[str, Any]) -> None:
+def _panel(axes: Any, table: Table, chosen: Mapping[Key, str], keys: Sequence[Key], colours: Mapping[str, Any]) -> None:
     for name, colour in colours.items():
         points = [
             (key.window, 1e3 * seconds)
@@ -70,10 +72,10 @@ def _panel(axes: Any, table: Table, keys: Sequence[Key], colours: dict[str, Any]
         if points:
             axes.plot(*zip(*points), "-", marker="o", markersize=3, color=colour, label=name)
     for key in keys:
-        times = {name: figure.seconds for name, figure in table.rows[key].items() if figure.seconds is not None}
-        for name, seconds in times.items():
-            if seconds <= min(times.values()) * (1 + TIE):
-                axes.plot([key.window], [1e3 * seconds], "o", markersize=8, fillstyle="none", color=colours[name])
+        figure = table.rows[key].get(chosen.get(key, ""))
+        if figure is not None and figure.seconds is not None:
+            colour = colours[chosen[key]]
+            axes.plot([key.window], [1e3 * figure.seconds], "o", markersize=8, fillstyle="none", color=colour)
     windows = sorted({key.window for key in keys})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -81,11 +83,3 @@ def _panel(axes: Any, table: Table, keys: Sequence[Key], colours: dict[str, Any]
     axes.set_xlabel("window W", fontsize=8)
     axes.set_ylabel("ms", fontsize=8)
     axes.grid(alpha=0.3)
-
-
-def _title(kind: Key) -> str:
-    what = "forward and backward" if kind.gradients else "forward"
-    return (
-        f"{kind.op}, {what}\n{kind.dtype} E={kind.head_dim} D={kind.value_dim} L={kind.keys} "
-        f"N*H={kind.sequences} H/Hkv={kind.group}"
-    )

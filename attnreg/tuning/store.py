@@ -6,9 +6,10 @@ A table that cannot be read never breaks a call: it is left as it is, and said.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from attnreg.paths import cache_dir
 from attnreg.registry import registry
 from attnreg.tuning.environment import Environment
 from attnreg.tuning.table import Table, TableError, from_json, to_json
+
+logger = logging.getLogger("attnreg")
 
 SHIPPED = Path(__file__).parents[1] / "tuned"
 # A process that died holding the lock has let go of it; one that writes needs milliseconds.
@@ -45,6 +48,8 @@ _unwritten: dict[str, Table] = {}
 # How often this process has changed a table.
 _changes = 0
 _read: dict[Path, tuple[tuple[int, int, int], Table | TableError]] = {}
+# What was logged already.
+_reported: set[str] = set()
 
 
 def table_dir() -> Path:
@@ -141,6 +146,25 @@ def stamp() -> tuple[object, ...]:
     return (pin, _changes, status.st_mtime_ns, status.st_ino)
 
 
+def report(problems: Iterable[str]) -> None:
+    """Log each of these once in this process, as warnings: a call goes on without the table, whatever is wrong with it."""
+    for problem in problems:
+        if problem not in _reported:
+            _reported.add(problem)
+            logger.warning("attnreg: %s", problem)
+
+
+def check_writable() -> None:
+    """Raise an OSError that names the folder unless tables can be written: better before measuring than after."""
+    folder = table_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _beside(folder / "table.json"):
+            pass
+    except OSError as error:
+        raise OSError(f"tables cannot be written to {folder}: {error.strerror or error}") from None
+
+
 def save(table: Table) -> Path:
     """Merge ``table`` into the file of its environment, under a lock: what another process wrote meanwhile is kept.
 
@@ -183,6 +207,7 @@ def forget() -> None:
     """Drop what could not be written, and read every file anew."""
     _unwritten.clear()
     _read.clear()
+    _reported.clear()
     _changed()
 
 
@@ -192,9 +217,12 @@ def write(table: Table, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    with _beside(path) as temporary:
-        temporary.write_text(to_json(table), encoding="utf-8")
-        os.replace(temporary, path)
+    try:
+        with _beside(path) as temporary:
+            temporary.write_text(to_json(table), encoding="utf-8")
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import torch
 
 from attnreg.measured import Figure
 from attnreg.problem import OPS, Problem
 from attnreg.tuning.environment import Device, Environment
+from attnreg.window import Window
 
 # The form of the file: another number, and an older or newer attnreg reads it not at all.
 FORMAT = 1
@@ -68,6 +71,37 @@ def key_of(problem: Problem) -> Key:
         keys=problem.key_length,
         sequences=problem.batch * problem.heads,
         gradients=problem.needs_grad,
+    )
+
+
+def kinds(rows: Iterable[Key]) -> dict[str, list[Key]]:
+    """Keys that differ in the window alone, in its order, by what they have in common in words."""
+    found: dict[str, list[Key]] = {}
+    for key in sorted(rows, key=lambda key: key.window):
+        what = "forward and backward" if key.gradients else "forward"
+        sizes = (
+            f"E={key.head_dim} D={key.value_dim} Lq={key.queries} Lk={key.keys} N*H={key.sequences} H/Hkv={key.group}"
+        )
+        found.setdefault(f"{key.op}, {what}; {key.dtype} {sizes}", []).append(key)
+    return dict(sorted(found.items()))
+
+
+def problem_of(key: Key, device: torch.device) -> Problem:
+    """A call that has this key."""
+    heads = max(key.sequences, key.group)
+    return Problem(
+        op=key.op,
+        device=device,
+        dtype=getattr(torch, key.dtype),
+        batch=1,
+        heads=heads,
+        kv_heads=heads // max(key.group, 1),
+        query_length=key.queries,
+        key_length=key.keys,
+        head_dim=key.head_dim,
+        value_dim=key.value_dim,
+        window=Window.causal(key.window),
+        needs_grad=key.gradients,
     )
 
 
@@ -142,6 +176,8 @@ def _key(given: Mapping[str, Any]) -> Key:
         if each.type == "int" and (type(value) is not int or value < 0):
             raise ValueError(f"{each.name} is {value!r}, not a whole number of at least 0")
     _check_text(key.dtype)
+    if not isinstance(getattr(torch, key.dtype, None), torch.dtype):
+        raise ValueError(f"{key.dtype!r} is no dtype")
     if key.op not in OPS or type(key.gradients) is not bool:
         raise ValueError(f"a call has the op {key.op!r} and gradients {key.gradients!r}")
     return key

@@ -17,9 +17,9 @@ from attnreg.measured import Figure
 from attnreg.measuring.task import FUSED, Task
 from attnreg.problem import OPS
 from attnreg.registry import registry
-from attnreg.tuning.candidate import failed, forget_stage, measure_candidate, why_unusable
+from attnreg.tuning.candidate import failed, first_line, forget_stage, measure_candidate, why_unusable
 from attnreg.tuning.environment import environment
-from attnreg.tuning.store import save
+from attnreg.tuning.store import check_writable, save
 from attnreg.tuning.table import Key, Table, key_of
 from attnreg.tuning.worker import Worker
 from attnreg.window import Window
@@ -111,9 +111,9 @@ def tune(
 
     Raises:
         ValueError: an argument is bad, or no backend has such a name.
-        OSError: the table cannot be written.
+        OSError: the table cannot be written; nothing is measured then.
     """
-    on = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on = _device(device)
     on_gpu = on.type == "cuda"
     tasks = grid(
         ops=ops,
@@ -126,6 +126,10 @@ def tune(
         heads=heads if heads is not None else (((64, 64),) if on_gpu else ((8, 8),)),
         windows=windows,
     )
+    if not gradients or not all(isinstance(each, bool) for each in gradients):
+        raise ValueError(f"tune: gradients must be one or both of False and True; got {gradients!r}")
+    if keep:
+        check_writable()
     rows: dict[Key, dict[str, Figure]] = {}
     table = Table(environment(on, {entry.backend.name: entry.distribution for entry in registry.entries}), rows)
     path, interrupted, last = None, False, time.monotonic()
@@ -170,6 +174,9 @@ def grid(
     ):
         if not given:
             raise ValueError(f"tune: {name} is empty")
+    for dtype in dtypes:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"tune: dtypes must be floating-point dtypes of torch; got {dtype!r}")
     for op in ops:
         if op not in OPS:
             raise ValueError(f"tune: ops must be of {', '.join(OPS)}; got {op!r}")
@@ -195,6 +202,18 @@ def grid(
         )
         if size <= 2 * length
     ]
+
+
+def _device(given: torch.device | str | None) -> torch.device:
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    # Torch raises an AssertionError where it was built without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"tune: device {str(given)!r} is not to be had: {first_line(error)}") from None
+    return device
 
 
 def measure_all(
