@@ -23,6 +23,7 @@ from rich.text import Text
 
 from attnreg import demo as demonstration
 from attnreg.backend import BackendError
+from attnreg.drawing import MissingMatplotlib, check_picture
 from attnreg.inspection import BackendStatus
 from attnreg.inspection import backends as backend_statuses
 from attnreg.plan import explain_problem
@@ -257,7 +258,6 @@ def tune(
     the user's cache directory (ATTNREG_CACHE_DIR). Ctrl-C keeps what was measured. ATTNREG_TABLE=FILE pins a table instead.
     """
     from attnreg.tuning import command
-    from attnreg.tuning.plot import MissingMatplotlib
 
     on = _device(device)
     if sum(given is not None for given in (plot, export, import_)) > 1:
@@ -349,7 +349,7 @@ def bench(
     from attnreg_benchmarks.backends import backends as backends_to_measure
     from attnreg_benchmarks.command import benchmark
     from attnreg_benchmarks.peers import PEERS
-    from attnreg_benchmarks.plot import MissingMatplotlib, check_plot, plot_results
+    from attnreg_benchmarks.plot import plot_results
     from attnreg_benchmarks.report import print_results
     from attnreg_benchmarks.workloads import DIRECTIONS, select
 
@@ -360,7 +360,7 @@ def bench(
     directions = DIRECTIONS if direction is None else (direction,)
     if plot is not None:
         try:
-            check_plot(plot)
+            check_picture(plot)
         except MissingMatplotlib as error:
             _fail(str(error))
         except ValueError as error:

@@ -83,10 +83,10 @@ def environment(device: torch.device, backends: Mapping[str, str]) -> Environmen
     """The environment of this process for calls on ``device``; ``backends`` as in :class:`Environment`."""
     return Environment(
         device=describe(device.type, device.index),
-        attnreg=_version("attnreg") or "unknown",
+        attnreg=package_version("attnreg") or "unknown",
         torch=torch.__version__,
-        triton=_version("triton") if device.type == "cuda" else None,
-        driver=_driver() if device.type == "cuda" else None,
+        triton=package_version("triton") if device.type == "cuda" else None,
+        driver=driver() if device.type == "cuda" else None,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
         # One registered in a process alone has no version.
         backends={name: source for name, source in sorted(backends.items()) if source != "this process"},
@@ -100,11 +100,12 @@ def describe(type: str, index: int | None) -> Device:
         major, minor = torch.cuda.get_device_capability(index)
         return Device(type, torch.cuda.get_device_name(index), f"{major}.{minor}")
     if type == "cpu":
-        return Device(type, _cpu_name(), torch.backends.cpu.get_cpu_capability())
+        return Device(type, cpu_name(), torch.backends.cpu.get_cpu_capability())
     return Device(type, type, "unknown")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's name, as Linux has it; the architecture where it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -114,7 +115,7 @@ def _cpu_name() -> str:
 
 
 @functools.cache
-def _driver() -> str | None:
+def driver() -> str | None:
     """The NVIDIA driver's version: a file of the kernel module says it, without a child process."""
     try:
         found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
@@ -124,7 +125,8 @@ def _driver() -> str | None:
 
 
 @functools.cache
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

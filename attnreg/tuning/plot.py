@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnreg.drawing import check_picture, latency_axes
 from attnreg.tuning.table import Key, Table, kinds
-
-
-class MissingMatplotlib(RuntimeError):
-    """matplotlib is not installed; the message says how to install it."""
 
 
 def plot(table: Table, chosen: Mapping[Key, str], path: Path) -> None:
@@ -22,18 +19,12 @@ def plot(table: Table, chosen: Mapping[Key, str], path: Path) -> None:
         path: the picture.
 
     Raises:
-        MissingMatplotlib: matplotlib is not installed.
-        ValueError: the table has no time, or the suffix is no format that matplotlib can write.
+        MissingMatplotlib, ValueError: as :func:`check_picture`; a ValueError also where the table has no time.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingMatplotlib(f"plots need matplotlib ({error}); pip install 'attnreg[plot]'") from None
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in formats:
-        raise ValueError(f"{path}: the suffix says the format; expected one of {', '.join(sorted(formats))}")
+    check_picture(path)
+    from matplotlib.figure import Figure
+
     series = kinds(
         key for key, figures in table.rows.items() if any(figure.seconds is not None for figure in figures.values())
     )
@@ -76,10 +67,4 @@ def _panel(axes: Any, table: Table, chosen: Mapping[Key, str], keys: Sequence[Ke
         if figure is not None and figure.seconds is not None:
             colour = colours[chosen[key]]
             axes.plot([key.window], [1e3 * figure.seconds], "o", markersize=8, fillstyle="none", color=colour)
-    windows = sorted({key.window for key in keys})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(windows, [str(size) for size in windows], fontsize=7)
-    axes.set_xlabel("window W", fontsize=8)
-    axes.set_ylabel("ms", fontsize=8)
-    axes.grid(alpha=0.3)
+    latency_axes(axes, (key.window for key in keys), "window W")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import attnreg
 from attnreg.measuring.timing import measure, measuring_stream
+from attnreg.tuning.environment import cpu_name, driver, package_version
 from attnreg_benchmarks.floor import Ceilings
 
 PACKAGES = ("attnreg", "torch", "triton", "flash-attn-4", "nvidia-cudnn-frontend")
@@ -49,13 +49,13 @@ def environment(device: torch.device) -> Environment:
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     return Environment(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        cpu=f"{_cpu_name()}, {torch.get_num_threads()} threads",
-        driver=_driver() if device.type == "cuda" else None,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        cpu=f"{cpu_name()}, {torch.get_num_threads()} threads",
+        driver=driver() if device.type == "cuda" else None,
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if device.type == "cuda" else None,
         python=platform.python_version(),
-        packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
+        packages={name: version for name in PACKAGES if (version := package_version(name)) is not None},
         commit=commit,
         dirty=None if changes is None else bool(changes),
     )
@@ -98,30 +98,6 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     first, second = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     timing = measure([lambda: first @ second], device)
     return float(2 * size**3 / timing.median)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str | None:

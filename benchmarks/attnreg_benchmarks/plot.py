@@ -6,39 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnreg.drawing import check_picture, latency_axes
 from attnreg_benchmarks.results import Results
 from attnreg_benchmarks.run import Record
 from attnreg_benchmarks.workloads import DIRECTIONS, LENGTH_SERIES, Workload
-
-
-class MissingMatplotlib(RuntimeError):
-    """matplotlib is not installed; the message says how to install it."""
-
-
-def check_plot(path: Path) -> None:
-    """Check what :func:`plot_results` needs beside results.
-
-    Raises:
-        MissingMatplotlib: matplotlib is not installed.
-        ValueError: the suffix of ``path`` is no format that matplotlib can write.
-    """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise MissingMatplotlib(f"plots need matplotlib ({error}); pip install 'attnreg[plot]'") from None
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in formats:
-        raise ValueError(f"{path}: the suffix says the format; expected one of {', '.join(sorted(formats))}")
 
 
 def plot_results(results: Results, path: Path) -> None:
     """Draw ``results`` into ``path``; its suffix says the format, such as .png or .svg.
 
     Raises:
-        MissingMatplotlib, ValueError: as :func:`check_plot`; a ValueError also where nothing was timed.
+        MissingMatplotlib, ValueError: as :func:`check_picture`; a ValueError also where nothing was timed.
         OSError: the file cannot be written.
     """
-    check_plot(path)
+    check_picture(path)
     from matplotlib.figure import Figure
 
     series = _series(results)
@@ -87,12 +68,7 @@ def _panel(axes: Any, workloads: Sequence[Workload], records: Sequence[Record], 
             axes.plot(*zip(*points), dashed, marker="o", markersize=3, color=colour, label=contender)
     floor = {position[record.workload]: 1e3 * record.floor for record in here}
     axes.plot(*zip(*sorted(floor.items())), ":", marker="_", color="black", label="floor")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sorted(floor), [str(size) for size in sorted(floor)], fontsize=8)
-    axes.set_xlabel("length L" if by_length else "window W", fontsize=8)
-    axes.set_ylabel("ms", fontsize=8)
-    axes.grid(alpha=0.3)
+    latency_axes(axes, floor, "length L" if by_length else "window W")
 
 
 def _colours(records: Sequence[Record]) -> dict[str, Any]:
