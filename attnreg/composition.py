@@ -50,8 +50,13 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
-    log_sum_exp = scores.to(_accumulator(scores)).logsumexp(-1)
-    return functions["local_weighted_average"](_softmax(scores), value, window, key_lengths=key_lengths), log_sum_exp
+    weights, no_key = _softmax(scores, _every_row_sees_a_key(query, key, window, bias, key_lengths))
+    # The largest weight is exp(max(S) - log-sum-exp).
+    log_sum_exp = scores.amax(-1) - weights.amax(-1).log()
+    if no_key is not None:
+        log_sum_exp = log_sum_exp.masked_fill(no_key.squeeze(-1), -torch.inf)
+    weights = weights.to(scores.dtype)
+    return functions["local_weighted_average"](weights, value, window, key_lengths=key_lengths), log_sum_exp
 
 
 def _attention_backward(
@@ -70,7 +75,7 @@ def _attention_backward(
     needs_grad: tuple[bool, bool, bool, bool],
 ) -> GradAttention:
     scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
-    weights = _softmax(scores)
+    weights = _softmax(scores, _every_row_sees_a_key(query, key, window, bias, key_lengths))[0].to(scores.dtype)
     del output, log_sum_exp
     needs_query, needs_key, needs_value, needs_bias = needs_grad
     needs_scores = needs_query or needs_key or needs_bias
@@ -80,11 +85,8 @@ def _attention_backward(
     )
     if not needs_scores:
         return None, None, grad_value, None
-    # dS = P * (dP - rowsum(P * dP)). The row sum equals rowsum(dO * O), but cancels to the last bit.
-    accumulator = _accumulator(scores)
-    weights, grad_weights = weights.to(accumulator), grad_weights.to(accumulator)
-    row_sum = (weights * grad_weights).sum(-1, keepdim=True)
-    grad_scores = (weights * (grad_weights - row_sum)).to(scores.dtype)
+    # dS = P * (dP - rowsum(P * dP)), one kernel of torch. The row sum equals rowsum(dO * O), but cancels to the last bit.
+    grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, scores.dtype)
     grad_query, grad_key, grad_bias = functions["local_dot_product_backward"](
         grad_scores,
         query,
@@ -98,14 +100,21 @@ def _attention_backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """``softmax(S)`` in the scores' dtype, 0 in a row without a visible key."""
+def _softmax(scores: Tensor, every_row_sees_a_key: bool) -> tuple[Tensor, Tensor | None]:
+    """``softmax(S)`` in float32 or wider, 0 in a row without a visible key; and which rows these are, if there may be any."""
+    accumulator = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if every_row_sees_a_key:
+        return scores.softmax(-1, dtype=accumulator), None
     no_key = scores.amax(-1, keepdim=True) == -torch.inf
-    return scores.masked_fill(no_key, 0.0).softmax(-1).masked_fill(no_key, 0.0)
+    weights = scores.masked_fill(no_key, 0.0).softmax(-1, dtype=accumulator)
+    return weights.masked_fill(no_key, 0.0), no_key
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _every_row_sees_a_key(
+    query: Tensor, key: Tensor, window: Window, bias: Tensor | None, key_lengths: Tensor | None
+) -> bool:
+    """Whether that is certain: nothing hides keys, and the first query, which may stand before all of them, sees one."""
+    return bias is None and key_lengths is None and key.shape[2] - query.shape[2] + window.right >= 0
 
 
 def _dot_product_backward_by_autograd(

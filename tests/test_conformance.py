@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
 from cases import CASES, LARGE_CASES, OPS, Case, make_inputs, small_case
 from reference import brute_force_visible, call, truth
-from running import runs
+from running import DTYPES, runs
 
 import attnreg
 from attnreg import Window
@@ -72,6 +73,17 @@ def check(op: str, case: Case, backend: str, device: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs())
 def test_values_and_gradients_are_within_the_error_budget(op, case, backend, device, dtype):
     check(op, case, backend, device, dtype)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("products", ["torch", "torch_block"])
+def test_attention_composed_of_two_products_is_within_the_error_budget(case, dtype, products):
+    (backend,) = (status.backend for status in attnreg.backends() if status.name == products)
+    alone = replace(backend, name="composed", local_attention=None, local_attention_backward=None)
+    with attnreg.register(alone):
+        check("local_attention", case, "composed", "cpu", dtype)
 
 
 @pytest.mark.gpu
