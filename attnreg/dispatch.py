@@ -113,7 +113,7 @@ class Decision:
                 faster = (
                     taken is not None and candidate.figure is not None and (candidate.figure.seconds or taken) < taken
                 )
-                wish = "; change one of these to have it:" if faster else ":"
+                wish = "; to have it, change:" if faster else ":"
                 lines.append(f"   {candidate.name} ({candidate.distribution}) refused{time}{wish}")
                 lines += [f"     - {reason}" for reason in candidate.refusals]
             else:

@@ -120,7 +120,7 @@ def test_a_measured_winner_that_cannot_run_the_call_is_passed_over_and_said_to_b
     entries = _entries(_backend("a", 1, refuse=lambda problem: "it is shy"), _backend("b", 2), _backend("c", 3))
     decision = choose(problem(), entries, measured=[Measured("tuned", figures)])
     assert decision.backend == "b"
-    assert "0.50 times that; change one of these to have it:\n     - it is shy" in str(decision)
+    assert "0.50 times that; to have it, change:\n     - it is shy" in str(decision)
 
 
 def test_a_figure_of_one_candidate_alone_compares_nothing():
@@ -163,6 +163,14 @@ def test_the_nearest_entry_by_logarithm_serves_a_call(folder):
     store.save(table)
     found = {window: attnreg.explain(*_tensors(), Window.causal(window)).backend for window in (4, 8, 15, 17, 32, 60)}
     assert found == {4: "torch", 8: "torch", 15: "torch", 17: "torch_block", 32: "torch_block", 60: "torch_block"}
+
+
+def test_an_entry_that_compares_nothing_leaves_the_call_to_the_next_one(folder):
+    table = table_of({"torch": 1.0, "torch_block": 2.0}, window=8)
+    store.save(table.merged(table_of({"torch_block": 1.0}, window=10)))
+    decision = attnreg.explain(*_tensors(), Window.causal(10))
+    assert (decision.backend, decision.source) == ("torch", "tuned")
+    assert "the nearest entry, W=8" in decision.reason
 
 
 def test_a_call_further_off_than_the_rule_allows_is_left_to_the_heuristic(folder):

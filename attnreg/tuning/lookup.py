@@ -4,7 +4,8 @@ The distance of an entry from a call is counted in octaves, ``abs(log2(theirs / 
 one in the window W and in the head dim (E or D, whichever differs more, as the next power of two, which kernels pad it to; and a
 tenth of what it differs itself), half of that in N * H and in H / Hkv, and a quarter in each of Lq and Lk. float16 and bfloat16
 stand in for each other at a quarter of an octave. The op, any other dtype and whether gradients are needed must be the same. The
-nearest entry of a table serves the call.
+nearest entry of a table serves the call; where it compares no two candidates that can run the call, as after an interrupted
+tuning, the next one does.
 
 Tables are asked in turn, the user's before those that are shipped and those with fewer mismatches of versions first: for an
 entry within ``NEAR``, then again for one within ``FAR``. Beyond that nothing measured is taken to say anything of the call.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from heapq import nsmallest
 
 from attnreg.measured import Measured
 from attnreg.problem import Problem
@@ -22,6 +24,8 @@ from attnreg.tuning.table import Key, key_of
 
 # Octaves. NEAR is an entry of a neighbouring class, FAR one of the same kind of call all the same.
 NEAR, FAR = 1.0, 4.0
+# So many entries of a table are asked.
+MOST_ENTRIES = 3
 # Sizes this close, a quarter of an octave, are of one class: see `same_class`.
 CLASS = 0.25
 _NARROW = {"float16", "bfloat16"}
@@ -30,10 +34,10 @@ _NARROW = {"float16", "bfloat16"}
 def measured(problem: Problem, stored: Sequence[Stored]) -> tuple[Measured, ...]:
     """What tables have measured for ``problem``, the first to be asked first."""
     wanted = key_of(problem)
-    nearest = [found for each in stored if (found := _nearest(wanted, each)) is not None]
+    nearest = [found for each in stored for found in _nearest(wanted, each)]
     nearest.sort(key=lambda found: (found[2].source == "shipped", len(found[2].remarks), found[0]))
     near = [each for each in nearest if each[0] <= NEAR]
-    far = [each for each in nearest if NEAR < each[0] <= FAR]
+    far = [each for each in nearest if each[0] > NEAR]
     return tuple(_measured(wanted, key, each) for _, key, each in (*near, *far))
 
 
@@ -75,13 +79,10 @@ def _octaves(theirs: int, ours: int) -> float:
     return abs(math.log2(max(theirs, 1) / max(ours, 1)))
 
 
-def _nearest(wanted: Key, stored: Stored) -> tuple[float, Key, Stored] | None:
-    near = [(distance(key, wanted), index, key) for index, key in enumerate(stored.table.rows)]
-    if not near:
-        return None
+def _nearest(wanted: Key, stored: Stored) -> list[tuple[float, Key, Stored]]:
     # Of two as near, the first in the file, which is sorted: every process takes the same.
-    octaves, _, key = min(near)
-    return (octaves, key, stored) if octaves < math.inf else None
+    entries = ((distance(key, wanted), index, key) for index, key in enumerate(stored.table.rows))
+    return [(octaves, key, stored) for octaves, _, key in nsmallest(MOST_ENTRIES, entries) if octaves <= FAR]
 
 
 def _measured(wanted: Key, key: Key, stored: Stored) -> Measured:
