@@ -6,6 +6,7 @@ That is FlashAttention 2, or whatever ``torch.nn.attention.activate_flash_attent
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from attnreg import Problem, Window
 
 # It loads 16 bytes at a time.
 _ACCESS_BYTES = 16
+
+# Two threads that set torch's setting back in the wrong order would leave it changed.
+_one_at_a_time = threading.Lock()
 
 
 def unavailable() -> str | None:
@@ -130,14 +134,15 @@ def _lengths_first(tensor: Tensor) -> Tensor:
 def _deterministic() -> Iterator[None]:
     """The same bits every time, as attnreg promises: its backward otherwise adds up dQ in whatever order blocks end.
 
-    Torch has one setting for the whole process, and no argument.
+    Torch has one setting for the whole process, and no argument; the backward of each device runs in a thread of its own.
     """
     settings: Any = torch.utils.deterministic
-    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    settings.fill_uninitialized_memory = False
-    torch.set_deterministic_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        settings.fill_uninitialized_memory = fill
+    with _one_at_a_time:
+        mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+        settings.fill_uninitialized_memory = False
+        torch.set_deterministic_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            settings.fill_uninitialized_memory = fill
