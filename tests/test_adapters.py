@@ -214,7 +214,17 @@ def test_flex_gives_the_results_as_the_contract_has_them(key_length, bias_shape)
     ("queries", "keys"), [(1, 1), (128, 128), (129, 500), (500, 129), (700, 700), (640, 1000), (5, 2000)]
 )
 @pytest.mark.parametrize(
-    "window", [Window(0, 0), Window(127, 0), Window(128, 128), Window(300, 5), Window(0, 900)], ids=str
+    "window",
+    [
+        Window(0, 0),
+        Window(126, 126),
+        Window(127, 127),
+        Window(128, 128),
+        Window(300, 126),
+        Window(129, 1),
+        Window(0, 900),
+    ],
+    ids=str,
 )
 def test_the_block_mask_of_flex_lists_every_block_once_and_none_full_that_is_not(queries, keys, window):
     mask, _ = flex._block_mask(window.left, window.right, queries, keys, torch.device("cpu"))
