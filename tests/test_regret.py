@@ -1,0 +1,83 @@
+"""The regret benchmark: how much longer the chosen backend takes than the best candidate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from attnreg_benchmarks import regret
+from typer.testing import CliRunner
+
+import attnreg
+from attnreg.measured import Figure
+from attnreg.problem import OPS
+from attnreg.tuning import store
+from attnreg.tuning.tune import Step, grid
+
+SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from them
+SMALL = {"batch": 1, "windows": (4,), "head_dims": (8,), "lengths": (64,), "heads": ((2, 1),)}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What the candidates of the one task are found to take, turn by turn; "slow" is chosen by its rank."""
+    (block,) = (status.backend for status in attnreg.backends() if status.name == "torch_block")
+    turns = []
+
+    def measure_all(tasks, gradients, device, **options):
+        ((task,), (needs_grad,)) = tasks, gradients
+        for name, seconds in turns.pop(0).items():
+            yield Step(task, needs_grad, name, Figure(seconds=seconds), 1, 1)
+
+    monkeypatch.setattr(regret, "measure_all", measure_all)
+    with attnreg.register(replace(block, name="slow", rank=1)):
+        yield turns
+
+
+def regrets(repeat):
+    tasks = grid(ops=["local_attention"], dtypes=[torch.float32], **SMALL)
+    return regret.regrets(tasks, (False,), torch.device("cpu"), None, 0.01, repeat)
+
+
+def test_the_regret_is_the_time_of_the_choice_over_the_best_and_the_least_of_all_turns_counts(measured):
+    measured += [{"slow": 4.0, "torch_block": 2.0}, {"slow": 3.0, "torch_block": 2.5}]
+    (found,) = regrets(repeat=2)
+    assert (found.chosen, found.best, found.regret) == ("slow", "torch_block", 1.5)
+
+
+def test_a_choice_that_was_not_measured_is_an_error(measured):
+    measured += [{"torch": 1.0, "torch_block": 2.0}]
+    with pytest.raises(RuntimeError, match="slow was chosen and has no time: it was not measured"):
+        regrets(repeat=1)
+
+
+def test_the_command_stores_every_call_and_a_summary_of_every_op(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter would be a candidate, and a slow one
+    monkeypatch.setitem(regret.GRIDS, "cpu", ({name: value for name, value in SMALL.items() if name != "batch"},))
+    file = tmp_path / "regret.json"
+    app = regret.typer.Typer()
+    app.command()(regret.main)
+    result = CliRunner().invoke(app, ["--json", str(file), "--dtype", "float32", "--seconds", "0.01"])
+    assert result.exit_code == 0, result.output
+    stored = json.loads(file.read_text())
+    assert len(stored["regrets"]) == 2 * len(OPS)
+    assert all(each["regret"] >= 1 for each in stored["regrets"])
+    worst = max(each["regret"] for each in stored["regrets"])
+    assert stored["summary"]["all, "]["worst"] == worst
+    assert set(stored["summary"]) == {
+        "all, ",
+        *(f"{op}, {way}" for op in OPS for way in ("forward", "forward and backward")),
+    }
+
+
+@pytest.mark.parametrize("device", regret.GRIDS)
+def test_nothing_in_the_grid_is_a_size_of_a_shipped_table(device):
+    tables = [table for table in map(store.load, SHIPPED) if table.environment.device.type == device]
+    assert tables
+    for table in tables:
+        for part in regret.GRIDS[device]:
+            assert not {key.window for key in table.rows} & set(part["windows"])
+            assert not {key.keys for key in table.rows} & set(part["lengths"])
+            assert not {key.head_dim or key.value_dim for key in table.rows} & set(part["head_dims"])
