@@ -14,8 +14,9 @@ STABLE_TORCH_LIBRARY(attnreg_cublas, m) {
         "int reach, int extent) -> ()");
   m.def("split(Tensor source, Tensor(a!) factors, Tensor(b!) scales, int pitch, int first, int lead, "
         "bool of_keys) -> ()");
-  m.def("gather_band(Tensor dense, Tensor? query_scales, Tensor? key_scales, Tensor(a!) band, Tensor? bias, "
-        "Tensor? key_lengths, int[] geometry, int first_block, int keys, int left, float scale, float hidden) -> ()");
+  m.def("gather_band(Tensor query, Tensor key, Tensor dense, Tensor? query_scales, Tensor? key_scales, "
+        "Tensor(a!) band, Tensor? bias, Tensor? key_lengths, int[] geometry, int first_block, int left, float scale, "
+        "float hidden) -> ()");
   m.def("scatter_band(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int[] geometry, "
         "int first_block, int keys, int left) -> ()");
   m.def("scatter_band_by_key(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int[] geometry, "

@@ -31,7 +31,7 @@ inline void mask_band(Tensor band, Tensor masked, std::optional<Tensor> bias, st
     const auto run = [&](auto visibility) {
       const MaskBand<T, visibility.kHasBias> kernel{read_rows<T>(band), write_rows<T>(masked), Divisor(band.size(2)),
                                                     Divisor(band.size(1)), visibility};
-      for_each_row(kernel, band.size(0) * band.size(1) * band.size(2), band.size(3), masked);
+      for_each_row(kernel, band.size(0) * band.size(1) * band.size(2), lanes_of(band.size(3)), masked);
     };
     dispatch_visibility(band, keys, left, bias, key_lengths, run);
   });

@@ -5,6 +5,7 @@
 // weights: they are never loaded.
 #pragma once
 
+#include "access.cuh"
 #include "band.cuh"
 
 namespace attnreg {
@@ -55,7 +56,7 @@ void run_pack(const Tensor& source, const Tensor& packed, int64_t element, int64
       static_cast<int32_t>(source.size(3) * element / word), static_cast<int32_t>(packed.size(2) * element / word),
       source.size(2), source.stride(0) * element, source.stride(1) * element, source.stride(2) * element,
       static_cast<int32_t>(first), static_cast<int32_t>(lead), reach, extent, key_lengths};
-  for_each_row(kernel, packed.size(0) * group, kernel.padded_words, packed);
+  for_each_row(kernel, packed.size(0) * group, lanes_of(kernel.padded_words), packed);
 }
 
 inline void pack(Tensor source, Tensor packed, std::optional<Tensor> key_lengths, int64_t keys, int64_t pitch,
@@ -63,15 +64,11 @@ inline void pack(Tensor source, Tensor packed, std::optional<Tensor> key_lengths
   STD_TORCH_CHECK(packed.is_contiguous() && packed.dim() == 3 && source.size(1) % packed.size(1) == 0 &&
                       packed.size(2) >= source.size(3),
                   "attnreg cublas_block: pack got tensors that do not fit");
-  const int64_t element = source.scalar_type() == ScalarType::Float ? 4 : 2;
+  const auto element = static_cast<int64_t>(source.element_size());
   const Lengths lengths(key_lengths, keys);
   // The widest word that divides every address a row can start at, and its length. Only bits are moved.
-  int64_t alignment = reinterpret_cast<uintptr_t>(source.const_data_ptr()) |
-                      reinterpret_cast<uintptr_t>(packed.mutable_data_ptr()) | source.size(3) * element |
-                      packed.size(2) * element;
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    if (source.size(dim) > 1) alignment |= source.stride(dim) * element;
-  }
+  const int64_t alignment =
+      access_bytes(source) | access_bytes(packed) | source.size(3) * element | packed.size(2) * element;
   const auto run = [&](auto word) {
     run_pack<decltype(word)>(source, packed, element, pitch, first, lead, reach, extent, lengths);
   };

@@ -81,9 +81,17 @@ __global__ void __launch_bounds__(kThreads) run_rows(const __grid_constant__ Ker
   if (row < rows) kernel(static_cast<int32_t>(row), static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
 }
 
-// Runs `kernel` over rows x columns on the device of `output`, on its current stream.
+// How many lanes share a row: at least 8 side by side, which fill the sectors of memory that they touch, and more, up to
+// a warp, where each would take more than eight columns.
+inline int lanes_of(int64_t columns) {
+  int lanes = 1;
+  while (lanes < columns && (lanes < 8 || lanes * kAtOnce < columns) && lanes < kWarp) lanes *= 2;
+  return lanes;
+}
+
+// Runs `kernel` over rows, each shared by `lanes` lanes, on the device of `output`, on its current stream.
 template <class Kernel>
-void for_each_row(const Kernel& kernel, int64_t rows, int64_t columns, const Tensor& output) {
+void for_each_row(const Kernel& kernel, int64_t rows, int lanes, const Tensor& output) {
   if (rows == 0) return;
   STD_TORCH_CHECK(rows <= INT32_MAX, "attnreg cublas_block: more than 2^31 - 1 rows: ", rows);
   if (!output.is_cuda()) {
@@ -96,9 +104,6 @@ void for_each_row(const Kernel& kernel, int64_t rows, int64_t columns, const Ten
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 
-  // At least 8 lanes side by side, which fill the sectors of memory that they touch.
-  int lanes = 1;
-  while (lanes < columns && (lanes < 8 || lanes * kAtOnce < columns) && lanes < kWarp) lanes *= 2;
   const int rows_per_block = kThreads / lanes;
   const auto blocks = static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
   run_rows<<<blocks, dim3(lanes, rows_per_block), 0, static_cast<cudaStream_t>(stream)>>>(

@@ -23,13 +23,13 @@ struct ScatterBand {
     const int columns = static_cast<int>(geometry.columns);
     T* __restrict__ to = dense + int64_t{row} * columns;
     const int32_t g = geometry.group.pop(row);
-    const int32_t x = first_block * geometry.rows.size() + row;
+    const int32_t x = geometry.begin(first_block) + row;
     const auto place = geometry.place(x);
     const int32_t i = place.at - geometry.query_lead;
     const int32_t h = place.kv_head * geometry.group.size() + g;
     const bool inside = i >= 0 && i < band.length && place.n < visibility.batch;
     const auto seen = inside ? visibility.row(place.n, h, i) : visibility.nothing();
-    const int slot_of_column_0 = -geometry.rows.remainder(x) - diagonal;
+    const int slot_of_column_0 = -geometry.rows.remainder(row) - diagonal;
     const T* __restrict__ from = band.row(place.n, h, i) + slot_of_column_0;
     const auto load = [&](int s) {
       float bias;
@@ -53,7 +53,7 @@ struct ScatterBandByKey {
     T* __restrict__ to = dense + int64_t{row} * keys;
     const int32_t g = geometry.group.pop(row);
     const int32_t s = block_columns.pop(row);
-    const int32_t x = (first_block + row) * keys - geometry.before + s;
+    const int32_t x = geometry.begin(first_block + row) - geometry.before + s;
     const auto place = geometry.place(x < 0 ? 0 : x);
     const int32_t i = place.at - geometry.query_lead;
     const int32_t h = place.kv_head * geometry.group.size() + g;
@@ -82,7 +82,7 @@ void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Te
       const Kernel<T, visibility.kHasBias> kernel{
           geometry, read_rows<T>(band), static_cast<T*>(dense.mutable_data_ptr()), Divisor(geometry.columns),
           static_cast<int32_t>(first_block), static_cast<int32_t>(diagonal), visibility};
-      for_each_row(kernel, dense.size(0) * dense.size(1) * dense.size(2), dense.size(3), dense);
+      for_each_row(kernel, dense.size(0) * dense.size(1) * dense.size(2), lanes_of(dense.size(3)), dense);
     };
     dispatch_visibility(band, keys, left, bias, key_lengths, run);
   });

@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "access.cuh"
 #include "band.cuh"
 
 namespace attnreg {
@@ -19,7 +20,7 @@ struct Split {
   int32_t batch;
   Divisor kv_heads, group, pitch;
   int32_t first, lead, padded;
-  bool of_keys, aligned;  // whether every row of the source begins where a vector may
+  bool of_keys, aligned;  // whether every row of the source begins where an access may
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
     __half* __restrict__ to = factors + int64_t{row} * 3 * padded;
@@ -56,7 +57,7 @@ struct Split {
     if (on_line && lane == 0) scales[int64_t{x} * group.size() + g] = finite ? power_of_two(power - 14) : NAN;
     for (int e = kVector * lane; e < padded; e += kVector * lanes) {
       const auto values = load(from, e, finite ? width : 0);
-      Vector<__half> hi, lo;
+      Vector<__half, kVector> hi, lo;
       for (int k = 0; k < kVector; ++k) {
         const float value = values.at[k] * up;
         hi.at[k] = __float2half_rn(value);
@@ -70,21 +71,16 @@ struct Split {
 
   static constexpr int kVector = 4;  // neighbours of a row in one access; a padded row holds a multiple of them
 
-  template <class T>
-  struct alignas(kVector * sizeof(T)) Vector {
-    T at[kVector];
-  };
-
   // The elements from e on, 0 past `width`.
-  __host__ __device__ Vector<float> load(const float* from, int e, int width) const {
-    if (aligned && e + kVector <= width) return *reinterpret_cast<const Vector<float>*>(from + e);
-    Vector<float> values;
+  __host__ __device__ Vector<float, kVector> load(const float* from, int e, int width) const {
+    if (aligned && e + kVector <= width) return load_vector<kVector>(from + e);
+    Vector<float, kVector> values;
     for (int k = 0; k < kVector; ++k) values.at[k] = e + k < width ? from[e + k] : 0.0f;
     return values;
   }
 
-  __host__ __device__ static void store(__half* to, const Vector<__half>& values) {
-    *reinterpret_cast<Vector<__half>*>(to) = values;
+  __host__ __device__ static void store(__half* to, const Vector<__half, kVector>& values) {
+    *reinterpret_cast<Vector<__half, kVector>*>(to) = values;
   }
 
   __host__ __device__ static int32_t bits(float value) {
@@ -102,15 +98,6 @@ struct Split {
   }
 };
 
-// Whether every row of a tensor begins at a multiple of `bytes`.
-inline bool is_aligned(const Tensor& tensor, uintptr_t bytes) {
-  uintptr_t starts = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    if (tensor.size(dim) > 1) starts |= tensor.stride(dim) * sizeof(float);
-  }
-  return starts % bytes == 0;
-}
-
 inline void split(Tensor source, Tensor factors, Tensor scales, int64_t pitch, int64_t first, int64_t lead,
                   bool of_keys) {
   STD_TORCH_CHECK(factors.is_contiguous() && factors.dim() == 3 && scales.is_contiguous() &&
@@ -121,8 +108,8 @@ inline void split(Tensor source, Tensor factors, Tensor scales, int64_t pitch, i
                      static_cast<float*>(scales.mutable_data_ptr()), static_cast<int32_t>(source.size(0)),
                      Divisor(source.size(1) / group), Divisor(group), Divisor(pitch), static_cast<int32_t>(first),
                      static_cast<int32_t>(lead), static_cast<int32_t>(factors.size(2) / 3), of_keys,
-                     is_aligned(source, Split::kVector * sizeof(float))};
-  for_each_row(kernel, factors.size(0) * group, kernel.padded / Split::kVector, factors);
+                     access_bytes(source) == kAccessBytes};
+  for_each_row(kernel, factors.size(0) * group, lanes_of(kernel.padded / Split::kVector), factors);
 }
 
 }  // namespace attnreg

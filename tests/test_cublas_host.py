@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from attnreg_cublas import blocks, build, call, functions, plugin, rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnreg
 from attnreg import Window
@@ -24,20 +25,25 @@ def library(tmp_path_factory):
     build.load(build.build(["90"], tmp_path_factory.mktemp("cublas")))
 
 
+@pytest.fixture(autouse=True)
+def _no_blocks_of_another_test():
+    call._cut.cache_clear()
+    yield
+    call._cut.cache_clear()
+
+
 @pytest.fixture(params=[1, 2, 8, None], ids=lambda rows: f"B{rows}" if rows else "as_shipped")
 def block(request, monkeypatch):
     """Tiny blocks without padded columns too, so that short sequences have many of them."""
     if request.param is not None:
         monkeypatch.setattr(blocks, "ALIGNMENT", 1)
-    call._cut.cache_clear()
-    yield request.param
-    call._cut.cache_clear()
+    return request.param
 
 
 @pytest.fixture(params=["in_place", "copied", "factors"])
 def sides(request, monkeypatch):
-    """Lines read in place where they can be, whatever their edges; padded copies; fp16 factors."""
-    monkeypatch.setattr(call, "LARGEST_EDGE", 0.99 if request.param == "in_place" else -1.0)
+    """Lines read in place where they can be, however many edge rows they have; padded copies; fp16 factors."""
+    monkeypatch.setattr(blocks, "EDGE_SLOTS", math.inf if request.param == "in_place" else -1)
     # Several chunks, and bytes instead of MiB to say so.
     monkeypatch.setattr(call, "_MEBIBYTE", 1)
     monkeypatch.setattr(call, "factors_pay", lambda size: request.param == "factors")
@@ -47,27 +53,28 @@ def sides(request, monkeypatch):
 
 @pytest.mark.parametrize("queries", LENGTHS)
 @pytest.mark.parametrize("keys", LENGTHS)
-@pytest.mark.usefixtures("library", "sides")
+@pytest.mark.usefixtures("library", "sides", "poisoned_memory")
 def test_equals_the_reference_in_float64(queries, keys, block):
     torch.manual_seed(queries * 10 + keys)
-    for window, group, masked in itertools.product(WINDOWS, (1, 2), (False, True)):
-        _check(queries, keys, window, group, masked, block)
+    # Head dims that rows are read in place for, and others.
+    layouts = [(1, (8, 4)), (2, (8, 4)), (2, (5, 3))]
+    for window, (group, dims), masked in itertools.product(WINDOWS, layouts, (False, True)):
+        _check(queries, keys, window, group, masked, dims, block)
 
 
-def _check(len_q, len_k, window, group, masked, block):
+def _check(len_q, len_k, window, group, masked, dims, block):
     def leaf(*shape):
         return torch.randn(shape, dtype=torch.float64).float().double().requires_grad_()
 
-    # Head dims that rows are read in place for, and others.
-    head_dim, value_dim = (8, 4) if group == 1 else (5, 3)
-    query, grad_output = leaf(2, group, len_q, head_dim), leaf(2, group, len_q, value_dim).detach()
-    key, value = leaf(2, 1, len_k, head_dim), leaf(2, 1, len_k, value_dim)
-    weights, grad_scores = leaf(2, group, len_q, window.size), leaf(2, group, len_q, window.size).detach()
+    head_dim, value_dim = dims
+    query, grad_output = leaf(3, group, len_q, head_dim), leaf(3, group, len_q, value_dim).detach()
+    key, value = leaf(3, 1, len_k, head_dim), leaf(3, 1, len_k, value_dim)
+    weights, grad_scores = leaf(3, group, len_q, window.size), leaf(3, group, len_q, window.size).detach()
     bias = key_lengths = None
     if masked:
         bias = leaf(1, group, 1, window.size)
         bias.data[torch.rand(bias.shape) < 0.3] = -math.inf
-        key_lengths = torch.tensor([len_k, len_k // 2])
+        key_lengths = torch.tensor([len_k, len_k // 2, len_k])
 
     scores = attnreg.local_dot_product(
         query, key, window, bias=bias, key_lengths=key_lengths, scale=0.5, backend="torch"
@@ -77,9 +84,17 @@ def _check(len_q, len_k, window, group, masked, block):
     output = attnreg.local_weighted_average(weights, value, window, key_lengths=key_lengths, backend="torch")
     output.backward(grad_output)
 
-    q, k, x, w, go = (t.detach().float() for t in (query, key, value, weights, grad_output))
+    # What is invisible may be NaN: slots, keys past a key length, queries that see no key.
+    def poisoned(tensor, good):
+        return torch.where(good, tensor.detach(), math.nan).float()
+
+    seen = attnreg.local_dot_product(query, key, window, key_lengths=key_lengths, backend="torch") != -math.inf
+    lengths = torch.full((3,), len_k) if key_lengths is None else key_lengths
+    is_key = (torch.arange(len_k) < lengths[:, None])[:, None, :, None]
+    q, go = (poisoned(t, seen.any(-1, keepdim=True)) for t in (query, grad_output))
+    k, x = (poisoned(t, is_key) for t in (key, value))
+    w, g = poisoned(weights, seen), poisoned(grad_scores, visible)
     b = None if bias is None else bias.detach().float()
-    g = torch.where(visible, grad_scores, math.nan).float()
     blocked = {"block": block, "workspace": 256}
     options = {"bias": b, "key_lengths": key_lengths, "scale": 0.5}
     got = [
@@ -120,12 +135,131 @@ def test_what_is_not_finite_stays_in_its_sequence(rows):
         )
 
     clean = results(query, key, value)
-    for tensor in (query, key, value):
-        tensor[0, 1] = math.inf
-    for got, expected in zip(results(query, key, value), clean):
-        assert not got[0, 1].isfinite().all()
-        for elsewhere in ((0, 0), (1, 0), (1, 1)):
-            torch.testing.assert_close(got[elsewhere], expected[elsewhere])
+    everywhere = list(itertools.product(range(2), range(2)))
+    for spoilt in everywhere:
+        inputs = [tensor.clone() for tensor in (query, key, value)]
+        for tensor in inputs:
+            tensor[spoilt] = math.inf
+        for got, expected in zip(results(*inputs), clean):
+            assert not got[spoilt].isfinite().all()
+            for elsewhere in set(everywhere) - {spoilt}:
+                torch.testing.assert_close(got[elsewhere], expected[elsewhere])
+
+
+@pytest.mark.usefixtures("library", "sides")
+def test_queries_that_see_no_key_may_be_nan():
+    window, queries, keys = Window(3, 2), 100, 40
+    query, key = torch.randn(2, 2, queries, 8), torch.randn(2, 2, keys, 8)
+    weights = torch.randn(2, 2, queries, window.size)
+    options = {"bias": None, "key_lengths": None, "scale": 1.0, "needs_grad": (True, True, False), "block": 8}
+    expected = functions.local_dot_product_backward(weights, query, key, window, **options)
+    query[:, :, : queries - keys - window.right] = math.nan
+    got = functions.local_dot_product_backward(weights, query, key, window, **options)
+    for ours, truth in zip(got[:2], expected):
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not_aligned"])
+@pytest.mark.usefixtures("library", "sides", "poisoned_memory")
+def test_narrow_rows_are_summed_in_fp32(dtype, offset):
+    torch.manual_seed(0)
+    window, options = Window(9, 4), {"bias": None, "key_lengths": None, "scale": 0.5, "block": 8}
+    query = torch.randn(2, 2, 70, 24 + offset).to(dtype)[..., offset:]
+    key = torch.randn(2, 2, 70, 24).to(dtype)
+    weights = torch.randn(2, 2, 70, window.size).to(dtype)
+    got = (
+        functions.local_dot_product(query, key, window, **options),
+        *functions.local_dot_product_backward(weights, query, key, window, needs_grad=(True, True, False), **options)[
+            :2
+        ],
+    )
+    leaves = [tensor.double().requires_grad_() for tensor in (query, key)]
+    scores = attnreg.local_dot_product(*leaves, window, scale=0.5, backend="torch")
+    visible = scores != -math.inf
+    gradients = torch.autograd.grad(torch.where(visible, scores, 0), leaves, weights.double())
+    for ours, truth in zip(got, (scores.detach(), *gradients)):
+        torch.testing.assert_close(ours.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
+    monkeypatch.setattr(blocks, "ALIGNMENT", 1)
+    monkeypatch.setattr(blocks, "EDGE_SLOTS", math.inf)
+    lengths = itertools.product((1, 2, 5), (1, 3, 8, 20), (1, 3, 8, 20))
+    reaches = itertools.product((0, 1, 4, 9), (0, 2, 9))
+    within = 0
+    for (sequences, queries, keys), (left, right), rows, by_key in itertools.product(
+        lengths, reaches, (1, 3, 8), (False, True)
+    ):
+        line = blocks.lay(sequences, queries, keys, left, right)
+        cut = blocks.cut(line, rows, by_key=by_key, in_place=True)
+        assert cut.columns == rows + line.width - 1
+        end = cut.first + cut.count * rows
+        last = cut.column_spans(cut.count - 1, cut.count)
+        if not cut.within:
+            assert cut.first == 0
+            assert end - rows < line.length <= end
+            assert line.length < cut.columns
+            continue
+        assert cut.column_spans(0, 1).first == 0
+        assert line.length - rows < last.first + last.positions <= line.length
+        assert end <= line.length
+        within += 1
+    assert within > 0
+
+
+def test_blocks_lie_within_the_line_where_that_spares_copies_and_edge_rows_are_few():
+    narrow, wide = (blocks.lay(4, 1024, 1024, left, 0) for left in (31, 511))
+    assert blocks.cut(narrow, 64, in_place=True).within
+    assert not blocks.cut(narrow, 64).within
+    assert not blocks.cut(wide, 64, in_place=True).within
+
+
+def launches(run):
+    """The ops that a call runs, but those that only make a tensor or a view."""
+    made = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if not function.is_view and "empty" not in function.name():
+                made.append(function.name().rpartition("::")[2])
+            return function(*arguments, **(options or {}))
+
+    with Record():
+        run()
+    return made
+
+
+@pytest.mark.usefixtures("library")
+def test_what_is_read_in_place_takes_one_product_and_one_or_two_kernels(monkeypatch):
+    window, lengths = Window(3, 2), torch.tensor([128, 100])
+    query, key = torch.randn(2, 2, 2, 128, 8).unbind()
+    weights = torch.randn(2, 2, 128, window.size)
+
+    def dot(query, key, key_lengths=None):
+        options = {"bias": None, "key_lengths": key_lengths, "scale": 1.0}
+        return launches(lambda: functions.local_dot_product(query, key, window, **options))
+
+    def average(weights, value, key_lengths=None):
+        return launches(lambda: functions.local_weighted_average(weights, value, window, key_lengths=key_lengths))
+
+    def backward(needs_grad):
+        options = {"key_lengths": None, "needs_grad": needs_grad}
+        return launches(lambda: functions.local_weighted_average_backward(query, weights, key, window, **options))
+
+    assert dot(query, key) == ["baddbmm_", "gather_band"]
+    assert dot(query, key, lengths) == ["baddbmm_", "gather_band"]
+    assert dot(query.bfloat16(), key.bfloat16()) == ["baddbmm_", "gather_band"]
+    assert dot(torch.randn(2, 4, 128, 8), key) == ["pack", "baddbmm_", "gather_band"]
+    assert dot(query[..., :5], key[..., :5]) == ["pack", "pack", "baddbmm_", "gather_band"]
+    assert average(weights, key) == ["scatter_band", "baddbmm_", "mend_rows"]
+    assert average(weights, key, lengths) == ["scatter_band", "pack", "baddbmm_", "mend_rows"]
+    assert backward((True, False)) == ["baddbmm_", "gather_band"]
+    assert backward((False, True)) == ["scatter_band_by_key", "baddbmm_", "mend_rows_by_key"]
+    # The CPU has no product of factors: anything stands for it here.
+    monkeypatch.setattr(call, "factors_pay", lambda size: True)
+    monkeypatch.setattr(call, "multiply_factors", lambda left, right, result: result.zero_())
+    assert dot(query, key) == ["split", "split", "zero_", "gather_band"]
 
 
 def test_the_options_say_what_they_take():

@@ -3,8 +3,8 @@
 All sequences of a call (one for each batch entry and key/value head) are laid end to end on one *line* of positions. Query
 i and key j of a sequence lie so that slot c of the query at position x is the key at x - left + c, whatever the lengths:
 their ends are aligned, as in ``Window``. The line is then cut into blocks of B rows, wherever a sequence may begin or end.
-Block b owns the rows at b * B .. b * B + B - 1 and has S columns from b * B - before on: the column ranges overlap, each
-begins B positions after the one before, so that all blocks are one strided batch. Slot c of row r is column
+Block b owns the B rows from first + b * B on and has S columns, which begin ``before`` positions earlier: the column ranges
+overlap, each begins B positions after the one before, so that all blocks are one strided batch. Slot c of row r is column
 ``r + diagonal + c``: in a dense result of pitch S the band has pitch S + 1.
 
     rows of a block     columns (S >= B + W - 1)
@@ -13,7 +13,9 @@ begins B positions after the one before, so that all blocks are one strided batc
           r = 2         [ . . 0 1 2 3 . . ]
 
 Where a block reaches over the end of a sequence it also multiplies rows of another one: our kernels never look at these
-results of a dot product, and give them weight zero in an average.
+results of a dot product, and give them weight zero in an average. Blocks *within* the line do not reach over its own ends,
+so that tensors which are the line are multiplied where they are; the *edge rows*, which no such block has, are computed as
+they are defined, by our kernels. Blocks *covering* the line have all rows, and are multiplied from copies, zero outside.
 
 Queries own the rows of scores, outputs and of the gradients of queries and weights. Keys own those of the gradients of
 keys and values: the same geometry with the window mirrored, so that every gradient is a single product, accumulated in
@@ -23,9 +25,16 @@ fp32 and rounded once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Sizes that are leading dimensions are padded to this: 16 bytes of the narrowest dtype, as tensor cores like it.
 ALIGNMENT = 8
+
+# Slots of edge rows for each position of the line, up to which blocks within it are taken. By figures, not measured: a slot
+# of an edge row reads E / 4 times 16 bytes of a key in fp32, one access per clock and multiprocessor, and a copy of both
+# sides moves 4 * E elements a position at memory speed. On an H200 (132 multiprocessors at about 1.7 GHz, 4.2 TB/s) that is
+# E * 1.1 ps a slot and E * 3.8 ps a position, in 16 bits half of both: as long as each other at 3.4 slots a position.
+EDGE_SLOTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,11 @@ class Line:
     right: int
 
     @property
+    def width(self) -> int:
+        """Slots of a band row that any sequence can fill."""
+        return self.left + self.right + 1
+
+    @property
     def length(self) -> int:
         """Positions of the whole line."""
         return self.sequences * self.pitch
@@ -62,15 +76,42 @@ class Blocks:
         rows: B, rows of a block.
         columns: S, columns of a block.
         before: how many columns of a block come before its first row.
-        count: blocks that cover the line; the last one may reach over its end.
-        inner: the range of those blocks whose rows and columns all lie on the line.
+        count: how many blocks there are.
+        within: whether all rows and columns lie on the line; otherwise the blocks cover it, and reach over its ends.
     """
 
     rows: int
     columns: int
     before: int
     count: int
-    inner: tuple[int, int]
+    within: bool
+
+    @property
+    def first(self) -> int:
+        """The first row of block 0; within the line its columns begin at position 0."""
+        return self.before if self.within else 0
+
+    def row_spans(self, begin: int, end: int) -> Spans:
+        """The rows of the blocks ``begin`` to ``end``."""
+        return Spans(self.first + begin * self.rows, self.rows, self.rows, end - begin)
+
+    def column_spans(self, begin: int, end: int) -> Spans:
+        """Their columns."""
+        return Spans(self.first + begin * self.rows - self.before, self.rows, self.columns, end - begin)
+
+
+class Spans(NamedTuple):
+    """``number`` ranges of ``height`` positions, which begin at ``first`` and every ``step`` positions after it."""
+
+    first: int
+    step: int
+    height: int
+    number: int
+
+    @property
+    def positions(self) -> int:
+        """How many positions there are from the first to the last one."""
+        return (self.number - 1) * self.step + self.height
 
 
 def lay(sequences: int, queries: int, keys: int, left: int, right: int) -> Line:
@@ -82,10 +123,20 @@ def lay(sequences: int, queries: int, keys: int, left: int, right: int) -> Line:
     return Line(sequences, lead + queries, lead, lead - surplus, left, right)
 
 
-def cut(line: Line, rows: int, *, by_key: bool = False) -> Blocks:
-    """Blocks of ``rows`` rows, which are queries, or keys."""
+def cut(line: Line, rows: int, *, by_key: bool = False, in_place: bool = False) -> Blocks:
+    """Blocks of ``rows`` rows, which are queries, or keys: within the line where that spares copies.
+
+    Args:
+        line: what is cut.
+        rows: B.
+        by_key: whether the rows are keys.
+        in_place: whether any side of the product could be read in place.
+    """
     before = line.right if by_key else line.left
     columns = -(-(rows + line.left + line.right) // ALIGNMENT) * ALIGNMENT
-    begin = -(-before // rows)
-    end = (line.length - max(columns - before, rows)) // rows + 1
-    return Blocks(rows, columns, before, -(-line.length // rows), (begin, max(begin, end)))
+    # Columns of the last one end where the line does, or fewer than B positions before.
+    count = (line.length - columns) // rows + 1
+    edge_rows = line.length - count * rows
+    if in_place and count > 0 and edge_rows * line.width <= EDGE_SLOTS * line.length:
+        return Blocks(rows, columns, before, count, within=True)
+    return Blocks(rows, columns, before, -(-line.length // rows), within=False)

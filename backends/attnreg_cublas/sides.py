@@ -7,25 +7,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnreg_cublas.blocks import Spans
+
 _ACCESS_BYTES = 16
 
 
 class Side(NamedTuple):
-    """Rows by position: (positions, G, E) for the G heads of a sequence, with position 0 at index ``origin``."""
+    """One side of a product: a tensor, and where its rows lie on the line.
 
-    rows: Tensor
-    origin: int
+    Attributes:
+        source: (N, G * Hkv, L, E), for the G heads of a sequence.
+        line: the same by position, (positions, 1, E), where it can be read in place.
+        lead: where row 0 of a sequence lies.
+        seen: the keys that make a row worth reading, see ``csrc/pack.cuh``.
+    """
 
-    def matrices(self, first: int, step: int, height: int, count: int) -> Tensor:
-        """``count`` matrices (height * G, E), which begin at position ``first`` and every ``step`` positions after it."""
-        per_position, per_row, _ = self.rows.stride()
-        shape = (count, height * self.rows.size(1), self.rows.size(2))
-        start = self.rows.storage_offset() + (first + self.origin) * per_position
-        return self.rows.as_strided(shape, (step * per_position, per_row, 1), start)
+    source: Tensor
+    line: Tensor | None
+    lead: int
+    seen: tuple[int, int]
 
 
-def in_place(tensor: Tensor) -> Side | None:
-    """A tensor (N, H, L, E) as the line that it is, if it is one, and its rows begin where cuBLAS likes it."""
+def matrices(rows: Tensor, spans: Spans, origin: int = 0) -> Tensor:
+    """(number, height * G, E) of rows by position, (positions, G, E), of which the first one lies at ``origin``."""
+    per_position, per_row, _ = rows.stride()
+    shape = (spans.number, spans.height * rows.size(1), rows.size(2))
+    start = rows.storage_offset() + (spans.first - origin) * per_position
+    return rows.as_strided(shape, (spans.step * per_position, per_row, 1), start)
+
+
+def in_place(tensor: Tensor) -> Tensor | None:
+    """A tensor (N, H, L, E) as the line that it is, (N * H * L, 1, E): if it is one, and cuBLAS likes where its rows begin."""
     batch, heads, length, width = tensor.shape
     pitch = tensor.stride(2)
     even = (tensor.size(1) == 1 or tensor.stride(1) == length * pitch) and (
@@ -35,8 +47,7 @@ def in_place(tensor: Tensor) -> Side | None:
     aligned = width % unit == 0 and pitch % unit == 0 and tensor.data_ptr() % _ACCESS_BYTES == 0
     if not (even and aligned and pitch >= width):
         return None
-    line = tensor.as_strided((batch * heads * length, 1, width), (pitch, pitch, 1), tensor.storage_offset())
-    return Side(line, 0)
+    return tensor.as_strided((batch * heads * length, 1, width), (pitch, pitch, 1), tensor.storage_offset())
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:
