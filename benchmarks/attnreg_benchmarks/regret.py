@@ -34,7 +34,7 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"windows": (23, 181), "head_dims": (80,), "lengths": (2500,), "heads": ((32, 8),)},
     ),
     "cpu": (
-        {"windows": (5, 23, 90), "head_dims": (80,), "lengths": (700, 1500), "heads": ((6, 6),)},
+        {"windows": (3, 23, 90), "head_dims": (80,), "lengths": (700, 1500), "heads": ((6, 6),)},
         {"windows": (11,), "head_dims": (48,), "lengths": (2500,), "heads": ((4, 2),)},
     ),
 }
@@ -143,7 +143,7 @@ def summarize(found: Sequence[Regret]) -> dict[str, dict[str, float]]:
     groups: dict[str, list[float]] = {}
     for each in found:
         what = "forward and backward" if each.gradients else "forward"
-        for name in (f"{each.call.split()[0]}, {what}", "all, "):
+        for name in ("all", f"{each.call.split()[0]}, {what}"):
             groups.setdefault(name, []).append(each.regret)
     return {
         name: {
