@@ -40,6 +40,20 @@ def _no_tables(tmp_path_factory):
 
 
 @pytest.fixture
+def no_interpreter(monkeypatch):
+    """Triton's interpreter would be a candidate on the CPU, and a slow one: neither here nor in a child process."""
+    from attnreg.registry import registry
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    attnreg.reset()
+    for entry in registry.entries:
+        if entry.backend.name == "triton":
+            registry.remove(entry.backend)
+    yield
+    attnreg.reset()
+
+
+@pytest.fixture
 def poisoned_memory():
     """Uninitialised memory holds NaN: an element that nobody writes shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -53,8 +53,8 @@ def test_a_choice_that_was_not_measured_is_an_error(measured):
         regrets(repeat=1)
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_the_command_stores_every_call_and_a_summary_of_every_op(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter would be a candidate, and a slow one
     monkeypatch.setitem(regret.GRIDS, "cpu", ({name: value for name, value in SMALL.items() if name != "batch"},))
     file = tmp_path / "regret.json"
     app = regret.typer.Typer()

@@ -61,14 +61,12 @@ def as_torch_block(name, **changes):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, no_interpreter):
     """The user's tables lie here, and none is shipped."""
     monkeypatch.setattr(store, "table_dir", lambda: tmp_path / "tables")
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter would be a candidate, and a slow one
-    attnreg.reset()
-    yield tmp_path / "tables"
-    attnreg.reset()
+    store.forget()
+    return tmp_path / "tables"
 
 
 # What is chosen
@@ -275,7 +273,7 @@ def test_nothing_is_measured_where_it_cannot_be_written(folder):
     folder.write_text("a file where the folder should be")
     seen = []
     with pytest.raises(OSError, match=f"tables cannot be written to {folder}: File exists"):
-        attnreg.tune(**SMALL, windows=[4], progress=seen.append)
+        attnreg.tune(**SMALL, device=CPU, windows=[4], progress=seen.append)
     assert not seen
 
 
@@ -392,7 +390,7 @@ def test_a_pinned_table_stands_for_all_of_the_users_and_takes_effect_at_once(fol
 
 def test_tuning_measures_every_candidate_and_the_next_call_goes_by_it(folder):
     seen = []
-    found = attnreg.tune(**SMALL, windows=[4], gradients=[False, True], seconds=0.01, progress=seen.append)
+    found = attnreg.tune(**SMALL, device=CPU, windows=[4], gradients=[False, True], seconds=0.01, progress=seen.append)
     assert {(step.backend, step.gradients) for step in seen} == {
         (n, g) for n in ("torch", "torch_block") for g in (False, True)
     }
@@ -420,7 +418,7 @@ def _out_of_memory(*arguments, **options):
 )
 def test_a_candidate_that_fails_is_recorded_with_its_reason_and_costs_only_itself(folder, function, reason):
     with attnreg.register(as_torch_block("bad", local_attention=function, rank=1)):
-        found = attnreg.tune(**SMALL, windows=[4], gradients=[False], seconds=0.01)
+        found = attnreg.tune(**SMALL, device=CPU, windows=[4], gradients=[False], seconds=0.01)
         (figures,) = found.table.rows.values()
         assert reason in figures["bad"].reason
         assert figures["torch"].seconds
@@ -476,7 +474,7 @@ def test_an_interrupted_tuning_keeps_what_was_measured(folder):
         if step.done == 3:
             raise KeyboardInterrupt
 
-    found = attnreg.tune(**SMALL, windows=[4, 8], gradients=[False], seconds=0.01, progress=interrupt)
+    found = attnreg.tune(**SMALL, device=CPU, windows=[4, 8], gradients=[False], seconds=0.01, progress=interrupt)
     assert found.interrupted
     assert sum(map(len, store.load(found.path).rows.values())) == 3
 
@@ -496,7 +494,7 @@ def test_an_interrupted_tuning_keeps_what_was_measured(folder):
 )
 def test_bad_arguments_are_named(folder, changes, message):
     with pytest.raises(ValueError, match=message):
-        attnreg.tune(**{**SMALL, "windows": [4], **changes})
+        attnreg.tune(**{**SMALL, "device": CPU, "windows": [4], **changes})
 
 
 # On first use
