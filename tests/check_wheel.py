@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,9 @@ import zipfile
 MUST_HOLD = (
     "attnreg/__init__.py",
     "attnreg/py.typed",
+    "attnreg/tuned/cpu.json",
+    "attnreg/tuned/nvidia-h200.json",
+    "attnreg_adapters/plugin.py",
     "attnreg_torch/plugin.py",
     "attnreg_triton/plugin.py",
     "attnreg_triton/hopper/attention.py",
@@ -23,9 +27,11 @@ import importlib.util, torch, attnreg
 assert attnreg.__file__.startswith({folder!r}), attnreg.__file__
 assert importlib.util.find_spec("backends") is None, "the wheel has a package called backends"
 names = [status.name for status in attnreg.backends()]
-assert names == ["cublas_block", "torch", "torch_block", "triton"], names
-query = torch.randn(1, 2, 8, 4)
+assert sorted(names) == ["cublas_block", "flash", "flex", "torch", "torch_block", "triton"], names
+query = torch.randn(1, 4, 256, 64)
 assert attnreg.local_attention(query, query, query, attnreg.Window.causal(3)).shape == query.shape
+decision = attnreg.explain(query, query, query, attnreg.Window.causal(3))
+assert decision.source == "shipped", decision
 from attnreg_benchmarks.workloads import select
 assert select("cpu")
 from attnreg_cublas.build import sources
@@ -51,7 +57,8 @@ def main(wheel: str) -> None:
         subprocess.run(install, check=True)
         code = f"import sys; sys.path.insert(0, {folder + '/site'!r})\n" + MUST_RUN.format(folder=folder)
         # -I keeps the checkout and its editable install's folder off the path; the installed wheel goes before both.
-        subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=folder)
+        environment = {**os.environ, "ATTNREG_CACHE_DIR": folder}
+        subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=folder, env=environment)
     print(f"{wheel}: {len(names)} files, all that is needed and nothing else")
 
 
