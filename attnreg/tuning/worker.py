@@ -27,10 +27,15 @@ LONGEST_SECONDS = 300.0
 
 
 class Worker:
-    """A child process that measures; started when it is needed, and again when it died."""
+    """A child process that measures; started when it is needed, and again when it died.
 
-    def __init__(self, device: torch.device, longest: float = LONGEST_SECONDS) -> None:
-        self._device, self._longest = device, longest
+    Attributes:
+        longest: seconds after which a measurement is given up.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.longest = LONGEST_SECONDS
         self._process: subprocess.Popen[bytes] | None = None
 
     def measure(self, task: Task, gradients: bool, backend: str, seconds: float) -> Figure:
@@ -50,9 +55,9 @@ class Worker:
             process.stdin.flush()
         except BrokenPipeError:
             return failed(self._how_it_ended())
-        if not select.select([process.stdout], [], [], self._longest)[0]:
+        if not select.select([process.stdout], [], [], self.longest)[0]:
             self.close()
-            return failed(f"it was given up after {self._longest:g} s")
+            return failed(f"it was given up after {self.longest:g} s")
         line = process.stdout.readline()
         if not line:
             return failed(self._how_it_ended())
