@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -241,7 +241,9 @@ def tune(
     plot: Annotated[
         Path | None,
         typer.Option(
-            "--plot", metavar="FILE", help="Measure nothing: draw the user's table into this file (.png, ...)."
+            "--plot",
+            metavar="FILE",
+            help="Measure nothing: draw the user's table, or the calls chosen of it, into this file (.png, ...).",
         ),
     ] = None,
     export: Annotated[
@@ -262,6 +264,21 @@ def tune(
     on = _device(device)
     if sum(given is not None for given in (plot, export, import_)) > 1:
         raise typer.BadParameter("give only one of --plot, --export and --import")
+    given: dict[str, Any] = {
+        "ops": op,
+        "dtypes": None if dtype is None else [_dtype(each) for each in dtype],
+        "head_dims": head_dim,
+        "lengths": length,
+        "heads": None if heads is None else [_heads(each) for each in heads],
+        "windows": window,
+        "gradients": None if grad is None else (grad,),
+        "backends": backend,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and (import_ or export):
+        raise typer.BadParameter(
+            "--export and --import take whole tables; no choice of calls or backends goes with them"
+        )
     if import_ is not None:
         with _bad_value_of("--import"):
             merged, not_used_here = command.import_table(import_)
@@ -275,7 +292,7 @@ def tune(
     elif plot is not None:
         try:
             with _bad_value_of("--plot"):
-                command.plot_table(on, plot)
+                command.plot_table(on, plot, batch=batch, **options)
         except MissingMatplotlib as error:
             _fail(str(error))
         typer.echo(f"plot: {plot}")
@@ -283,17 +300,6 @@ def tune(
         missing = _why_missing(on)
         if missing is not None:
             raise typer.BadParameter(f"cannot put tensors on {str(on)!r}: {missing}", param_hint="--device")
-        given = {
-            "ops": op,
-            "dtypes": None if dtype is None else [_dtype(each) for each in dtype],
-            "head_dims": head_dim,
-            "lengths": length,
-            "heads": None if heads is None else [_heads(each) for each in heads],
-            "windows": window,
-            "gradients": None if grad is None else (grad,),
-            "backends": backend,
-        }
-        options = {name: value for name, value in given.items() if value is not None}
         with _bad_value_of(None):
             command.tune_table(on, batch=batch, seconds=seconds, console=_console(), **options)
 

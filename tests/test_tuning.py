@@ -572,13 +572,43 @@ def test_an_imported_table_of_another_device_is_kept_and_said_not_to_count_here(
 
 def test_the_plot_marks_what_is_chosen_a_tie_by_rank(folder, tmp_path, monkeypatch):
     marked = {}
-    monkeypatch.setattr(command, "plot", lambda table, chosen, path: marked.update(chosen))
+    monkeypatch.setattr(command, "plot", lambda table, chosen, *_: marked.update(chosen))
     near = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.02, spread=0.1)}
     far = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.2, spread=0.1)}
     keys = key_of(problem(4)), key_of(problem(8))
     store.save(Table(here(), dict(zip(keys, (near, far)))))
     command.plot_table(CPU, tmp_path / "p.png")
     assert marked == dict(zip(keys, ("torch_block", "torch")))
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [
+        ({}, {4, 8, 16}),
+        ({"windows": [4, 8]}, {4, 8}),
+        ({"gradients": [True]}, {16}),
+        ({"ops": ["local_attention"], "dtypes": [torch.float32], "head_dims": [8], "lengths": [64]}, {4, 8, 16}),
+        ({"heads": [(2, 1)]}, {4, 8}),
+        ({"batch": 2, "heads": [(2, 2)]}, {16}),
+    ],
+)
+def test_the_plot_shows_the_calls_that_are_asked_for(folder, tmp_path, monkeypatch, asked, drawn):
+    shown = []
+    monkeypatch.setattr(command, "plot", lambda table, *_: shown.extend(key.window for key in table.rows))
+    figures = {"torch": Figure(seconds=1.0), "torch_block": Figure(seconds=2.0)}
+    problems = (problem(4), problem(8), problem(16, heads=4, kv_heads=4, grad=True))
+    store.save(Table(here(), {key_of(each): figures for each in problems}))
+    command.plot_table(CPU, tmp_path / "p.png", **asked)
+    assert set(shown) == drawn
+    with pytest.raises(ValueError, match="the table has none of these calls"):
+        command.plot_table(CPU, tmp_path / "p.png", windows=[5])
+
+
+def test_whole_tables_are_exported_and_imported(folder, tmp_path):
+    store.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    result = run("--export", str(tmp_path / "x.json"), "--device", "cpu", "--window", "4")
+    assert result.exit_code == 2
+    assert "--export and --import take whole tables" in result.output
 
 
 @pytest.mark.parametrize("sizes", [{}, {"grad": True}, {"heads": 4, "kv_heads": 1}, {"window": 500}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from attnreg.registry import registry
 from attnreg.tuning import store
 from attnreg.tuning.environment import environment
 from attnreg.tuning.plot import plot
-from attnreg.tuning.table import Table, TableError, kinds, problem_of
+from attnreg.tuning.table import Key, Table, TableError, kinds, problem_of
 from attnreg.tuning.tune import Step, tune
 
 
@@ -68,16 +69,50 @@ def import_table(path: Path) -> tuple[Path, tuple[str, ...]]:
     return store.save(table), table.environment.hard_mismatches(here)
 
 
-def plot_table(device: torch.device, path: Path) -> None:
-    """Draw what the user has measured for ``device``; what is shipped where that is nothing."""
-    table = own_table(device, shipped=True)
+def plot_table(
+    device: torch.device,
+    path: Path,
+    *,
+    batch: int = 1,
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    head_dims: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+    windows: Sequence[int] | None = None,
+    gradients: Sequence[bool] | None = None,
+    backends: Sequence[str] | None = None,
+) -> None:
+    """Draw what the user has measured for ``device``, or what is shipped where that is nothing: all, or these calls of it.
+
+    Raises:
+        ValueError: there is no table, or none of these calls in it.
+    """
+    whole = own_table(device, shipped=True)
+
+    def fits(key: Key) -> bool:
+        shapes = None if heads is None else [(batch * query, query // kv) for query, kv in heads]
+        asked = (
+            (ops, key.op),
+            (None if dtypes is None else [str(dtype).removeprefix("torch.") for dtype in dtypes], key.dtype),
+            (head_dims, key.head_dim or key.value_dim),
+            (lengths, key.keys),
+            (shapes, (key.sequences, key.group)),
+            (windows, key.window),
+            (gradients, key.gradients),
+        )
+        return all(wanted is None or given in wanted for wanted, given in asked)
+
+    table = Table(whole.environment, {key: figures for key, figures in whole.rows.items() if fits(key)})
+    if not table.rows:
+        raise ValueError("the table has none of these calls")
     chosen = {}
     for key, figures in table.rows.items():
         with suppress(BackendError):  # none that can run it here: none is chosen
             measured = [Measured("tuned", figures)]
             decision = choose(problem_of(key, device), registry.entries, failed=registry.failed, measured=measured)
             chosen[key] = decision.backend
-    plot(table, chosen, path)
+    plot(table, chosen, path, backends)
 
 
 def own_table(device: torch.device, *, shipped: bool = False) -> Table:

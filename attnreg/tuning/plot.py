@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 from attnreg.drawing import check_picture, latency_axes
 from attnreg.tuning.table import Key, Table, kinds
 
+# Panels side by side.
+MOST_ACROSS = 6
 
-def plot(table: Table, chosen: Mapping[Key, str], path: Path) -> None:
+
+def plot(table: Table, chosen: Mapping[Key, str], path: Path, backends: Sequence[str] | None = None) -> None:
     """Draw ``table`` into ``path``, whose suffix says the format: a panel for each kind of call that differs in W alone.
 
     Args:
         table: what was measured.
         chosen: the candidate that a call of each kind gets.
         path: the picture.
+        backends: which candidates; None for all.
 
     Raises:
         MissingMatplotlib, ValueError: as :func:`check_picture`; a ValueError also where the table has no time.
@@ -30,9 +35,11 @@ def plot(table: Table, chosen: Mapping[Key, str], path: Path) -> None:
     )
     if not series:
         raise ValueError("there is nothing to plot: the table has no time")
-    names = sorted({name for figures in table.rows.values() for name in figures})
+    names = sorted(
+        {name for figures in table.rows.values() for name in figures if backends is None or name in backends}
+    )
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
-    across = min(len(series), 2)
+    across = min(max(math.isqrt(len(series)), min(len(series), 2)), MOST_ACROSS)
     down = -(-len(series) // across)
     drawing = Figure(figsize=(5.5 * across + 1, 3.4 * down + 1.2), layout="constrained")
     panels = drawing.subplots(down, across, squeeze=False)
@@ -63,8 +70,9 @@ def _panel(axes: Any, table: Table, chosen: Mapping[Key, str], keys: Sequence[Ke
         if points:
             axes.plot(*zip(*points), "-", marker="o", markersize=3, color=colour, label=name)
     for key in keys:
-        figure = table.rows[key].get(chosen.get(key, ""))
-        if figure is not None and figure.seconds is not None:
-            colour = colours[chosen[key]]
-            axes.plot([key.window], [1e3 * figure.seconds], "o", markersize=8, fillstyle="none", color=colour)
+        name = chosen.get(key, "")
+        figure = table.rows[key].get(name)
+        if name in colours and figure is not None and figure.seconds is not None:
+            ring = {"markersize": 8, "fillstyle": "none", "color": colours[name]}
+            axes.plot([key.window], [1e3 * figure.seconds], "o", **ring)
     latency_axes(axes, (key.window for key in keys), "window W")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -77,13 +77,13 @@ def key_of(problem: Problem) -> Key:
 def kinds(rows: Iterable[Key]) -> dict[str, list[Key]]:
     """Keys that differ in the window alone, in its order, by what they have in common in words."""
     found: dict[str, list[Key]] = {}
-    for key in sorted(rows, key=lambda key: key.window):
+    for key in sorted(rows, key=lambda key: (*asdict(replace(key, window=0)).values(), key.window)):
         what = "forward and backward" if key.gradients else "forward"
         sizes = (
             f"E={key.head_dim} D={key.value_dim} Lq={key.queries} Lk={key.keys} N*H={key.sequences} H/Hkv={key.group}"
         )
         found.setdefault(f"{key.op}, {what}; {key.dtype} {sizes}", []).append(key)
-    return dict(sorted(found.items()))
+    return found
 
 
 def problem_of(key: Key, device: torch.device) -> Problem:
