@@ -23,6 +23,7 @@ from rich.text import Text
 
 from attnreg import demo as demonstration
 from attnreg.backend import BackendError
+from attnreg.device import why_missing
 from attnreg.drawing import MissingMatplotlib, check_picture
 from attnreg.inspection import BackendStatus
 from attnreg.inspection import backends as backend_statuses
@@ -143,7 +144,7 @@ def explain(
     )
     with _backend_errors():
         typer.echo(str(explain_problem(replace(problem, device=on), backend)))
-    missing = _why_missing(on)
+    missing = why_missing(on)
     if missing is not None:
         typer.echo(f"note: this machine has no device {str(on)!r} to put tensors on: {missing}", err=True)
 
@@ -178,7 +179,7 @@ def demo(
     relative to the largest element.
     """
     on = _device(device)
-    missing = _why_missing(on)
+    missing = why_missing(on)
     if missing is not None:
         raise typer.BadParameter(f"cannot put tensors on {str(on)!r}: {missing}", param_hint="--device")
     try:
@@ -297,7 +298,7 @@ def tune(
             _fail(str(error))
         typer.echo(f"plot: {plot}")
     else:
-        missing = _why_missing(on)
+        missing = why_missing(on)
         if missing is not None:
             raise typer.BadParameter(f"cannot put tensors on {str(on)!r}: {missing}", param_hint="--device")
         with _bad_value_of(None):
@@ -387,7 +388,7 @@ def bench(
             for each in workloads:
                 typer.echo(f"{each.name:24} {each}")
             return
-        missing = _why_missing(on)
+        missing = why_missing(on)
         if missing is not None:
             raise typer.BadParameter(f"cannot put tensors on {str(on)!r}: {missing}", param_hint="--device")
         with _bad_value_of("--backend"):
@@ -561,16 +562,6 @@ def _device(name: str | None) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise typer.BadParameter(str(error).splitlines()[0], param_hint="--device") from None
-
-
-def _why_missing(device: torch.device) -> str | None:
-    """Why no tensor can live on ``device`` here, in torch's words; None where one can."""
-    try:
-        torch.zeros(1, device=device).item()
-    # A device that torch was built without is told by an AssertionError, an ImportError, ..., which differs by device.
-    except Exception as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
-    return None
 
 
 def _backend_row(status: BackendStatus) -> tuple[str, ...]:

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from attnreg.backend import refusals
+from attnreg.device import why_missing
 from attnreg.dispatch import Entry
 from attnreg.measured import Figure
 from attnreg.measuring.task import FUSED, Task
 from attnreg.problem import OPS
 from attnreg.registry import registry
-from attnreg.tuning.candidate import failed, first_line, forget_stage, measure_candidate, why_unusable
+from attnreg.tuning.candidate import failed, forget_stage, measure_candidate, why_unusable
 from attnreg.tuning.environment import environment
 from attnreg.tuning.store import check_writable, save
 from attnreg.tuning.table import Key, Table, key_of
@@ -207,13 +208,10 @@ def grid(
 def _device(given: torch.device | str | None) -> torch.device:
     if given is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(given)
-        torch.empty(0, device=device)
-    # Torch raises an AssertionError where it was built without CUDA.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"tune: device {str(given)!r} is not to be had: {first_line(error)}") from None
-    return device
+    missing = why_missing(given)
+    if missing is not None:
+        raise ValueError(f"tune: device {str(given)!r} is not to be had: {missing}")
+    return torch.device(given)
 
 
 def measure_all(
