@@ -13,20 +13,24 @@
 
 namespace attnreg {
 
-// x . y of the pairs that load(c, x, y) gives for c in [begin, end), in eight sums, whose loads are under way together.
-// `load` is called for numbers past the last one, too, and must leave both as they are there: zero.
+// x . y of the pairs that load(c, x, y) gives for c in [begin, end), in eight sums. All eight loads are under way together:
+// nothing branches on what is in range or visible, what is not counts as zero.
 template <class T, class Load>
 __host__ __device__ inline float sum_products(int begin, int end, const Load& load) {
   float sums[kAtOnce] = {};
   for (int first = begin; first < end; first += kAtOnce) {
     T x[kAtOnce], y[kAtOnce];
+    bool counts[kAtOnce];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      x[k] = y[k] = T(0.0f);
-      load(first + k, x[k], y[k]);
+      const int c = first + k < end ? first + k : end - 1;
+      counts[k] = load(c, x[k], y[k]) && c == first + k;
     }
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) sums[k] += static_cast<float>(x[k]) * static_cast<float>(y[k]);
+    for (int k = 0; k < kAtOnce; ++k) {
+      const float product = static_cast<float>(x[k]) * static_cast<float>(y[k]);
+      sums[k] += counts[k] ? product : 0.0f;
+    }
   }
 #pragma unroll
   for (int half = kAtOnce / 2; half > 0; half /= 2) {
@@ -88,15 +92,15 @@ struct Mend {
     const auto seen = visibility.row(place.n, h, i);
     const T* elements = source.row(place.n, place.kv_head, seen.first_key) + e;
     return sum_products<T>(seen.begin, seen.end, [&](int c, T& weight, T& element) {
-      float bias;
-      if (!visibility.sees(seen, c, bias)) return;
       weight = weights[c];
       element = elements[c * source.stride_i];
+      return !visibility.hides(place.n, h, i, c);
     });
   }
 
   // Element e of key j. Query i sees it in slot j - shift - i.
   __host__ __device__ float of_key(const Geometry::Place& place, int32_t j, int e) const {
+    if (j >= visibility.lengths[place.n]) return 0;
     const int64_t last = j - visibility.shift;
     const int64_t begin = last - band.width + 1 > 0 ? last - band.width + 1 : 0;
     const int64_t end = last + 1 < band.length ? last + 1 : band.length;
@@ -104,11 +108,10 @@ struct Mend {
     for (int g = 0; g < geometry.group.size(); ++g) {
       const int32_t h = place.kv_head * geometry.group.size() + g;
       sum += sum_products<T>(static_cast<int>(begin), static_cast<int>(end), [&](int i, T& weight, T& element) {
-        float bias;
         const int c = static_cast<int>(last - i);
-        if (i >= end || !visibility.sees(visibility.row(place.n, h, i), c, bias)) return;
         weight = band.row(place.n, h, i)[c];
         element = source.row(place.n, h, i)[e];
+        return !visibility.hides(place.n, h, i, c);
       });
     }
     return sum;

@@ -58,19 +58,40 @@ class Divisor {
   uint32_t factor_;
 };
 
-// Calls store(c, load(c)) for the columns of a lane, eight loads before their stores: they are under way together. `load` is
-// called for columns past the last one, too, and must give anything there: a branch would hold the next load up.
+// Calls store(c, load(c)) for kCount columns of a lane, from `first` on, all loads before their stores: they are under way
+// together. `load` is called for columns past the last one, too, and must give anything there: a branch would hold the next
+// load up.
+template <int kCount, class Load, class Store>
+__host__ __device__ inline void copy_some(int first, int lanes, int columns, const Load& load, const Store& store) {
+  decltype(load(0)) values[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    values[k] = load(first + k * lanes);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (first + k * lanes < columns) store(first + k * lanes, values[k]);
+  }
+}
+
+// The same for all columns of a lane, as many at once as there are, up to eight.
 template <class Load, class Store>
 __host__ __device__ inline void copy_columns(int lane, int lanes, int columns, const Load& load, const Store& store) {
-  for (int first = lane; first < columns; first += kAtOnce * lanes) {
-    decltype(load(0)) values[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      values[k] = load(first + k * lanes);
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      if (first + k * lanes < columns) store(first + k * lanes, values[k]);
+  int begin = 0;
+  while (begin < columns) {
+    const int left = columns - begin, first = begin + lane;
+    if (left > 6 * lanes) {
+      copy_some<kAtOnce>(first, lanes, columns, load, store);
+      begin += kAtOnce * lanes;
+    } else if (left > 2 * lanes) {
+      copy_some<4>(first, lanes, columns, load, store);
+      begin += 4 * lanes;
+    } else if (left > lanes) {
+      copy_some<2>(first, lanes, columns, load, store);
+      begin += 2 * lanes;
+    } else {
+      copy_some<1>(first, lanes, columns, load, store);
+      begin += lanes;
     }
   }
 }
