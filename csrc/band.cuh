@@ -114,15 +114,6 @@ struct Visibility {
 
   __host__ __device__ static Row nothing() { return {0, 0, 0, 0}; }
 
-  // Whether a bias hides slot c of query i.
-  __host__ __device__ bool hides(int64_t n, int64_t h, int64_t i, int c) const {
-    bool hidden = false;
-    if constexpr (kBias) {
-      bias.read(n * bias.stride_n + h * bias.stride_h + i * bias.stride_i + c * bias.stride_c, hidden);
-    }
-    return hidden;
-  }
-
   // Whether slot c is visible, and its bias (0 where there is none).
   __host__ __device__ bool sees(const Row& row, int c, float& bias_value) const {
     bias_value = 0;

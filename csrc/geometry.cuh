@@ -67,15 +67,15 @@ struct Geometry {
   }
 };
 
-// The edge rows of a launch, of all heads. They take longest: they come first, and are shared out in pieces of one column
-// for each lane, to all multiprocessors alike.
+// The edge rows of a launch, of all heads. They take longest: they come first, and are shared out in pieces of a few columns,
+// to all multiprocessors alike.
 struct EdgePieces {
   int32_t count;    // all of them
   int32_t columns;  // of one
   Divisor per_row;
 
-  EdgePieces(int64_t rows, int64_t width, int lanes)
-      : columns(lanes), per_row((width + lanes - 1) / lanes) {
+  EdgePieces(int64_t rows, int64_t width, int columns)
+      : columns(columns), per_row((width + columns - 1) / columns) {
     STD_TORCH_CHECK(rows * per_row.size() <= INT32_MAX, "attnreg cublas_block: more than 2^31 - 1 pieces of edge rows");
     count = static_cast<int32_t>(rows * per_row.size());
   }

@@ -9,112 +9,114 @@
 // else is left as it is.
 #pragma once
 
+#include <algorithm>
+
+#include "access.cuh"
 #include "band.cuh"
 
 namespace attnreg {
 
-// x . y of the pairs that load(c, x, y) gives for c in [begin, end), in eight sums. All eight loads are under way together:
-// nothing branches on what is in range or visible, what is not counts as zero.
-template <class T, class Load>
-__host__ __device__ inline float sum_products(int begin, int end, const Load& load) {
-  float sums[kAtOnce] = {};
-  for (int first = begin; first < end; first += kAtOnce) {
-    T x[kAtOnce], y[kAtOnce];
-    bool counts[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int c = first + k < end ? first + k : end - 1;
-      counts[k] = load(c, x[k], y[k]) && c == first + k;
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const float product = static_cast<float>(x[k]) * static_cast<float>(y[k]);
-      sums[k] += counts[k] ? product : 0.0f;
-    }
-  }
-#pragma unroll
-  for (int half = kAtOnce / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  }
-  return sums[0];
-}
-
 template <class T, bool kBias, bool kByKey>
 struct Mend {
+  static constexpr int kVector = kAccessBytes / sizeof(T);
+
   Geometry geometry;
   Rows<const T> band, source;
   Rows<T> output;
   Visibility<kBias> visibility;
-  EdgePieces edges;
   Divisor heads;  // of a position: one by key, those of the group by query
   Divisor ends;
+  EdgePieces edges;  // of kVector columns
+  bool aligned;      // whether every row of the source begins where an access may
   float scale;
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
-    const bool edge = row < edges.count;
-    int begin = 0, end = static_cast<int>(output.width);
-    if (edge) {
-      begin = edges.pop(row);
-      end = begin + edges.columns < end ? begin + edges.columns : end;
-    } else {
-      row -= edges.count;
+    if (row < edges.count) {
+      const int32_t e = edges.pop(row);
+      const int32_t g = heads.pop(row);
+      return mend(geometry.edge_place(row), g, e, e + kVector, /*all=*/true, lane, lanes);
     }
+    row -= edges.count;
     const int32_t g = heads.pop(row);
-    const int32_t at = edge ? 0 : geometry.end_place(ends.pop(row));
-    const int32_t x = edge ? geometry.edge_place(row) : row * geometry.pitch.size() + at;
-    if (!edge && !geometry.owned(x)) return;
+    const int32_t at = geometry.end_place(ends.pop(row));
+    const int32_t x = row * geometry.pitch.size() + at;
+    if (geometry.owned(x)) mend(x, g, 0, static_cast<int32_t>(output.width), /*all=*/false, lane, lanes);
+  }
+
+ private:
+  // Computes columns [begin, end) of an output row: all, or those that are not finite. The lanes share the sums.
+  __host__ __device__ void mend(int32_t x, int32_t g, int32_t begin, int32_t end, bool all, int lane, int lanes) const {
     const auto place = geometry.place(x);
     const int32_t l = place.at - (kByKey ? geometry.key_lead : geometry.query_lead);
     if (l < 0 || l >= output.length) return;
     T* to = output.row(place.n, place.kv_head * heads.size() + g, l);
-    for (int first = begin + lane; first < end; first += kAtOnce * lanes) {
-      T given[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) given[k] = first + k * lanes < end && !edge ? to[first + k * lanes] : T(0.0f);
-      unsigned wanted = 0;
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const bool wrong = edge || !isfinite(static_cast<float>(given[k]));
-        wanted |= static_cast<unsigned>(first + k * lanes < end && wrong) << k;
+    if (end > output.width) end = static_cast<int32_t>(output.width);
+    if (!all) {
+      bool wrong = false;
+      for (int32_t e = begin + lane; e < end; e += lanes) wrong |= !isfinite(static_cast<float>(to[e]));
+      if (!across_lanes(static_cast<int>(wrong), lanes, [](int a, int b) { return a | b; })) return;
+    }
+    for (int32_t e = begin; e < end; e += kVector) {
+      float sums[kVector] = {};
+      const int count = end - e < kVector ? end - e : kVector;
+      if constexpr (kByKey) {
+        add_queries(place, l, e, count, sums, lane, lanes);
+      } else {
+        add_keys(place, g, l, e, count, sums, lane, lanes);
       }
-      for (int e = first; wanted != 0; e += lanes, wanted >>= 1) {
-        if (wanted & 1) to[e] = T(scale * (kByKey ? of_key(place, l, e) : of_query(place, g, l, e)));
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        sums[k] = across_lanes(sums[k], lanes, [](float a, float b) { return a + b; });
+      }
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        const bool mine = lane == 0 && k < count;
+        if (mine && (all || !isfinite(static_cast<float>(to[e + k])))) to[e + k] = T(scale * sums[k]);
       }
     }
   }
 
- private:
-  // Element e of query i.
-  __host__ __device__ float of_query(const Geometry::Place& place, int32_t g, int32_t i, int e) const {
+  // sums += band[i, c] * source[key of c] for a lane's visible slots c.
+  __host__ __device__ void add_keys(const Geometry::Place& place, int32_t g, int32_t i, int32_t e, int count,
+                                    float* sums, int lane, int lanes) const {
     const int32_t h = place.kv_head * geometry.group.size() + g;
     const T* weights = band.row(place.n, h, i);
     const auto seen = visibility.row(place.n, h, i);
-    const T* elements = source.row(place.n, place.kv_head, seen.first_key) + e;
-    return sum_products<T>(seen.begin, seen.end, [&](int c, T& weight, T& element) {
-      weight = weights[c];
-      element = elements[c * source.stride_i];
-      return !visibility.hides(place.n, h, i, c);
-    });
+    for (int c = seen.begin + lane; c < seen.end; c += lanes) {
+      float bias;
+      if (!visibility.sees(seen, c, bias)) continue;
+      add(static_cast<float>(weights[c]), source.row(place.n, place.kv_head, seen.first_key + c) + e, count, sums);
+    }
   }
 
-  // Element e of key j. Query i sees it in slot j - shift - i.
-  __host__ __device__ float of_key(const Geometry::Place& place, int32_t j, int e) const {
-    if (j >= visibility.lengths[place.n]) return 0;
+  // sums += band[i, slot of j] * source[i] for a lane's queries i, of all heads, that see key j, in slot j - shift - i.
+  __host__ __device__ void add_queries(const Geometry::Place& place, int32_t j, int32_t e, int count, float* sums,
+                                       int lane, int lanes) const {
     const int64_t last = j - visibility.shift;
     const int64_t begin = last - band.width + 1 > 0 ? last - band.width + 1 : 0;
     const int64_t end = last + 1 < band.length ? last + 1 : band.length;
-    float sum = 0;
     for (int g = 0; g < geometry.group.size(); ++g) {
       const int32_t h = place.kv_head * geometry.group.size() + g;
-      sum += sum_products<T>(static_cast<int>(begin), static_cast<int>(end), [&](int i, T& weight, T& element) {
+      for (int64_t i = begin + lane; i < end; i += lanes) {
+        float bias;
         const int c = static_cast<int>(last - i);
-        weight = band.row(place.n, h, i)[c];
-        element = source.row(place.n, h, i)[e];
-        return !visibility.hides(place.n, h, i, c);
-      });
+        if (!visibility.sees(visibility.row(place.n, h, i), c, bias)) continue;
+        add(static_cast<float>(band.row(place.n, h, i)[c]), source.row(place.n, h, i) + e, count, sums);
+      }
     }
-    return sum;
+  }
+
+  __host__ __device__ void add(float weight, const T* elements, int count, float* sums) const {
+    if (aligned && count == kVector) {
+      const auto vector = load_vector<kVector>(elements);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) sums[k] += weight * static_cast<float>(vector.at[k]);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (k < count) sums[k] += weight * static_cast<float>(elements[k]);
+    }
   }
 };
 
@@ -125,15 +127,16 @@ void run_mend(const Tensor& band, const Tensor& source, const Tensor& output, co
   const Geometry geometry(numbers);
   const int64_t sequences = output.size(0) * geometry.kv_heads.size();
   const int64_t heads = output.size(1) / geometry.kv_heads.size();
-  const int lanes = lanes_of(output.size(3));
-  const EdgePieces edges(geometry.edge_rows(sequences) * heads, output.size(3), lanes);
+  const bool aligned = access_bytes(source) == kAccessBytes;
   dispatch_dtype(band.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto visibility) {
-      const Mend<T, visibility.kHasBias, kByKey> kernel{
-          geometry,   read_rows<T>(band), read_rows<T>(source), write_rows<T>(output),
-          visibility, edges,              Divisor(heads),       Divisor(geometry.ends()),
-          static_cast<float>(scale)};
+      using Kernel = Mend<T, visibility.kHasBias, kByKey>;
+      const EdgePieces edges(geometry.edge_rows(sequences) * heads, output.size(3), Kernel::kVector);
+      const Kernel kernel{geometry,   read_rows<T>(band), read_rows<T>(source),     write_rows<T>(output),
+                          visibility, Divisor(heads),     Divisor(geometry.ends()), edges,
+                          aligned,    static_cast<float>(scale)};
+      const int lanes = lanes_of(std::max(band.size(3), output.size(3)));
       for_each_row(kernel, edges.count + sequences * geometry.ends() * heads, lanes, output);
     };
     dispatch_visibility(band, keys, left, bias, key_lengths, run);

@@ -78,22 +78,32 @@ __host__ __device__ inline void copy_some(int first, int lanes, int columns, con
 template <class Load, class Store>
 __host__ __device__ inline void copy_columns(int lane, int lanes, int columns, const Load& load, const Store& store) {
   int begin = 0;
-  while (begin < columns) {
-    const int left = columns - begin, first = begin + lane;
-    if (left > 6 * lanes) {
-      copy_some<kAtOnce>(first, lanes, columns, load, store);
-      begin += kAtOnce * lanes;
-    } else if (left > 2 * lanes) {
-      copy_some<4>(first, lanes, columns, load, store);
-      begin += 4 * lanes;
-    } else if (left > lanes) {
-      copy_some<2>(first, lanes, columns, load, store);
-      begin += 2 * lanes;
-    } else {
-      copy_some<1>(first, lanes, columns, load, store);
-      begin += lanes;
-    }
+  for (; columns - begin > 6 * lanes; begin += kAtOnce * lanes) {
+    copy_some<kAtOnce>(begin + lane, lanes, columns, load, store);
   }
+  if (columns - begin > 2 * lanes) {
+    copy_some<4>(begin + lane, lanes, columns, load, store);
+    begin += 4 * lanes;
+  }
+  if (columns - begin > lanes) {
+    copy_some<2>(begin + lane, lanes, columns, load, store);
+  } else if (columns - begin > 0) {
+    copy_some<1>(begin + lane, lanes, columns, load, store);
+  }
+}
+
+// What `combine` makes of the values of all lanes of a row; all of them call it.
+template <class T, class Combine>
+__host__ __device__ inline T across_lanes(T value, int lanes, const Combine& combine) {
+#ifdef __CUDA_ARCH__
+  // The lanes of one row only: those of the warp's other rows may be through.
+  const unsigned first_lane = threadIdx.y * lanes % kWarp;
+  const unsigned row_lanes = (lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1u) << first_lane;
+  for (int other = lanes / 2; other > 0; other /= 2) {
+    value = combine(value, __shfl_xor_sync(row_lanes, value, other));
+  }
+#endif
+  return value;
 }
 
 template <class Kernel>

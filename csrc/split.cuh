@@ -42,14 +42,7 @@ struct Split {
         largest = magnitude > largest ? magnitude : largest;
       }
     }
-#ifdef __CUDA_ARCH__
-    // The lanes of one row only: those of the warp's other rows may be through.
-    const unsigned first_lane = threadIdx.y * lanes % kWarp;
-    const unsigned row_lanes = (lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1u) << first_lane;
-    for (int other = lanes / 2; other > 0; other /= 2) {
-      largest = max(largest, __shfl_xor_sync(row_lanes, largest, other));
-    }
-#endif
+    largest = across_lanes(largest, lanes, [](int32_t x, int32_t y) { return x > y ? x : y; });
     const int32_t exponent = largest >> 23;
     const bool finite = exponent < 255;
     const int32_t power = !finite || exponent < 20 ? 20 : exponent;  // the powers of two below stay normal numbers

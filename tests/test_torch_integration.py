@@ -36,12 +36,19 @@ def op_calls(op: str, case: Case, device: str, dtype: torch.dtype, backend: str)
     yield getattr(torch.ops.attnreg, f"{op}_backward").default, (inputs.grad, *saved, *arguments, wanted)
 
 
+def opchecks(backend: str) -> list[str]:
+    """All of torch's. Under the mode of its schema test torch compiles nothing, and FlexAttention is nothing uncompiled."""
+    schema = [] if backend == "flex" else ["test_schema"]
+    return [*schema, "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+
+
 @pytest.mark.parametrize("case", [CASES_OF["causal"], CASES_OF["key_lengths_with_bias"], CASES_OF["no_key"]], ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
 def test_opcheck_passes_on_every_op_forward_and_backward(op, case, backend, device, dtype):
+    call(op, make_inputs(op, case, dtype, device), case.window, backend=backend)
     for function, arguments in op_calls(op, case, device, dtype, backend):
-        torch.library.opcheck(function, arguments)
+        torch.library.opcheck(function, arguments, test_utils=opchecks(backend))
 
 
 @pytest.mark.parametrize("op", OPS)
