@@ -43,7 +43,8 @@ def block(request, monkeypatch):
 @pytest.fixture(params=["in_place", "copied", "factors"])
 def sides(request, monkeypatch):
     """Lines read in place where they can be, however many edge rows they have; padded copies; fp16 factors."""
-    monkeypatch.setattr(blocks, "EDGE_SLOTS", math.inf if request.param == "in_place" else -1)
+    for edge_slots in ("SCORE_EDGE_SLOTS", "AVERAGE_EDGE_SLOTS"):
+        monkeypatch.setattr(call, edge_slots, math.inf if request.param == "in_place" else -1)
     # Several chunks, and bytes instead of MiB to say so.
     monkeypatch.setattr(call, "_MEBIBYTE", 1)
     monkeypatch.setattr(call, "factors_pay", lambda size: request.param == "factors")
@@ -184,7 +185,6 @@ def test_narrow_rows_are_summed_in_fp32(dtype, offset):
 
 def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
     monkeypatch.setattr(blocks, "ALIGNMENT", 1)
-    monkeypatch.setattr(blocks, "EDGE_SLOTS", math.inf)
     lengths = itertools.product((1, 2, 5), (1, 3, 8, 20), (1, 3, 8, 20))
     reaches = itertools.product((0, 1, 4, 9), (0, 2, 9))
     within = 0
@@ -192,7 +192,7 @@ def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
         lengths, reaches, (1, 3, 8), (False, True)
     ):
         line = blocks.lay(sequences, queries, keys, left, right)
-        cut = blocks.cut(line, rows, by_key=by_key, in_place=True)
+        cut = blocks.cut(line, rows, by_key=by_key, edge_slots=math.inf)
         assert cut.columns == rows + line.width - 1
         end = cut.first + cut.count * rows
         last = cut.column_spans(cut.count - 1, cut.count)
@@ -208,11 +208,14 @@ def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
     assert within > 0
 
 
-def test_blocks_lie_within_the_line_where_that_spares_copies_and_edge_rows_are_few():
-    narrow, wide = (blocks.lay(4, 1024, 1024, left, 0) for left in (31, 511))
-    assert blocks.cut(narrow, 64, in_place=True).within
-    assert not blocks.cut(narrow, 64).within
-    assert not blocks.cut(wide, 64, in_place=True).within
+def test_blocks_lie_within_the_line_where_edge_rows_are_few():
+    line = blocks.lay(4, 1024, 1024, 31, 0)
+    within = blocks.cut(line, 64, edge_slots=math.inf)
+    slots = (line.length - within.count * within.rows) * line.width / line.length
+    assert within.within
+    assert blocks.cut(line, 64, edge_slots=slots) == within
+    assert not blocks.cut(line, 64, edge_slots=slots * 0.99).within
+    assert not blocks.cut(line, 64).within
 
 
 def launches(run):

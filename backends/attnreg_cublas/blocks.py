@@ -30,12 +30,6 @@ from typing import NamedTuple
 # Sizes that are leading dimensions are padded to this: 16 bytes of the narrowest dtype, as tensor cores like it.
 ALIGNMENT = 8
 
-# Slots of edge rows for each position of the line, up to which blocks within it are taken. By figures, not measured: a slot
-# of an edge row reads E / 4 times 16 bytes of a key in fp32, one access per clock and multiprocessor, and a copy of both
-# sides moves 4 * E elements a position at memory speed. On an H200 (132 multiprocessors at about 1.7 GHz, 4.2 TB/s) that is
-# E * 1.1 ps a slot and E * 3.8 ps a position, in 16 bits half of both: as long as each other at 3.4 slots a position.
-EDGE_SLOTS = 2
-
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -123,20 +117,20 @@ def lay(sequences: int, queries: int, keys: int, left: int, right: int) -> Line:
     return Line(sequences, lead + queries, lead, lead - surplus, left, right)
 
 
-def cut(line: Line, rows: int, *, by_key: bool = False, in_place: bool = False) -> Blocks:
+def cut(line: Line, rows: int, *, by_key: bool = False, edge_slots: float = -1) -> Blocks:
     """Blocks of ``rows`` rows, which are queries, or keys: within the line where that spares copies.
 
     Args:
         line: what is cut.
         rows: B.
         by_key: whether the rows are keys.
-        in_place: whether any side of the product could be read in place.
+        edge_slots: the most slots of edge rows for each position that pay; negative where no copy would be spared.
     """
     before = line.right if by_key else line.left
     columns = -(-(rows + line.left + line.right) // ALIGNMENT) * ALIGNMENT
     # Columns of the last one end where the line does, or fewer than B positions before.
     count = (line.length - columns) // rows + 1
     edge_rows = line.length - count * rows
-    if in_place and count > 0 and edge_rows * line.width <= EDGE_SLOTS * line.length:
+    if count > 0 and edge_rows * line.width <= edge_slots * line.length:
         return Blocks(rows, columns, before, count, within=True)
     return Blocks(rows, columns, before, -(-line.length // rows), within=False)

@@ -20,7 +20,7 @@ from attnreg import Window, allow_tf32
 from attnreg_cublas.blocks import Blocks, Spans, cut, lay
 from attnreg_cublas.build import ops
 from attnreg_cublas.products import multiply, multiply_factors, sums_factors_in_fp32
-from attnreg_cublas.rule import block_rows, factors_pay
+from attnreg_cublas.rule import AVERAGE_EDGE_SLOTS, SCORE_EDGE_SLOTS, block_rows, factors_pay
 from attnreg_cublas.sides import Side, in_place, matrices, padded_width
 
 # cuBLAS puts the batch on a grid dimension, in some of its kernels with a limit of 65535.
@@ -59,7 +59,7 @@ class Call:
         rows, columns = self._queries(query), self._keys(key)
         exact = query.dtype == torch.float32 and not allow_tf32()
         factors = exact and factors_pay(self.line.width) and sums_factors_in_fp32()
-        blocks = self._cut() if factors else self._cut(rows, columns)
+        blocks = self._cut() if factors else self._cut(rows, columns, edge_slots=SCORE_EDGE_SLOTS)
         scales = (self._scales(query), self._scales(key)) if factors else None
         band = query.new_empty(self.batch, self.heads, self.queries, self.window.size)
         visibility = self._visibility(blocks)
@@ -79,7 +79,7 @@ class Call:
     def average(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over c of band[i, c] * source[key of c]`` (N, H, Lq, E), over the visible slots."""
         columns = self._keys(source, skip_unseen=True)
-        blocks = self._cut(columns)
+        blocks = self._cut(columns, edge_slots=AVERAGE_EDGE_SLOTS)
         result = self._result(band, source, blocks, self.group)
         for begin, end, dense in self._chunks(blocks, band, (blocks.rows, self.group, blocks.columns)):
             self.ops.scatter_band(band, dense, *self._visibility(blocks), begin, self.keys, self.window.left)
@@ -92,7 +92,7 @@ class Call:
     def average_by_key(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over the queries i that see key j of band[i, slot of j] * source[i]`` (N, Hkv, Lk, E)."""
         columns = self._queries(source, skip_unseen=True)
-        blocks = self._cut(columns, by_key=True)
+        blocks = self._cut(columns, by_key=True, edge_slots=AVERAGE_EDGE_SLOTS)
         result = self._result(band, source, blocks, 1)
         for begin, end, dense in self._chunks(blocks, band, (blocks.columns, self.group, blocks.rows)):
             self.ops.scatter_band_by_key(band, dense, *self._visibility(blocks), begin, self.keys, self.window.left)
@@ -123,8 +123,9 @@ class Call:
         is_line = (source.size(1), source.size(2), lead) == (self.kv_heads, self.line.pitch, 0)
         return Side(source, in_place(source) if is_line and not skip else None, lead, seen)
 
-    def _cut(self, *sides: Side, by_key: bool = False) -> Blocks:
-        return _cut(self.line, self.block, by_key=by_key, in_place=any(side.line is not None for side in sides))
+    def _cut(self, *sides: Side, by_key: bool = False, edge_slots: float = -1) -> Blocks:
+        spared = any(side.line is not None for side in sides)
+        return _cut(self.line, self.block, by_key=by_key, edge_slots=edge_slots if spared else -1)
 
     def _matrices(self, side: Side, blocks: Blocks, spans: Spans) -> Tensor:
         """The rows, or the columns, of some blocks: (blocks, B * G, E) or (blocks, S * G, E)."""
