@@ -12,6 +12,7 @@ MUST_HOLD = (
     "attnreg/__init__.py",
     "attnreg/py.typed",
     "attnreg/tuned/cpu.json",
+    "attnreg/tuned/nvidia-h100-80gb-hbm3.json",
     "attnreg/tuned/nvidia-h200.json",
     "attnreg_adapters/plugin.py",
     "attnreg_torch/plugin.py",

@@ -30,8 +30,9 @@ from attnreg_benchmarks.results import now
 # Nothing here is a size of a shipped table: windows, head dims, lengths and heads lie between, or beyond.
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "cuda": (
-        {"windows": (11, 90, 700), "head_dims": (96,), "lengths": (6000,), "heads": ((48, 48),)},
+        {"windows": (11, 90, 700), "head_dims": (112,), "lengths": (6000,), "heads": ((24, 24),)},
         {"windows": (23, 181), "head_dims": (80,), "lengths": (2500,), "heads": ((32, 8),)},
+        {"windows": (45, 350), "head_dims": (160,), "lengths": (3000,), "heads": ((20, 20),)},
     ),
     "cpu": (
         {"windows": (3, 23, 90), "head_dims": (80,), "lengths": (700, 1500), "heads": ((6, 6),)},
