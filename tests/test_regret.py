@@ -14,6 +14,8 @@ import attnreg
 from attnreg.measured import Figure
 from attnreg.problem import OPS
 from attnreg.tuning import store
+from attnreg.tuning.environment import environment
+from attnreg.tuning.table import Key, Table
 from attnreg.tuning.tune import Step, grid
 
 SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from them
@@ -70,6 +72,43 @@ def test_the_command_stores_every_call_and_a_summary_of_every_op(tmp_path, monke
         "all",
         *(f"{op}, {way}" for op in OPS for way in ("forward", "forward and backward")),
     }
+
+
+def test_an_entry_that_is_left_out_is_chosen_for_by_the_others():
+    problem = {"op": "local_attention", "dtype": "float32", "head_dim": 8, "value_dim": 8, "group": 1}
+    keys = [Key(**problem, window=w, queries=64, keys=64, sequences=4, gradients=False) for w in (2, 8, 32)]
+    seconds = [
+        {"torch": 1.0, "torch_block": 2.0},
+        {"torch": 1.0, "torch_block": 3.0},
+        {"torch": 2.0, "torch_block": 1.0},
+    ]
+    rows = {key: {name: Figure(seconds=t) for name, t in each.items()} for key, each in zip(keys, seconds)}
+    alone = {replace(keys[0], window=4): {"torch": Figure(seconds=1.0)}}
+    here = environment(torch.device("cpu"), {})
+    found = regret.left_out(Table(here, {**rows, **alone}))
+    assert [(each.chosen, each.best, each.regret) for each in found] == [
+        ("torch", "torch", 1.0),
+        ("torch", "torch", 1.0),
+        ("torch", "torch_block", 2.0),
+    ]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_entries_of_a_shipped_table_speak_for_each_other(path):
+    found = regret.left_out(store.load(path))
+    assert len(found) > 50
+    assert regret.summarize(found)["all"]["geometric_mean"] < 1.03
+
+
+def test_the_command_judges_a_table_without_measuring(tmp_path):
+    file, table = tmp_path / "regret.json", next(path for path in SHIPPED if path.stem == "cpu")
+    app = regret.typer.Typer()
+    app.command()(regret.main)
+    result = CliRunner().invoke(app, ["--json", str(file), "--left-out", str(table)])
+    assert result.exit_code == 0, result.output
+    stored = json.loads(file.read_text())
+    assert stored["environment"]["device"]["name"] == store.load(table).environment.device.name
+    assert stored["summary"]["all"]["calls"] == len(stored["regrets"]) > 50
 
 
 @pytest.mark.parametrize("device", regret.GRIDS)

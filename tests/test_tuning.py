@@ -163,6 +163,11 @@ def test_the_nearest_entry_by_logarithm_serves_a_call(folder):
     assert found == {4: "torch", 8: "torch", 15: "torch", 17: "torch_block", 32: "torch_block", 60: "torch_block"}
 
 
+def test_an_entry_of_the_same_head_dim_goes_before_one_of_the_same_window():
+    ours, other_window, other_head_dim = (key_of(problem(w, head_dim=e)) for w, e in ((8, 64), (64, 64), (8, 128)))
+    assert distance(other_window, ours) < distance(other_head_dim, ours)
+
+
 def test_an_entry_that_compares_nothing_leaves_the_call_to_the_next_one(folder):
     table = table_of({"torch": 1.0, "torch_block": 2.0}, window=8)
     store.save(table.merged(table_of({"torch_block": 1.0}, window=10)))

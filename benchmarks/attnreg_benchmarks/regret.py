@@ -3,14 +3,17 @@
 ``python -m attnreg_benchmarks.regret --json FILE`` measures every candidate on a grid of windows, lengths and head dims
 between those of the shipped tables, asks the dispatcher, and gives ``chosen / best``: 1.0 is the best choice there is. It
 judges whatever tables the dispatcher finds; with ``ATTNREG_CACHE_DIR`` set to an empty folder these are the shipped ones.
+
+``--left-out TABLE`` measures nothing: each entry of that table is left out in turn, and the others choose for it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +23,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from attnreg.backend import Capability
+from attnreg.dispatch import Entry, choose
 from attnreg.measuring.task import Task
 from attnreg.plan import explain_problem
-from attnreg.problem import OPS
+from attnreg.problem import OPS, Problem
+from attnreg.registry import registry
+from attnreg.tuning.lookup import measured
+from attnreg.tuning.store import Stored, load
+from attnreg.tuning.table import Table as Tuning
+from attnreg.tuning.table import problem_of
 from attnreg.tuning.tune import grid, measure_all
 from attnreg_benchmarks.machine import environment
 from attnreg_benchmarks.results import now
@@ -106,6 +116,34 @@ def regrets(
     return found
 
 
+def left_out(table: Tuning) -> list[Regret]:
+    """For each entry of a table that compares candidates, what the other entries choose among these."""
+    device = torch.device(table.environment.device.type)
+    found = []
+    for key, figures in table.rows.items():
+        times = {name: figure.seconds for name, figure in figures.items() if figure.seconds is not None}
+        if len(times) < 2:
+            continue
+        problem = problem_of(key, device)
+        others = Tuning(table.environment, {other: row for other, row in table.rows.items() if other != key})
+        decision = choose(
+            problem,
+            [_able(entry, problem) for entry in registry.entries if entry.backend.name in times],
+            measured=measured(problem, [Stored(others, "shipped", "the others", ())]),
+        )
+        best = min(times, key=lambda name: times[name])
+        ratio = times[decision.backend] / times[best]
+        call = f"{key.op} {key.dtype} {key}"
+        found.append(Regret(call, key.gradients, decision.backend, decision.reason, best, ratio, times))
+    return found
+
+
+def _able(entry: Entry, problem: Problem) -> Entry:
+    """A backend that stands for its figures alone, and need not be able to run here."""
+    capability = Capability(dtypes=(problem.dtype,))
+    return replace(entry, backend=replace(entry.backend, capability=capability, unavailable=None, refuse=None))
+
+
 def main(
     json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the results go.")],
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
@@ -113,17 +151,29 @@ def main(
     backend: Annotated[list[str] | None, typer.Option("--backend", help="Repeatable. Default: all.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Sample each candidate so long.")] = 0.06,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Measure everything so many times.")] = 1,
+    table_file: Annotated[
+        Path | None,
+        typer.Option("--left-out", metavar="TABLE", help="Measure nothing: judge this table by its own entries."),
+    ] = None,
 ) -> None:
     """Measure, print the geometric mean and the worst of each op, and store everything."""
-    on = torch.device(device)
-    dtypes = [getattr(torch, name) for name in dtype or ("float32", "bfloat16")]
-    tasks = [task for each in GRIDS[on.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **each)]
-    found = regrets(tasks, (False, True), on, backend, seconds, repeat)
+    if table_file is not None:
+        tuning = load(table_file)
+        where = asdict(tuning.environment)
+        found = left_out(tuning)
+    else:
+        # What ends a command that takes too long ends this one as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        on = torch.device(device)
+        dtypes = [getattr(torch, name) for name in dtype or ("float32", "bfloat16")]
+        tasks = [task for each in GRIDS[on.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **each)]
+        where = asdict(environment(on))
+        found = regrets(tasks, (False, True), on, backend, seconds, repeat)
     summary = summarize(found)
     json_file.parent.mkdir(parents=True, exist_ok=True)
     stored = {
         "date": now(),
-        "environment": asdict(environment(on)),
+        "environment": where,
         "summary": summary,
         "regrets": [asdict(each) for each in found],
     }
@@ -134,6 +184,8 @@ def main(
         table.add_row(op, what, f"{group['calls']:.0f}", f"{group['geometric_mean']:.3f}", f"{group['worst']:.3f}")
     Console().print(table)
     for each in sorted(found, key=lambda each: -each.regret)[:8]:
+        if each.regret == 1:
+            break
         print(
             f"{each.regret:.3f} {each.chosen} instead of {each.best}: {each.call} gradients={each.gradients}; {each.reason}"
         )
