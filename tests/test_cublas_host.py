@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from attnreg_benchmarks import cublas_blocks
 from attnreg_cublas import blocks, build, call, functions, plugin, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -321,3 +322,18 @@ def test_factors_are_not_used_where_torch_may_sum_them_in_fp16(monkeypatch):
     finally:
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
     torch.testing.assert_close(got, attnreg.local_dot_product(query, query, Window(9, 0), backend="torch"))
+
+
+@pytest.mark.usefixtures("library")
+def test_the_benchmark_of_the_rule_measures_every_product_at_every_block(monkeypatch):
+    measured = {"SHAPE": (1, 2, 64), "HEAD_DIMS": (8,), "WINDOWS": (9,), "BLOCKS": (16, 32), "LINES": ((1, 2, 256),)}
+    for name, value in measured.items():
+        monkeypatch.setattr(cublas_blocks, name, value)
+    monkeypatch.setattr(cublas_blocks, "SECONDS", 0.001)
+    monkeypatch.setattr(call, "multiply_factors", lambda x, y, out: torch.bmm(x.float(), y.float(), out=out))
+    found = list(cublas_blocks.blocks(torch.device("cpu")))
+    assert len({(row["arithmetic"], row["product"], row["block"], row["factors"]) for row in found}) == len(found) == 20
+    assert sum(row["factors"] for row in found) == 2
+    rows = list(cublas_blocks.edges(torch.device("cpu")))
+    assert len(rows) == 2 * 3 * 3
+    assert all(set(row["microseconds"]) == {"edge rows", "copies"} for row in rows)
