@@ -28,7 +28,7 @@ from attnreg.drawing import MissingMatplotlib, check_picture
 from attnreg.inspection import BackendStatus
 from attnreg.inspection import backends as backend_statuses
 from attnreg.plan import explain_problem
-from attnreg.problem import OPS, Problem, attention_problem, dot_product_problem, weighted_average_problem
+from attnreg.problem import OPS, Problem, attention_problem, dot_product_problem, dtype_name, weighted_average_problem
 from attnreg.window import Window
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -536,7 +536,7 @@ def _heads(given: str) -> tuple[int, int]:
 
 
 def _dtype(name: str) -> torch.dtype:
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    known = {dtype_name(dtype): dtype for dtype in DTYPES}
     if name.removeprefix("torch.") not in known:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint="--dtype")
     return known[name.removeprefix("torch.")]
@@ -576,7 +576,7 @@ def _backend_row(status: BackendStatus) -> tuple[str, ...]:
         status.name,
         status.distribution,
         "any" if capability.devices is None else ", ".join(sorted(capability.devices)),
-        ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes)),
+        ", ".join(sorted(map(dtype_name, capability.dtypes))),
         listed(status.ops),
         listed(status.backward_ops),
         "yes" if status.runs_here else "no",

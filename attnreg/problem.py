@@ -21,6 +21,11 @@ OPS = ("local_dot_product", "local_weighted_average", "local_attention")
 KEY_LENGTH_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """The facts of one call that a backend can be chosen by; hashable.
@@ -57,9 +62,6 @@ class Problem:
     needs_grad: bool = False
 
     def __str__(self) -> str:
-        def of(dtype: torch.dtype) -> str:
-            return str(dtype).removeprefix("torch.")
-
         sizes = {
             "N": self.batch,
             "H": self.heads,
@@ -70,12 +72,12 @@ class Problem:
             "D": self.value_dim,
         }
         parts = [
-            f"{self.op} on {self.device}, {of(self.dtype)}",
+            f"{self.op} on {self.device}, {dtype_name(self.dtype)}",
             " ".join(f"{name}={size}" for name, size in sizes.items() if (name, size) not in (("E", 0), ("D", 0))),
             f"{self.window}, W={self.window.size}",
         ]
         if self.bias_shape is not None and self.bias_dtype is not None:
-            parts.append(f"bias {tuple(self.bias_shape)} {of(self.bias_dtype)}")
+            parts.append(f"bias {tuple(self.bias_shape)} {dtype_name(self.bias_dtype)}")
         if self.has_key_lengths:
             parts.append("key_lengths")
         parts.append("with gradients" if self.needs_grad else "forward only")

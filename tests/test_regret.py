@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,13 @@ from attnreg_benchmarks import regret
 from typer.testing import CliRunner
 
 import attnreg
+from attnreg.dispatch import choose
 from attnreg.measured import Figure
 from attnreg.problem import OPS
+from attnreg.registry import registry
 from attnreg.tuning import store
 from attnreg.tuning.environment import environment
-from attnreg.tuning.table import Key, Table
+from attnreg.tuning.table import Key, Table, problem_of
 from attnreg.tuning.tune import Step, grid
 
 SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from them
@@ -98,6 +101,24 @@ def test_the_entries_of_a_shipped_table_speak_for_each_other(path):
     found = regret.left_out(store.load(path))
     assert len(found) > 50
     assert regret.summarize(found)["all"]["geometric_mean"] < 1.03
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if path.stem.startswith("nvidia")], ids=lambda path: path.stem
+)
+def test_where_nothing_was_measured_ranks_choose_as_a_gpus_table_would(path):
+    ratios = []
+    for key, figures in store.load(path).rows.items():
+        times = {name: figure.seconds for name, figure in figures.items() if figure.seconds}
+        entries = [
+            replace(entry, backend=replace(entry.backend, unavailable=None))
+            for entry in registry.entries
+            if entry.backend.name in times
+        ]
+        decision = choose(problem_of(key, torch.device("cuda")), entries)
+        ratios.append(times[decision.backend] / min(times.values()))
+    assert statistics.geometric_mean(ratios) < 1.02
+    assert max(ratios) < 2
 
 
 def test_the_command_judges_a_table_without_measuring(tmp_path):

@@ -16,6 +16,7 @@ from rich.text import Text
 from attnreg.backend import BackendError
 from attnreg.dispatch import choose
 from attnreg.measured import Measured
+from attnreg.problem import dtype_name
 from attnreg.registry import registry
 from attnreg.tuning import store
 from attnreg.tuning.environment import environment
@@ -94,7 +95,7 @@ def plot_table(
         shapes = None if heads is None else [(batch * query, query // kv) for query, kv in heads]
         asked = (
             (ops, key.op),
-            (None if dtypes is None else [str(dtype).removeprefix("torch.") for dtype in dtypes], key.dtype),
+            (None if dtypes is None else [dtype_name(dtype) for dtype in dtypes], key.dtype),
             (head_dims, key.head_dim or key.value_dim),
             (lengths, key.keys),
             (shapes, (key.sequences, key.group)),

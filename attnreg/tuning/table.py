@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attnreg.measured import Figure
-from attnreg.problem import OPS, Problem
+from attnreg.problem import OPS, Problem, dtype_name
 from attnreg.tuning.environment import Device, Environment
 from attnreg.window import Window
 
@@ -62,7 +62,7 @@ def key_of(problem: Problem) -> Key:
     right = min(problem.window.right, max(problem.query_length - 1, 0))
     return Key(
         op=problem.op,
-        dtype=str(problem.dtype).removeprefix("torch."),
+        dtype=dtype_name(problem.dtype),
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         group=problem.heads // max(problem.kv_heads, 1),

@@ -19,6 +19,7 @@ import torch
 
 from attnreg.measured import Figure
 from attnreg.measuring.task import Task
+from attnreg.problem import dtype_name
 from attnreg.tuning.candidate import failed, first_line, measure_candidate, why_unusable
 from attnreg.window import Window
 
@@ -41,7 +42,7 @@ class Worker:
     def measure(self, task: Task, gradients: bool, backend: str, seconds: float) -> Figure:
         """As ``measure_candidate``, in the child."""
         request = {
-            "task": {**asdict(task), "dtype": str(task.dtype).removeprefix("torch.")},
+            "task": {**asdict(task), "dtype": dtype_name(task.dtype)},
             "gradients": gradients,
             "backend": backend,
             "device": str(self._device),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attnreg import Window
 from attnreg.measuring.timing import measure
+from attnreg.problem import dtype_name
 from attnreg_benchmarks.machine import environment
 from attnreg_benchmarks.results import now
 
@@ -77,7 +78,7 @@ def edges(device: torch.device) -> Iterator[Row]:
             found[what] = round(timing.median * 1e6, 2)
         call._cut.cache_clear()
         yield {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "positions": math.prod(shape),
             "window": window,
             "product": name,

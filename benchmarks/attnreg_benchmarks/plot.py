@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnreg.drawing import check_picture, latency_axes
+from attnreg.problem import dtype_name
 from attnreg_benchmarks.results import Results
 from attnreg_benchmarks.run import Record
 from attnreg_benchmarks.workloads import DIRECTIONS, LENGTH_SERIES, Workload
@@ -80,5 +81,5 @@ def _colours(records: Sequence[Record]) -> dict[str, Any]:
 def _title(workloads: Sequence[Workload]) -> str:
     first = workloads[0]
     length = "" if first.group in LENGTH_SERIES else f" L={first.length}"
-    dtype = str(first.dtype).removeprefix("torch.")
+    dtype = dtype_name(first.dtype)
     return f"{first.op} N={first.batch} H={first.heads} Hkv={first.kv_heads}{length} E={first.head_dim} {dtype}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnreg import Window
+from attnreg.problem import dtype_name
 from attnreg_benchmarks.floor import Ceilings
 from attnreg_benchmarks.machine import Environment
 from attnreg_benchmarks.run import Record
@@ -106,7 +107,7 @@ def _workload_to_json(workload: Workload) -> dict[str, Any]:
         "name": workload.name,
         **asdict(workload),
         "window": [workload.window.left, workload.window.right],
-        "dtype": str(workload.dtype).removeprefix("torch."),
+        "dtype": dtype_name(workload.dtype),
     }
 
 
