@@ -6,8 +6,9 @@ The compositions hold no kernel of their own for the products; they call the bac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from attnreg.problem import OPS
 from attnreg.window import Window
 
 Function = Callable[..., Any]
+
+# Bytes of scores that composed attention makes at a time, unless the queries of one key head alone have more. A forward holds
+# two bands of that size, a backward four.
+LARGEST_BAND = 2**30
 
 
 def complete(backend: Backend) -> dict[str, Function]:
@@ -38,7 +43,87 @@ def complete(backend: Backend) -> dict[str, Function]:
     return functions
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The sequences and heads that composed attention works on at a time."""
+
+    batch: slice
+    heads: slice
+    kv_heads: slice
+
+    def of_queries(self, tensor: Tensor) -> Tensor:
+        return tensor[self.batch, self.heads]
+
+    def of_keys(self, tensor: Tensor) -> Tensor:
+        return tensor[self.batch, self.kv_heads]
+
+    def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None:
+            return None
+        everything = slice(None)
+        batch, heads = bias.shape[:2]
+        return bias[self.batch if batch > 1 else everything, self.heads if heads > 1 else everything]
+
+    def of_lengths(self, key_lengths: Tensor | None) -> Tensor | None:
+        return None if key_lengths is None else key_lengths[self.batch]
+
+
+def _parts(query: Tensor, key: Tensor, window: Window) -> list[_Part]:
+    """All of a call as one part, or as parts of ``LARGEST_BAND`` at most: whole sequences, or else heads of one."""
+    batch, heads, rows = query.shape[:3]
+    kv_heads = key.shape[1]
+    if batch * heads * rows * window.size * query.element_size() <= LARGEST_BAND:
+        return [_Part(slice(batch), slice(heads), slice(kv_heads))]
+    group = heads // kv_heads
+    fitting = max(LARGEST_BAND // (group * rows * window.size * query.element_size()), 1)
+    per_batch, per_kv_head = max(fitting // kv_heads, 1), min(fitting, kv_heads)
+    return [
+        _Part(slice(n, n + per_batch), slice(h * group, (h + per_kv_head) * group), slice(h, h + per_kv_head))
+        for n in range(0, batch, per_batch)
+        for h in range(0, kv_heads, per_kv_head)
+    ]
+
+
+def _joined(parts: list[_Part], tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor (N, heads, ...) of those of the parts."""
+    rows: dict[int, list[Tensor]] = {}
+    for part, tensor in zip(parts, tensors):
+        rows.setdefault(part.batch.start, []).append(tensor)
+    return torch.cat([torch.cat(row, 1) for row in rows.values()])
+
+
 def _attention(
+    functions: dict[str, Function],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    parts = _parts(query, key, window)
+    if len(parts) == 1:
+        return _attention_of_part(functions, query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale)
+    found = [
+        _attention_of_part(
+            functions,
+            part.of_queries(query),
+            part.of_keys(key),
+            part.of_keys(value),
+            window,
+            bias=part.of_bias(bias),
+            key_lengths=part.of_lengths(key_lengths),
+            scale=scale,
+        )
+        for part in parts
+    ]
+    outputs, log_sum_exps = zip(*found)
+    return _joined(parts, outputs), _joined(parts, log_sum_exps)
+
+
+def _attention_of_part(
     functions: dict[str, Function],
     query: Tensor,
     key: Tensor,
@@ -74,9 +159,66 @@ def _attention_backward(
     scale: float,
     needs_grad: tuple[bool, bool, bool, bool],
 ) -> GradAttention:
+    # Weights are computed again, which takes neither of the two.
+    del output, log_sum_exp
+    parts = _parts(query, key, window)
+    if len(parts) == 1:
+        return _attention_backward_of_part(
+            functions,
+            grad_output,
+            query,
+            key,
+            value,
+            window,
+            bias=bias,
+            key_lengths=key_lengths,
+            scale=scale,
+            needs_grad=needs_grad,
+        )
+    grad_bias, dtype = None, query.dtype
+    if needs_grad[3] and bias is not None:
+        # What the parts give of one gradient is added up in fp32 or wider, and rounded once.
+        dtype, bias = bias.dtype, bias.to(torch.promote_types(torch.float32, bias.dtype))
+        grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    found = []
+    for part in parts:
+        *gradients, grad_part = _attention_backward_of_part(
+            functions,
+            part.of_queries(grad_output),
+            part.of_queries(query),
+            part.of_keys(key),
+            part.of_keys(value),
+            window,
+            bias=part.of_bias(bias),
+            key_lengths=part.of_lengths(key_lengths),
+            scale=scale,
+            needs_grad=needs_grad,
+        )
+        found.append(gradients)
+        of_part = part.of_bias(grad_bias)
+        if of_part is not None and grad_part is not None:
+            of_part += grad_part
+    grad_query, grad_key, grad_value = (
+        None if gradients[0] is None else _joined(parts, gradients) for gradients in zip(*found)
+    )
+    return grad_query, grad_key, grad_value, None if grad_bias is None else grad_bias.to(dtype)
+
+
+def _attention_backward_of_part(
+    functions: dict[str, Function],
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    *,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+    needs_grad: tuple[bool, bool, bool, bool],
+) -> GradAttention:
     scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
     weights = _softmax(scores, _every_row_sees_a_key(query, key, window, bias, key_lengths))[0].to(scores.dtype)
-    del output, log_sum_exp
     needs_query, needs_key, needs_value, needs_bias = needs_grad
     needs_scores = needs_query or needs_key or needs_bias
     # dP = dO . V and dV = P^T dO

@@ -12,7 +12,7 @@ from reference import brute_force_visible, call, truth
 from running import DTYPES, runs
 
 import attnreg
-from attnreg import Window
+from attnreg import Window, composition
 
 CASES_OF = {case.name: case for case in [*CASES, *LARGE_CASES]}
 
@@ -78,8 +78,12 @@ def test_values_and_gradients_are_within_the_error_budget(op, case, backend, dev
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("products", ["torch", "torch_block"])
-def test_attention_composed_of_two_products_is_within_the_error_budget(case, dtype, products):
+@pytest.mark.parametrize(("products", "largest_band"), [("torch", 2**30), ("torch_block", 2**30), ("torch_block", 1)])
+def test_attention_composed_of_two_products_is_within_the_error_budget(
+    case, dtype, products, largest_band, monkeypatch
+):
+    """In one piece, and in parts: one key head of one sequence at a time."""
+    monkeypatch.setattr(composition, "LARGEST_BAND", largest_band)
     (backend,) = (status.backend for status in attnreg.backends() if status.name == products)
     alone = replace(backend, name="composed", local_attention=None, local_attention_backward=None)
     with attnreg.register(alone):
