@@ -62,11 +62,22 @@ def test_what_the_library_cannot_do_is_refused_with_the_reason(name, changes, re
     assert reason in reasons(name, **changes)
 
 
+@pytest.mark.parametrize(("capability", "able"), [((8, 0), True), ((9, 0), True), ((8, 9), False), ((12, 0), False)])
+def test_flash_has_gradients_of_the_largest_head_dims_on_large_gpus_alone(monkeypatch, capability, able):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    refused = reasons("flash", head_dim=200, value_dim=200)
+    assert able or "need compute capability 8.0 or 9.0; this is {}.{}".format(*capability) in refused
+    assert bool(refused) != able
+    assert not reasons("flash", head_dim=200, value_dim=200, needs_grad=False)
+    assert not reasons("flash", head_dim=192, value_dim=192)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("flash", {}),
-        ("flash", {"dtype": torch.float16, "head_dim": 256, "value_dim": 256}),
+        ("flash", {"dtype": torch.float16, "head_dim": 192, "value_dim": 192}),
+        ("flash", {"head_dim": 256, "value_dim": 256, "needs_grad": False}),
         ("flash", {"key_length": 295}),
         ("flex", {}),
         ("flex", {**BIAS, "needs_grad": False}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 from dataclasses import replace
 
@@ -106,7 +107,8 @@ def test_the_entries_of_a_shipped_table_speak_for_each_other(path):
 @pytest.mark.parametrize(
     "path", [path for path in SHIPPED if path.stem.startswith("nvidia")], ids=lambda path: path.stem
 )
-def test_where_nothing_was_measured_ranks_choose_as_a_gpus_table_would(path):
+def test_where_nothing_was_measured_ranks_choose_as_a_gpus_table_would(path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     ratios = []
     for key, figures in store.load(path).rows.items():
         times = {name: figure.seconds for name, figure in figures.items() if figure.seconds}
@@ -130,6 +132,13 @@ def test_the_command_judges_a_table_without_measuring(tmp_path):
     stored = json.loads(file.read_text())
     assert stored["environment"]["device"]["name"] == store.load(table).environment.device.name
     assert stored["summary"]["all"]["calls"] == len(stored["regrets"]) > 50
+
+
+def test_a_terminated_run_ends_as_an_interrupted_one():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), regret._terminated_as_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("device", regret.GRIDS)

@@ -19,6 +19,9 @@ from attnreg import Problem, Window
 # It loads 16 bytes at a time.
 _ACCESS_BYTES = 16
 
+# The library's backward needs more shared memory above this head dim than other GPUs have.
+_MOST_ON_SMALL_GPUS, _LARGE_GPUS = 192, ((8, 0), (9, 0))
+
 # Two threads that set torch's setting back in the wrong order would leave it changed.
 _one_at_a_time = threading.Lock()
 
@@ -41,6 +44,12 @@ def refuse(problem: Problem) -> str | None:
     first_sees = problem.key_length - problem.query_length + problem.window.right
     if first_sees < 0:
         return f"the first {-first_sees} queries see no key; it takes only calls in which every query sees one"
+    if problem.needs_grad and problem.head_dim > _MOST_ON_SMALL_GPUS:
+        capability = torch.cuda.get_device_capability(problem.device)
+        if capability not in _LARGE_GPUS:
+            needed = " or ".join(f"{major}.{minor}" for major, minor in _LARGE_GPUS)
+            here = "{}.{}".format(*capability)
+            return f"gradients at E = {problem.head_dim} need compute capability {needed}; this is {here}"
     return None
 
 

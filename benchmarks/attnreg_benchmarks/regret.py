@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -144,6 +145,16 @@ def _able(entry: Entry, problem: Problem) -> Entry:
     return replace(entry, backend=replace(entry.backend, capability=capability, unavailable=None, refuse=None))
 
 
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which ends a command that takes too long, is what Ctrl-C is: whole calls are kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(
     json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the results go.")],
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
@@ -162,13 +173,12 @@ def main(
         where = asdict(tuning.environment)
         found = left_out(tuning)
     else:
-        # What ends a command that takes too long ends this one as Ctrl-C does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         on = torch.device(device)
         dtypes = [getattr(torch, name) for name in dtype or ("float32", "bfloat16")]
         tasks = [task for each in GRIDS[on.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **each)]
         where = asdict(environment(on))
-        found = regrets(tasks, (False, True), on, backend, seconds, repeat)
+        with _terminated_as_interrupted():
+            found = regrets(tasks, (False, True), on, backend, seconds, repeat)
     summary = summarize(found)
     json_file.parent.mkdir(parents=True, exist_ok=True)
     stored = {
