@@ -33,13 +33,15 @@ def complete(backend: Backend) -> dict[str, Function]:
         if own is not None:
             functions[name] = own
     if {"local_dot_product", "local_weighted_average"} <= functions.keys():
-        functions.setdefault("local_attention", functools.partial(_attention, functions))
+        attention = functools.partial(_attention, functions)
+        functions.setdefault("local_attention", functools.partial(_attention_in_parts, attention))
     if backend.differentiable:
         for op in OPS:
             if op in functions:
                 functions.setdefault(f"{op}_backward", functools.partial(_BACKWARD_BY_AUTOGRAD[op], functions[op]))
     if {"local_dot_product_backward", "local_weighted_average_backward"} <= functions.keys():
-        functions.setdefault("local_attention_backward", functools.partial(_attention_backward, functions))
+        backward = functools.partial(_attention_backward, functions)
+        functions.setdefault("local_attention_backward", functools.partial(_attention_backward_in_parts, backward))
     return functions
 
 
@@ -64,8 +66,13 @@ class _Part:
         batch, heads = bias.shape[:2]
         return bias[self.batch if batch > 1 else everything, self.heads if heads > 1 else everything]
 
-    def of_lengths(self, key_lengths: Tensor | None) -> Tensor | None:
-        return None if key_lengths is None else key_lengths[self.batch]
+    def of_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        lengths = options["key_lengths"]
+        return {
+            **options,
+            "bias": self.of_bias(options["bias"]),
+            "key_lengths": None if lengths is None else lengths[self.batch],
+        }
 
 
 def _parts(query: Tensor, key: Tensor, window: Window) -> list[_Part]:
@@ -92,38 +99,64 @@ def _joined(parts: list[_Part], tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.cat(row, 1) for row in rows.values()])
 
 
-def _attention(
-    functions: dict[str, Function],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    *,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
+def _attention_in_parts(
+    attention: Function, query: Tensor, key: Tensor, value: Tensor, window: Window, **options: Any
 ) -> tuple[Tensor, Tensor]:
     parts = _parts(query, key, window)
     if len(parts) == 1:
-        return _attention_of_part(functions, query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale)
+        whole: tuple[Tensor, Tensor] = attention(query, key, value, window, **options)
+        return whole
     found = [
-        _attention_of_part(
-            functions,
-            part.of_queries(query),
-            part.of_keys(key),
-            part.of_keys(value),
-            window,
-            bias=part.of_bias(bias),
-            key_lengths=part.of_lengths(key_lengths),
-            scale=scale,
-        )
+        attention(part.of_queries(query), part.of_keys(key), part.of_keys(value), window, **part.of_options(options))
         for part in parts
     ]
     outputs, log_sum_exps = zip(*found)
     return _joined(parts, outputs), _joined(parts, log_sum_exps)
 
 
-def _attention_of_part(
+def _attention_backward_in_parts(
+    backward: Function,
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    window: Window,
+    **options: Any,
+) -> GradAttention:
+    parts = _parts(query, key, window)
+    if len(parts) == 1:
+        whole: GradAttention = backward(grad_output, query, key, value, output, log_sum_exp, window, **options)
+        return whole
+    bias, grad_bias = options["bias"], None
+    if bias is not None and options["needs_grad"][3]:
+        # What the parts give of one gradient is added up in fp32 or wider, and rounded once.
+        options["bias"] = bias.to(torch.promote_types(torch.float32, bias.dtype))
+        grad_bias = torch.zeros_like(options["bias"], memory_format=torch.contiguous_format)
+    found = []
+    for part in parts:
+        *gradients, grad_part = backward(
+            part.of_queries(grad_output),
+            part.of_queries(query),
+            part.of_keys(key),
+            part.of_keys(value),
+            part.of_queries(output),
+            part.of_queries(log_sum_exp),
+            window,
+            **part.of_options(options),
+        )
+        found.append(gradients)
+        total = part.of_bias(grad_bias)
+        if total is not None:
+            total += grad_part
+    grad_query, grad_key, grad_value = (
+        None if gradients[0] is None else _joined(parts, gradients) for gradients in zip(*found)
+    )
+    return grad_query, grad_key, grad_value, None if grad_bias is None else grad_bias.to(bias.dtype)
+
+
+def _attention(
     functions: dict[str, Function],
     query: Tensor,
     key: Tensor,
@@ -159,66 +192,9 @@ def _attention_backward(
     scale: float,
     needs_grad: tuple[bool, bool, bool, bool],
 ) -> GradAttention:
-    # Weights are computed again, which takes neither of the two.
-    del output, log_sum_exp
-    parts = _parts(query, key, window)
-    if len(parts) == 1:
-        return _attention_backward_of_part(
-            functions,
-            grad_output,
-            query,
-            key,
-            value,
-            window,
-            bias=bias,
-            key_lengths=key_lengths,
-            scale=scale,
-            needs_grad=needs_grad,
-        )
-    grad_bias, dtype = None, query.dtype
-    if needs_grad[3] and bias is not None:
-        # What the parts give of one gradient is added up in fp32 or wider, and rounded once.
-        dtype, bias = bias.dtype, bias.to(torch.promote_types(torch.float32, bias.dtype))
-        grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    found = []
-    for part in parts:
-        *gradients, grad_part = _attention_backward_of_part(
-            functions,
-            part.of_queries(grad_output),
-            part.of_queries(query),
-            part.of_keys(key),
-            part.of_keys(value),
-            window,
-            bias=part.of_bias(bias),
-            key_lengths=part.of_lengths(key_lengths),
-            scale=scale,
-            needs_grad=needs_grad,
-        )
-        found.append(gradients)
-        of_part = part.of_bias(grad_bias)
-        if of_part is not None and grad_part is not None:
-            of_part += grad_part
-    grad_query, grad_key, grad_value = (
-        None if gradients[0] is None else _joined(parts, gradients) for gradients in zip(*found)
-    )
-    return grad_query, grad_key, grad_value, None if grad_bias is None else grad_bias.to(dtype)
-
-
-def _attention_backward_of_part(
-    functions: dict[str, Function],
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    *,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
-    needs_grad: tuple[bool, bool, bool, bool],
-) -> GradAttention:
     scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
     weights = _softmax(scores, _every_row_sees_a_key(query, key, window, bias, key_lengths))[0].to(scores.dtype)
+    del output, log_sum_exp
     needs_query, needs_key, needs_value, needs_bias = needs_grad
     needs_scores = needs_query or needs_key or needs_bias
     # dP = dO . V and dV = P^T dO

@@ -41,6 +41,11 @@ def block(request, monkeypatch):
     return request.param
 
 
+def multiply_factors(left, right, result):
+    """The CPU has no product of fp16 with an fp32 result."""
+    torch.bmm(left.float(), right.float(), out=result)
+
+
 @pytest.fixture(params=["in_place", "copied", "factors"])
 def sides(request, monkeypatch):
     """Lines read in place where they can be, however many edge rows they have; padded copies; fp16 factors."""
@@ -49,8 +54,7 @@ def sides(request, monkeypatch):
     # Several chunks, and bytes instead of MiB to say so.
     monkeypatch.setattr(call, "_MEBIBYTE", 1)
     monkeypatch.setattr(call, "factors_pay", lambda size: request.param == "factors")
-    # The CPU has no product of fp16 with an fp32 result.
-    monkeypatch.setattr(call, "multiply_factors", lambda x, y, out: torch.bmm(x.float(), y.float(), out=out))
+    monkeypatch.setattr(call, "multiply_factors", multiply_factors)
 
 
 @pytest.mark.parametrize("queries", LENGTHS)
@@ -310,11 +314,11 @@ def test_more_rows_than_the_kernels_can_count_are_refused():
 
 @pytest.mark.usefixtures("library")
 def test_factors_are_not_used_where_torch_may_sum_them_in_fp16(monkeypatch):
-    def multiply_factors(*_):
+    def forbidden(*_):
         raise AssertionError("factors were used")
 
     monkeypatch.setattr(call, "factors_pay", lambda size: True)
-    monkeypatch.setattr(call, "multiply_factors", multiply_factors)
+    monkeypatch.setattr(call, "multiply_factors", forbidden)
     query = torch.randn(1, 2, 40, 8)
     torch.backends.cuda.matmul.allow_fp16_accumulation = True  # has no attribute for monkeypatch to put back
     try:
@@ -330,7 +334,7 @@ def test_the_benchmark_of_the_rule_measures_every_product_at_every_block(monkeyp
     for name, value in measured.items():
         monkeypatch.setattr(cublas_blocks, name, value)
     monkeypatch.setattr(cublas_blocks, "SECONDS", 0.001)
-    monkeypatch.setattr(call, "multiply_factors", lambda x, y, out: torch.bmm(x.float(), y.float(), out=out))
+    monkeypatch.setattr(call, "multiply_factors", multiply_factors)
     found = list(cublas_blocks.blocks(torch.device("cpu")))
     assert len({(row["arithmetic"], row["product"], row["block"], row["factors"]) for row in found}) == len(found) == 20
     assert sum(row["factors"] for row in found) == 2

@@ -134,6 +134,15 @@ def test_the_command_judges_a_table_without_measuring(tmp_path):
     assert stored["summary"]["all"]["calls"] == len(stored["regrets"]) > 50
 
 
+def test_the_command_says_what_is_wrong_with_a_table(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    app = regret.typer.Typer()
+    app.command()(regret.main)
+    result = CliRunner().invoke(app, ["--json", str(tmp_path / "y.json"), "--left-out", str(tmp_path / "x.json")])
+    assert result.exit_code == 2
+    assert "it is no table of attnreg" in " ".join(result.output.split())
+
+
 def test_a_terminated_run_ends_as_an_interrupted_one():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), regret._terminated_as_interrupted():

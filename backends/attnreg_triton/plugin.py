@@ -10,6 +10,7 @@ import torch
 
 from attnreg import Backend, Capability, Problem, hookimpl
 from attnreg_triton.availability import DEVICES, unavailable
+from attnreg_triton.tiles import narrow_product
 
 
 def _deferred(module: str, name: str) -> Callable[..., Any]:
@@ -37,7 +38,7 @@ def _rank(problem: Problem) -> float:
     dim, fused = max(problem.head_dim, problem.value_dim), problem.op == "local_attention"
     if problem.dtype != torch.float32:
         return 35 if fused and dim > 128 else 10
-    if dim <= 64 or (not fused and problem.window.size <= (33 if dim <= 128 else 17)):
+    if dim <= 64 or (not fused and narrow_product(dim, problem.window) is not None):
         return 10
     scores_alone = problem.op == "local_dot_product" and not problem.needs_grad
     return 10 if scores_alone and dim <= 128 else 70

@@ -57,10 +57,15 @@ BAND_SUM = Tiles(32, 64, 4)
 
 def product_by_rows(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
     """For ``band_dot`` and ``band_average``, whose programs own rows."""
+    return narrow_product(dim, window) or _entry(_PRODUCT, dtype, dim)
+
+
+def narrow_product(dim: int, window: Window) -> Tiles | None:
+    """The tiles of its own that a narrow window has in the products; None where it is too wide for that."""
     for largest, by_dim in _NARROW_PRODUCT.items():
         if window.size <= largest and dim <= _DIMS[len(by_dim) - 1]:
             return by_dim[_class(dim)]
-    return _entry(_PRODUCT, dtype, dim)
+    return None
 
 
 def product_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:

@@ -1,12 +1,10 @@
 """What the rule of ``cublas_block`` is made of: its products at every block, head dim and window, and its edge rows or copies.
 
-``python -m attnreg_benchmarks.cublas_blocks --json FILE`` takes two minutes on a GPU. What was concluded is
-``backends/attnreg_cublas/rule.py``.
+``python -m attnreg_benchmarks.cublas_blocks --json FILE`` needs a GPU. What was concluded is ``backends/attnreg_cublas/rule.py``.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from attnreg import Window
 from attnreg.measuring.timing import measure
 from attnreg.problem import dtype_name
 from attnreg_benchmarks.machine import environment
-from attnreg_benchmarks.results import now
+from attnreg_benchmarks.results import now, write
 
 SECONDS = 0.02
 SETS = 3
@@ -127,8 +125,7 @@ def main(json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help=
     device = torch.device("cuda", torch.cuda.current_device())
     found, copies = list(blocks(device)), list(edges(device))
     content = {"date": now(), "environment": asdict(environment(device)), "blocks": found, "edges": copies}
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps(content, indent=0) + "\n")
+    write(content, json_file)
     same = ("arithmetic", "head_dim", "window", "product")
     for what in dict.fromkeys(tuple(row[name] for name in same) for row in found):
         rows = [row for row in found if tuple(row[name] for name in same) == what]

@@ -9,7 +9,6 @@ judges whatever tables the dispatcher finds; with ``ATTNREG_CACHE_DIR`` set to a
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnreg.backend import Capability
-from attnreg.dispatch import Entry, choose
+from attnreg.dispatch import Decision, Entry, choose
 from attnreg.measuring.task import Task
 from attnreg.plan import explain_problem
 from attnreg.problem import OPS, Problem
@@ -33,10 +32,10 @@ from attnreg.registry import registry
 from attnreg.tuning.lookup import measured
 from attnreg.tuning.store import Stored, load
 from attnreg.tuning.table import Table as Tuning
-from attnreg.tuning.table import problem_of
+from attnreg.tuning.table import TableError, problem_of
 from attnreg.tuning.tune import grid, measure_all
 from attnreg_benchmarks.machine import environment
-from attnreg_benchmarks.results import now
+from attnreg_benchmarks.results import now, write
 
 # Nothing here is a size of a shipped table: windows, head dims, lengths and heads lie between, or beyond.
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -111,9 +110,7 @@ def regrets(
         if decision.backend not in timed:
             why = failures.get((task, needs_grad, decision.backend), "it was not measured")
             raise RuntimeError(f"{task}: {decision.backend} was chosen and has no time: {why}")
-        best = min(timed, key=lambda name: timed[name])
-        ratio = timed[decision.backend] / timed[best]
-        found.append(Regret(str(task), needs_grad, decision.backend, decision.reason, best, ratio, timed))
+        found.append(_regret(str(task), decision, timed))
     return found
 
 
@@ -132,11 +129,14 @@ def left_out(table: Tuning) -> list[Regret]:
             [_able(entry, problem) for entry in registry.entries if entry.backend.name in times],
             measured=measured(problem, [Stored(others, "shipped", "the others", ())]),
         )
-        best = min(times, key=lambda name: times[name])
-        ratio = times[decision.backend] / times[best]
-        call = f"{key.op} {key.dtype} {key}"
-        found.append(Regret(call, key.gradients, decision.backend, decision.reason, best, ratio, times))
+        found.append(_regret(f"{key.op} {key.dtype} {key}", decision, times))
     return found
+
+
+def _regret(call: str, decision: Decision, seconds: dict[str, float]) -> Regret:
+    best = min(seconds, key=lambda name: seconds[name])
+    ratio = seconds[decision.backend] / seconds[best]
+    return Regret(call, decision.problem.needs_grad, decision.backend, decision.reason, best, ratio, seconds)
 
 
 def _able(entry: Entry, problem: Problem) -> Entry:
@@ -169,7 +169,10 @@ def main(
 ) -> None:
     """Measure, print the geometric mean and the worst of each op, and store everything."""
     if table_file is not None:
-        tuning = load(table_file)
+        try:
+            tuning = load(table_file)
+        except TableError as error:
+            raise typer.BadParameter(f"{table_file}: {error}", param_hint="--left-out") from None
         where = asdict(tuning.environment)
         found = left_out(tuning)
     else:
@@ -180,14 +183,13 @@ def main(
         with _terminated_as_interrupted():
             found = regrets(tasks, (False, True), on, backend, seconds, repeat)
     summary = summarize(found)
-    json_file.parent.mkdir(parents=True, exist_ok=True)
     stored = {
         "date": now(),
         "environment": where,
         "summary": summary,
         "regrets": [asdict(each) for each in found],
     }
-    json_file.write_text(json.dumps(stored, indent=1) + "\n")
+    write(stored, json_file)
     table = Table("op", "", "calls", "geometric mean", "worst")
     for name, group in summary.items():
         op, _, what = name.partition(", ")

@@ -56,10 +56,15 @@ def default_path(results: Results) -> Path:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write ``results`` to ``path``, whole or not at all. Folders that are missing are made."""
+    """Write ``results`` to ``path``, as :func:`write` does."""
     content: dict[str, Any] = {"format": FORMAT, **asdict(results)}
     content["workloads"] = [_workload_to_json(workload) for workload in results.workloads]
     content["records"] = [{**asdict(record), "fraction": record.fraction} for record in results.records]
+    write(content, path)
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """Write any benchmark's results as JSON, whole or not at all. Folders that are missing are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
