@@ -138,6 +138,8 @@ LARGE_CASES = [
          window=Window(1000, 1000)),
     Case("large_negative_scale", batch=1, heads=2, kv_heads=2, query_length=200, key_length=200, head_dim=64,
          value_dim=64, window=Window(30, 3), scale=-0.2),
+    Case("large_one_kv_head", batch=1, heads=64, kv_heads=1, query_length=300, key_length=300, head_dim=64, value_dim=64,
+         window=Window(3, 3)),
     Case("many_heads", batch=700, heads=100, kv_heads=50, query_length=3, key_length=3, head_dim=8, value_dim=8,
          window=Window(1, 1)),
 ]  # fmt: skip

@@ -68,7 +68,7 @@ def band_average_transposed(
         scale,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=product_precision(rows.dtype, window.size * (heads // kv_heads), window),
+        PRECISION=product_precision(rows.dtype, window.size, window),
         LONG=long_offsets(band, tiles),
         device=rows.device,
     )

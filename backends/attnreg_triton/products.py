@@ -3,9 +3,10 @@
 Each factor is split in two numbers that the units multiply exactly, ``x = hi + lo``, and three of the four products are
 added up, the small ones first; what is left out, ``lo * lo``, lies below fp32's last bit.
 
-"3xtf32" splits in two TF32 numbers of 11 bits. The units add up with truncation, so it serves short sums. "3xfp16" splits
-in two fp16 numbers, likewise of 11 bits, at twice the speed; rows are scaled by a power of two first, so that their largest
-element is near the top of fp16's range, and smaller ones keep the bits that count beside it.
+"3xtf32" splits in two TF32 numbers of 11 bits. The units add up with truncation, so it serves short sums; the sums of
+several tiles are added up outside of them. "3xfp16" splits in two fp16 numbers, likewise of 11 bits, at twice the speed;
+rows are scaled by a power of two first, so that their largest element is near the top of fp16's range, and smaller ones
+keep the bits that count beside it.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -24,7 +25,7 @@ _LONGEST_TF32_SUM = 64
 
 
 def product_precision(dtype: torch.dtype, terms: int, window: Window) -> str:
-    """How tiles of ``dtype`` are multiplied, each element of the result being a sum of up to ``terms`` products.
+    """How tiles of ``dtype`` are multiplied, each element of one tile's product being a sum of up to ``terms`` products.
 
     Splitting costs 3xTF32 less, the products 3xfp16: the small tiles of narrow windows are mostly splitting.
     """
@@ -72,15 +73,15 @@ def weights_by_rows(w, y, acc, PRECISION: tl.constexpr):
     elif PRECISION == "3xtf32":
         w_hi, w_lo = _tf32_parts(w)
         y_hi, y_lo = _tf32_parts(y)
-        acc = _three_products(w_hi, w_lo, y_hi, y_lo, acc)
+        acc += _three_products(w_hi, w_lo, y_hi, y_lo)
     else:
         acc = dot(w, y, PRECISION, acc)
     return acc
 
 
 @triton.jit
-def _three_products(a_hi, a_lo, b_hi, b_lo, acc=None):
-    acc = dot(a_lo, b_hi, "tf32", acc)
+def _three_products(a_hi, a_lo, b_hi, b_lo):
+    acc = dot(a_lo, b_hi, "tf32")
     acc = dot(a_hi, b_lo, "tf32", acc)
     return dot(a_hi, b_hi, "tf32", acc)
 
