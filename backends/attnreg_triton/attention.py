@@ -24,8 +24,9 @@ from attnreg_triton.band import (
     visible_length,
 )
 from attnreg_triton.hopper import service as hopper
-from attnreg_triton.interpreter import cast, dot, span
-from attnreg_triton.launch import bias_strides, ceil_div, clip_window, input_precision, launch, origin, padded, strides
+from attnreg_triton.interpreter import cast, span
+from attnreg_triton.launch import bias_strides, ceil_div, clip_window, launch, origin, padded, strides
+from attnreg_triton.products import attention_precision, rows_by_keys, weights_by_rows
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -81,7 +82,7 @@ def local_attention(
         VALUE_DIM=value_dim,
         BLOCK_HEAD=padded(head_dim),
         BLOCK_VALUE=padded(value_dim),
-        PRECISION=input_precision(query.dtype, max(head_dim, value_dim)),
+        PRECISION=attention_precision(query.dtype),
         device=query.device,
     )
     return output, log_sum_exp
@@ -175,7 +176,7 @@ def _attention(
         if HAS_BIAS:
             b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible & (i < i_end))
             visible = b != float("-inf")
-        s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
+        s = scores(rows_by_keys(q, k, PRECISION), scale, b, HAS_BIAS)
         s = tl.where(visible, s, float("-inf"))
 
         # While a row has seen no visible key its maximum is -inf, and -inf - -inf would be NaN.
@@ -186,7 +187,7 @@ def _attention(
         m = m_new
         total = total * rescale + tl.sum(p, 1)
         v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
-        acc = dot(cast(p, v.dtype), v, PRECISION, acc * rescale[:, None])
+        acc = weights_by_rows(cast(p, v.dtype), v, acc * rescale[:, None], PRECISION)
 
     # A row without a visible key has a total of 0 and acc = 0: O = 0 and a log-sum-exp of -inf.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]

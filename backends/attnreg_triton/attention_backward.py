@@ -46,8 +46,9 @@ from attnreg_triton.bias_gradient import (
     store_columns,
 )
 from attnreg_triton.hopper import service as hopper
-from attnreg_triton.interpreter import cast, dot, span
-from attnreg_triton.launch import bias_strides, ceil_div, clip_window, input_precision, launch, origin, padded, strides
+from attnreg_triton.interpreter import cast, span
+from attnreg_triton.launch import bias_strides, ceil_div, clip_window, launch, origin, padded, strides
+from attnreg_triton.products import attention_precision, rows_by_keys, weights_by_rows
 from attnreg_triton.tiles import attention_backward_by_keys, attention_backward_by_rows
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -106,7 +107,7 @@ def local_attention_backward(
         "VALUE_DIM": value_dim,
         "BLOCK_HEAD": padded(head_dim),
         "BLOCK_VALUE": padded(value_dim),
-        "PRECISION": input_precision(query.dtype, max(head_dim, value_dim)),
+        "PRECISION": attention_precision(query.dtype),
         "device": query.device,
     }
 
@@ -272,12 +273,12 @@ def _attention_backward_rows(
             k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
             visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
             b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
-            s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
+            s = scores(rows_by_keys(q, k, PRECISION), scale, b, HAS_BIAS)
             p = exponential(s - lse[:, None], HAS_BIAS)
             total += tl.sum(tl.where(b != float("-inf"), p, 0.0), 1)
             if row_dot is not None:
                 v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
-                dp = dot(do, tl.trans(v), PRECISION)
+                dp = rows_by_keys(do, v, PRECISION)
                 d += tl.sum(tl.where(b != float("-inf"), p * dp, 0.0), 1)
         rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
         tl.store(row_rescale + row, rescale, mask=i_tile < i_end)
@@ -310,14 +311,14 @@ def _attention_backward_rows(
             if HAS_BIAS:
                 b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
                 visible = b != float("-inf")
-            s = scores(dot(q, tl.trans(k), PRECISION), scale, b, HAS_BIAS)
+            s = scores(rows_by_keys(q, k, PRECISION), scale, b, HAS_BIAS)
             p = exponential(s - lse[:, None], HAS_BIAS)
             if HAS_BIAS:
                 p *= rescale[:, None]
-            dp = dot(do, tl.trans(v), PRECISION)
+            dp = rows_by_keys(do, v, PRECISION)
             ds = tl.where(visible, p * (dp - d[:, None]), 0.0)
             if grad_query is not None:
-                dq = dot(cast(ds, k.dtype), k, PRECISION, dq)
+                dq = weights_by_rows(cast(ds, k.dtype), k, dq, PRECISION)
             if REDUCTION == "none":
                 store_band(grad_bias, grad_bias_strides, n, h, i, j, origin, width, len_q, ds)
             elif REDUCTION == "row sums":
@@ -428,18 +429,18 @@ def _attention_backward_keys(
             if HAS_BIAS:
                 b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
                 visible = b != float("-inf")
-            s = scores(dot(k, tl.trans(q), PRECISION), scale, b, HAS_BIAS)
+            s = scores(rows_by_keys(k, q, PRECISION), scale, b, HAS_BIAS)
             p = exponential(s - lse[None, :], HAS_BIAS)
             if HAS_BIAS:
                 p *= tl.load(row_rescale + row, mask=seeing, other=0.0)[None, :]
             p = tl.where(visible, p, 0.0)
             if grad_value is not None:
-                dv = dot(cast(p, do.dtype), do, PRECISION, dv)
+                dv = weights_by_rows(cast(p, do.dtype), do, dv, PRECISION)
             if grad_key is not None:
                 d = tl.load(row_dot + row, mask=seeing, other=0.0)
-                dp = dot(v, tl.trans(do), PRECISION)
+                dp = rows_by_keys(v, do, PRECISION)
                 ds = p * (dp - d[None, :])
-                dk = dot(cast(ds, q.dtype), q, PRECISION, dk)
+                dk = weights_by_rows(cast(ds, q.dtype), q, dk, PRECISION)
 
     if grad_key is not None:
         store_rows(grad_key, grad_key_strides, n, h_kv, j_tile, j_tile < len_k, dk * scale, HEAD_DIM, BLOCK_HEAD)

@@ -25,8 +25,8 @@ from attnreg_triton.band import (
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import span
 from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
-from attnreg_triton.products import product_precision, weights_by_rows
-from attnreg_triton.tiles import product_by_rows
+from attnreg_triton.products import average_precision, weights_by_rows
+from attnreg_triton.tiles import average_by_rows
 
 
 def band_average(
@@ -46,7 +46,7 @@ def band_average(
 
         return on_hopper.band_average(band, keys, window, key_lengths=key_lengths, scale=scale)
     rows = torch.empty((batch, heads, len_q, head_dim), dtype=keys.dtype, device=keys.device)
-    tiles = product_by_rows(keys.dtype, head_dim, window)
+    tiles = average_by_rows(keys.dtype, head_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
         _band_average,
@@ -71,7 +71,7 @@ def band_average(
         scale,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=product_precision(keys.dtype, window.size, window),
+        PRECISION=average_precision(keys.dtype, head_dim, window),
         LONG=long_offsets(band, tiles),
         device=keys.device,
     )

@@ -25,8 +25,8 @@ from attnreg_triton.band import (
 )
 from attnreg_triton.interpreter import span
 from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
-from attnreg_triton.products import product_precision, weights_by_rows
-from attnreg_triton.tiles import product_by_keys
+from attnreg_triton.products import average_precision, weights_by_rows
+from attnreg_triton.tiles import average_by_keys
 
 
 def band_average_transposed(
@@ -43,7 +43,7 @@ def band_average_transposed(
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = key_shape
     keys = torch.empty(key_shape, dtype=rows.dtype, device=rows.device)
-    tiles = product_by_keys(rows.dtype, head_dim, window)
+    tiles = average_by_keys(rows.dtype, head_dim, window)
     key_tiles = ceil_div(len_k, tiles.keys)
     launch(
         _band_average_transposed,
@@ -68,7 +68,7 @@ def band_average_transposed(
         scale,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=product_precision(rows.dtype, window.size, window),
+        PRECISION=average_precision(rows.dtype, head_dim, window),
         LONG=long_offsets(band, tiles),
         device=rows.device,
     )

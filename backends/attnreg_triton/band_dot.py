@@ -24,8 +24,8 @@ from attnreg_triton.band import (
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
 from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
-from attnreg_triton.products import product_precision, rows_by_keys
-from attnreg_triton.tiles import product_by_rows
+from attnreg_triton.products import dot_precision, rows_by_keys
+from attnreg_triton.tiles import dot_by_rows
 
 
 def band_dot(
@@ -49,7 +49,7 @@ def band_dot(
     if len_k == 0:
         return torch.full(shape, fill, dtype=rows.dtype, device=rows.device)
     band = torch.empty(shape, dtype=rows.dtype, device=rows.device)
-    tiles = product_by_rows(rows.dtype, head_dim, window)
+    tiles = dot_by_rows(rows.dtype, head_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
         _band_dot,
@@ -75,7 +75,7 @@ def band_dot(
         FILL=fill,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
-        PRECISION=product_precision(rows.dtype, head_dim, window),
+        PRECISION=dot_precision(rows.dtype, head_dim, window),
         LONG=long_offsets(band, tiles),
         device=rows.device,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Window, allow_tf32
+from attnreg import Window
 from attnreg_triton.tiles import Tiles
 
 Strides = tuple[int, int, int]
@@ -70,17 +70,6 @@ def clip_window(window: Window, bias: Tensor | None, query_length: int, key_leng
         return window
     reach = query_length + key_length
     return Window(min(window.left, reach), min(window.right, reach))
-
-
-def input_precision(dtype: torch.dtype, head_dim: int = 0) -> str:
-    """How fp32 is multiplied: as one TF32 number, split in two such that the product is fp32-accurate, or by FMA.
-
-    The matrix units add up with truncation. Attention multiplies what two sums over the head dim have left, and beyond
-    128 of them its gradients miss 1e-6 (measured: 1.2e-6 at 256 by "tf32x3", 0.6e-6 by FMA, at twice the time).
-    """
-    if dtype != torch.float32 or allow_tf32():
-        return "tf32"
-    return "tf32x3" if head_dim <= 128 else "ieee"
 
 
 def padded(head_dim: int) -> int:

@@ -18,27 +18,39 @@ import triton.language as tl
 
 from attnreg import Window, allow_tf32
 from attnreg_triton.interpreter import cast, dot
-from attnreg_triton.tiles import NARROW_WINDOW
 
 # Beyond, the truncation of the sums shows: measured on an H200, 3xTF32 makes 0.5e-6 of 64 terms, 1.1e-6 of 128.
 _LONGEST_TF32_SUM = 64
 
+# Splitting costs 3xTF32 less, the products 3xfp16: the small tiles of narrow windows are mostly splitting. An average over
+# windows between these two, which has larger tiles, is that only beyond a head dim of 64 (measured on an H100).
+_NARROWEST, _NARROW = 17, 33
 
-def product_precision(dtype: torch.dtype, terms: int, window: Window) -> str:
-    """How tiles of ``dtype`` are multiplied, each element of one tile's product being a sum of up to ``terms`` products.
 
-    Splitting costs 3xTF32 less, the products 3xfp16: the small tiles of narrow windows are mostly splitting.
-    """
+def dot_precision(dtype: torch.dtype, head_dim: int, window: Window) -> str:
+    """How tiles of ``dtype`` are multiplied by ``rows_by_keys`` for a band, whose elements are sums over the head dim."""
+    return _precision(dtype, head_dim <= _LONGEST_TF32_SUM and window.size <= _NARROW)
+
+
+def hopper_dot_precision(dtype: torch.dtype, head_dim: int) -> str:
+    """As ``dot_precision``, for ``hopper.band_dot``, where splitting in fp16 costs more than the products save."""
+    return _precision(dtype, head_dim <= _LONGEST_TF32_SUM)
+
+
+def average_precision(dtype: torch.dtype, dim: int, window: Window) -> str:
+    """How tiles of ``dtype`` are multiplied by ``weights_by_rows`` for an average, a sum of at most W terms in each tile."""
+    return _precision(dtype, window.size <= _NARROWEST or (window.size <= _NARROW and 64 < dim <= 128))
+
+
+def attention_precision(dtype: torch.dtype) -> str:
+    """How tiles of ``dtype`` are multiplied in the fused attention."""
+    return _precision(dtype, False)
+
+
+def _precision(dtype: torch.dtype, splitting_counts: bool) -> str:
     if dtype != torch.float32 or allow_tf32():
         return "tf32"
-    return "3xtf32" if terms <= _LONGEST_TF32_SUM and window.size <= NARROW_WINDOW else "3xfp16"
-
-
-def hopper_product_precision(dtype: torch.dtype, terms: int) -> str:
-    """As ``product_precision``, for ``hopper.band_dot``, where splitting in fp16 costs more than the products save."""
-    if dtype != torch.float32 or allow_tf32():
-        return "tf32"
-    return "3xtf32" if terms <= _LONGEST_TF32_SUM else "3xfp16"
+    return "3xtf32" if splitting_counts else "3xfp16"
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """How many rows and keys a program works on, and with how many warps: the one place to tune.
 
 Every entry fits into the 99 KiB of shared memory that the smaller GPUs have. fp32 needs smaller tiles: it is twice as
-wide, and its accurate product splits each factor in two.
+wide, and its accurate product splits each factor in two. Its tiles want few warps: a warp splits all of the factors that it
+multiplies, so that more warps split the same factors more often.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ class Tiles:
 
 
 # For head dims up to 64, 128 and 256: of fp16 and bf16, and of fp32. The 16-bit entries of attention up to 128 were
-# measured on an H200 (N=4, H=16, L=8192, causal windows 16 to 1024), the others chosen by registers and shared memory.
+# measured on an H200 (N=4, H=16, L=8192, causal windows 16 to 1024), those of fp32 and of products on an H100 (N*H=64, L=4096,
+# windows 16 to 256 and 64 to 512), the others chosen by registers and shared memory.
 _DIMS = (64, 128, 256)
-_PRODUCT = (
-    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 8)),
-    (Tiles(64, 64, 4, num_stages=1), Tiles(64, 32, 8), Tiles(32, 32, 8)),
+_DOT = (
+    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4)),
+    (Tiles(64, 64, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(32, 64, 8, num_stages=1)),
+)
+_AVERAGE = (
+    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4)),
+    (Tiles(64, 64, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(32, 32, 4, num_stages=1)),
 )
 # Windows for which one step of few keys does: the fewer the rows, the fewer products fall outside the band.
 _NARROW_PRODUCT = {
@@ -37,15 +43,15 @@ _NARROW_PRODUCT = {
 }
 _ATTENTION = (
     (Tiles(64, 64, 4, num_stages=3), Tiles(64, 32, 4, num_stages=3), Tiles(32, 64, 8)),
-    (Tiles(64, 32, 4), Tiles(32, 32, 8), Tiles(16, 16, 8)),
+    (Tiles(64, 32, 4), Tiles(64, 32, 4, num_stages=1), Tiles(32, 16, 4, num_stages=1)),
 )
 _BACKWARD_ROWS = (
     (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(32, 32, 8)),
-    (Tiles(32, 32, 4), Tiles(16, 32, 8), Tiles(16, 16, 8)),
+    (Tiles(64, 32, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
 )
 _BACKWARD_KEYS = (
     (Tiles(32, 64, 4, num_stages=1), Tiles(32, 64, 4, num_stages=1), Tiles(32, 32, 8)),
-    (Tiles(32, 32, 4), Tiles(16, 32, 8), Tiles(16, 16, 8)),
+    (Tiles(32, 64, 4, num_stages=1), Tiles(32, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
 )
 
 # The keys of 64 rows and a window of at most this size fit three steps of 32 keys; steps of 64 would take two.
@@ -55,9 +61,14 @@ NARROW_WINDOW = 33
 BAND_SUM = Tiles(32, 64, 4)
 
 
-def product_by_rows(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
-    """For ``band_dot`` and ``band_average``, whose programs own rows."""
-    return narrow_product(dim, window) or _entry(_PRODUCT, dtype, dim)
+def dot_by_rows(dtype: torch.dtype, head_dim: int, window: Window) -> Tiles:
+    """For ``band_dot``, whose programs own rows."""
+    return narrow_product(head_dim, window) or _entry(_DOT, dtype, head_dim)
+
+
+def average_by_rows(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
+    """For ``band_average``, whose programs own rows."""
+    return narrow_product(dim, window) or _entry(_AVERAGE, dtype, dim)
 
 
 def narrow_product(dim: int, window: Window) -> Tiles | None:
@@ -68,9 +79,9 @@ def narrow_product(dim: int, window: Window) -> Tiles | None:
     return None
 
 
-def product_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
+def average_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
     """For ``band_average_transposed``, whose programs own keys."""
-    tiles = product_by_rows(dtype, dim, window)
+    tiles = average_by_rows(dtype, dim, window)
     return replace(tiles, rows=tiles.keys, keys=tiles.rows)
 
 
@@ -82,7 +93,7 @@ def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window)
 def attention_backward_by_rows(dtype: torch.dtype, head_dim: int, value_dim: int, has_bias: bool) -> Tiles:
     """For the gradients of query and bias.
 
-    Never more rows than keys, which ``bias_gradient.store_column_sums`` relies on.
+    With a bias never more rows than keys, which ``bias_gradient.store_column_sums`` relies on.
     """
     tiles = _entry(_BACKWARD_ROWS, dtype, max(head_dim, value_dim))
     return replace(tiles, rows=min(tiles.rows, 32)) if has_bias else tiles

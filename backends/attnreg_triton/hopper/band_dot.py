@@ -42,7 +42,7 @@ from attnreg_triton.hopper.tile import (
     visible_length,
 )
 from attnreg_triton.launch import ceil_div, launch, origin
-from attnreg_triton.products import hopper_product_precision
+from attnreg_triton.products import hopper_dot_precision
 from attnreg_triton.tiles import hopper_band_dot
 
 
@@ -74,7 +74,7 @@ def band_dot(
         scale,
         FILL=fill,
         VECTOR=vector,
-        PRECISION=hopper_product_precision(rows.dtype, head_dim),
+        PRECISION=hopper_dot_precision(rows.dtype, head_dim),
         STAGES=tiles.num_stages,
         device=rows.device,
     )
