@@ -2,7 +2,7 @@
 
 The distance of an entry from a call is counted in octaves, ``abs(log2(theirs / ours))``, of each size that differs: two for
 one in the head dim (E or D, whichever differs more, as the next power of two from 16 up, which kernels pad it to; and a
-tenth of what it differs itself), half of one in the window W, in N * H and in H / Hkv, and a quarter in each of Lq and
+quarter of what it differs itself), half of one in the window W, in N * H and in H / Hkv, and a quarter in each of Lq and
 Lk. float16 and bfloat16 stand in for each other at a quarter of an octave. The op, any other dtype and whether gradients
 are needed must be the same. The nearest entry of a table serves the call; where it compares no two candidates that can run
 the call, as after an interrupted tuning, the next one does.
@@ -68,7 +68,7 @@ def _differences(entry: Key, wanted: Key) -> Iterator[tuple[float, float]]:
     yield 0.5, _octaves(entry.window, wanted.window)
     head_dims = ((entry.head_dim, wanted.head_dim), (entry.value_dim, wanted.value_dim))
     yield 2.0, max(_octaves(_padded(theirs), _padded(ours)) for theirs, ours in head_dims)
-    yield 0.1, max(_octaves(theirs, ours) for theirs, ours in head_dims)
+    yield 0.25, max(_octaves(theirs, ours) for theirs, ours in head_dims)
     yield 0.5, _octaves(entry.sequences, wanted.sequences)
     yield 0.5, _octaves(entry.group, wanted.group)
     yield 0.25, _octaves(entry.queries, wanted.queries)

@@ -30,18 +30,20 @@ def _deferred(module: str, name: str) -> Callable[..., Any]:
 def _rank(problem: Problem) -> float:
     """First choice on a GPU, but where an H100 showed something else to be faster. The interpreter (CPU) is for tests and last.
 
-    In fp32 tiles are small above a head dim of 64, and ``cublas_block`` (60) is faster, by up to eleven times; but not for narrow
-    windows, which have tiles of their own, nor for scores without gradients. In 16 bits ``flash`` (30) is faster above 128.
+    Up to a head dim of 128 nothing is. Above, in 16 bits, ``flash`` (30) is, unless there are gradients and a narrow window; in
+    fp32 ``cublas_block`` (60) is, by up to 1.9 times, unless an average is all there is, or narrow tiles make up for it.
     """
     if problem.device.type != "cuda":
         return 1000
     dim, fused = max(problem.head_dim, problem.value_dim), problem.op == "local_attention"
-    if problem.dtype != torch.float32:
-        return 35 if fused and dim > 128 else 10
-    if dim <= 64 or (not fused and narrow_product(dim, problem.window) is not None):
+    if dim <= 128:
         return 10
-    scores_alone = problem.op == "local_dot_product" and not problem.needs_grad
-    return 10 if scores_alone and dim <= 128 else 70
+    if problem.dtype != torch.float32:
+        return 35 if fused and not (problem.needs_grad and problem.window.size <= 128) else 10
+    if problem.op == "local_weighted_average" and not problem.needs_grad:
+        return 10
+    narrow = not fused and problem.needs_grad and narrow_product(dim, problem.window) is not None
+    return 10 if narrow else 70
 
 
 @hookimpl

@@ -4,14 +4,17 @@
 between those of the shipped tables, asks the dispatcher, and gives ``chosen / best``: 1.0 is the best choice there is. It
 judges whatever tables the dispatcher finds; with ``ATTNREG_CACHE_DIR`` set to an empty folder these are the shipped ones.
 
-``--left-out TABLE`` measures nothing: each entry of that table is left out in turn, and the others choose for it.
+Two ways measure nothing, and need no such device. ``--again FILE`` chooses anew for the calls of an earlier run, by the table
+that is shipped for its device: what a change of a table or of the lookup is worth. ``--left-out TABLE`` leaves each entry of
+a table out in turn, and the others choose for it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -30,7 +33,7 @@ from attnreg.plan import explain_problem
 from attnreg.problem import OPS, Problem
 from attnreg.registry import registry
 from attnreg.tuning.lookup import measured
-from attnreg.tuning.store import Stored, load
+from attnreg.tuning.store import SHIPPED, Stored, load
 from attnreg.tuning.table import Table as Tuning
 from attnreg.tuning.table import TableError, problem_of
 from attnreg.tuning.tune import grid, measure_all
@@ -124,19 +127,57 @@ def left_out(table: Tuning) -> list[Regret]:
             continue
         problem = problem_of(key, device)
         others = Tuning(table.environment, {other: row for other, row in table.rows.items() if other != key})
-        decision = choose(
-            problem,
-            [_able(entry, problem) for entry in registry.entries if entry.backend.name in times],
-            measured=measured(problem, [Stored(others, "shipped", "the others", ())]),
-        )
+        decision = _choice(problem, times, Stored(others, "shipped", "the others", ()))
         found.append(_regret(f"{key.op} {key.dtype} {key}", decision, times))
     return found
 
 
-def _regret(call: str, decision: Decision, seconds: dict[str, float]) -> Regret:
+def again(recorded: Sequence[Mapping[str, Any]], table: Path) -> list[Regret]:
+    """For the calls of an earlier run, given as this module stores them, what a table chooses among the candidates there.
+
+    Raises:
+        ValueError: a call is none of today's grid.
+    """
+    tuning = load(table)
+    device = torch.device(tuning.environment.device.type)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    tasks = {str(task): task for task in _tasks(device, dtypes)}
+    found = []
+    for each in recorded:
+        call, needs_grad, times = each["call"], each["gradients"], each["seconds"]
+        if call not in tasks:
+            raise ValueError(f"its call {call!r} is none of today's grid")
+        problem = tasks[call].problem(device, needs_grad=needs_grad)
+        found.append(_regret(call, _choice(problem, times, Stored(tuning, "shipped", table.name, ())), times))
+    return found
+
+
+def shipped_for(device_name: str) -> Path:
+    """The table that is shipped for a device of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in sorted(SHIPPED.glob("*.json")):
+        if load(path).environment.device.name == device_name:
+            return path
+    raise ValueError(f"no table is shipped for {device_name!r}")
+
+
+def _tasks(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Task]:
+    return [task for part in GRIDS[device.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **part)]
+
+
+def _choice(problem: Problem, seconds: Mapping[str, float], table: Stored) -> Decision:
+    """What the dispatcher would choose by ``table`` alone, if the candidates with a time were all there is."""
+    entries = [_able(entry, problem) for entry in registry.entries if entry.backend.name in seconds]
+    return choose(problem, entries, measured=measured(problem, [table]))
+
+
+def _regret(call: str, decision: Decision, seconds: Mapping[str, float]) -> Regret:
     best = min(seconds, key=lambda name: seconds[name])
     ratio = seconds[decision.backend] / seconds[best]
-    return Regret(call, decision.problem.needs_grad, decision.backend, decision.reason, best, ratio, seconds)
+    return Regret(call, decision.problem.needs_grad, decision.backend, decision.reason, best, ratio, dict(seconds))
 
 
 def _able(entry: Entry, problem: Problem) -> Entry:
@@ -166,9 +207,23 @@ def main(
         Path | None,
         typer.Option("--left-out", metavar="TABLE", help="Measure nothing: judge this table by its own entries."),
     ] = None,
+    earlier: Annotated[
+        Path | None,
+        typer.Option("--again", metavar="FILE", help="Measure nothing: choose anew for the calls of an earlier run."),
+    ] = None,
 ) -> None:
     """Measure, print the geometric mean and the worst of each op, and store everything."""
-    if table_file is not None:
+    date = now()
+    if table_file is not None and earlier is not None:
+        raise typer.BadParameter("--left-out and --again exclude each other")
+    if earlier is not None:
+        try:
+            content = json.loads(earlier.read_text())
+            date, where = content["date"], content["environment"]
+            found = again(content["regrets"], shipped_for(where["device"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise typer.BadParameter(f"{earlier}: {type(error).__name__}: {error}", param_hint="--again") from None
+    elif table_file is not None:
         try:
             tuning = load(table_file)
         except TableError as error:
@@ -178,13 +233,12 @@ def main(
     else:
         on = torch.device(device)
         dtypes = [getattr(torch, name) for name in dtype or ("float32", "bfloat16")]
-        tasks = [task for each in GRIDS[on.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **each)]
         where = asdict(environment(on))
         with _terminated_as_interrupted():
-            found = regrets(tasks, (False, True), on, backend, seconds, repeat)
+            found = regrets(_tasks(on, dtypes), (False, True), on, backend, seconds, repeat)
     summary = summarize(found)
     stored = {
-        "date": now(),
+        "date": date,
         "environment": where,
         "summary": summary,
         "regrets": [asdict(each) for each in found],
