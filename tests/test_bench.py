@@ -187,6 +187,25 @@ def test_the_definition_passes_the_check(op, changes):
         assert set(verdict.errors) == names
 
 
+ONE_KEY = {"window": Window(0, 0)}
+
+
+@pytest.mark.parametrize("name", ["torch", "torch_block"])
+def test_gradients_that_vanish_may_keep_a_few_rounding_steps_of_the_others(name):
+    """With one key a row, the weights are 1 whatever query and key are."""
+    stage = set_stage(small(FUSED, **ONE_KEY), CPU)
+    verdict = verify(stage, contender(name), "backward")
+    assert verdict.fault is None
+    assert verdict.errors["query"] < 1e-6
+
+
+@pytest.mark.parametrize("left_over", [1e-4, torch.inf])
+def test_more_than_that_is_wrong(left_over):
+    stage = set_stage(small(FUSED, **ONE_KEY), CPU)
+    verdict = verify(stage, altered(lambda tensor: tensor + left_over), "backward")
+    assert verdict.fault.startswith("query: relative error")
+
+
 def altered(change) -> Contender:
     """The definition with ``change(tensor)`` made to its output, and to each gradient."""
     right = contender("torch")
