@@ -50,6 +50,8 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "cpu": (
         {"windows": (3, 23, 90), "head_dims": (80,), "lengths": (700, 1500), "heads": ((6, 6),)},
         {"windows": (11,), "head_dims": (48,), "lengths": (2500,), "heads": ((4, 2),)},
+        # So small that the fewest operations can win.
+        {"windows": (3,), "head_dims": (48,), "lengths": (90, 180, 400), "heads": ((1, 1), (3, 3))},
     ),
 }
 
