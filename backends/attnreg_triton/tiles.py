@@ -1,8 +1,9 @@
 """How many rows and keys a program works on, and with how many warps: the one place to tune.
 
 Every entry fits into the 99 KiB of shared memory that the smaller GPUs have. fp32 needs smaller tiles: it is twice as
-wide, and its accurate product splits each factor in two. Its tiles want few warps: a warp splits all of the factors that it
-multiplies, so that more warps split the same factors more often.
+wide, and its accurate product splits each factor in two, in registers: mostly it wants one stage and four warps. (Measured on
+an H100, average, E = 128, W = 64: a second stage makes a tile of 32 by 32 take 1.8 times as long, eight warps one of 32 by 64
+1.3 times.)
 """
 
 from __future__ import annotations
