@@ -88,7 +88,8 @@ def _nearest(wanted: Key, stored: Stored) -> list[tuple[float, Key, Stored]]:
     entries = (
         (distance(key, wanted), index, key)
         for index, key in enumerate(stored.table.rows)
-        if key.op == wanted.op and key.gradients == wanted.gradients  # a call of its own for each would cost most of all
+        if key.op == wanted.op
+        and key.gradients == wanted.gradients  # a call of its own for each would cost most of all
     )
     return [(octaves, key, stored) for octaves, _, key in nsmallest(MOST_ENTRIES, entries) if octaves <= FAR]
 
