@@ -84,14 +84,8 @@ def _octaves(theirs: int, ours: int) -> float:
 
 
 def _nearest(wanted: Key, stored: Stored) -> list[tuple[float, Key, Stored]]:
-    # Passed over here, as a call of `distance` for each row of another op would cost most of all.
-    alike = (
-        (index, key)
-        for index, key in enumerate(stored.table.rows)
-        if (key.op, key.gradients) == (wanted.op, wanted.gradients)
-    )
     # Of two as near, the first in the file, which is sorted: every process takes the same.
-    entries = ((distance(key, wanted), index, key) for index, key in alike)
+    entries = ((distance(key, wanted), index, key) for index, key in enumerate(stored.table.rows))
     return [(octaves, key, stored) for octaves, _, key in nsmallest(MOST_ENTRIES, entries) if octaves <= FAR]
 
 

@@ -18,18 +18,18 @@ import triton.language as tl
 
 from attnreg import Window, allow_tf32
 from attnreg_triton.interpreter import cast, dot
+from attnreg_triton.tiles import NARROW_PRODUCT_WINDOW, NARROWEST_PRODUCT_WINDOW, narrow_product
 
 # Beyond, the truncation of the sums shows: measured on an H200, 3xTF32 makes 0.5e-6 of 64 terms, 1.1e-6 of 128.
 _LONGEST_TF32_SUM = 64
 
-# Splitting costs 3xTF32 less, the products 3xfp16: the small tiles of narrow windows are mostly splitting. An average over
-# windows between these two, which has larger tiles, is that only beyond a head dim of 64 (measured on an H100).
-_NARROWEST, _NARROW = 17, 33
-
 
 def dot_precision(dtype: torch.dtype, head_dim: int, window: Window) -> str:
-    """How tiles of ``dtype`` are multiplied by ``rows_by_keys`` for a band, whose elements are sums over the head dim."""
-    return _precision(dtype, head_dim <= _LONGEST_TF32_SUM and window.size <= _NARROW)
+    """How tiles of ``dtype`` are multiplied by ``rows_by_keys`` for a band, whose elements are sums over the head dim.
+
+    Splitting costs 3xTF32 less, the products 3xfp16: the small tiles of narrow windows are mostly splitting.
+    """
+    return _precision(dtype, head_dim <= _LONGEST_TF32_SUM and window.size <= NARROW_PRODUCT_WINDOW)
 
 
 def hopper_dot_precision(dtype: torch.dtype, head_dim: int) -> str:
@@ -38,8 +38,13 @@ def hopper_dot_precision(dtype: torch.dtype, head_dim: int) -> str:
 
 
 def average_precision(dtype: torch.dtype, dim: int, window: Window) -> str:
-    """How tiles of ``dtype`` are multiplied by ``weights_by_rows`` for an average, a sum of at most W terms in each tile."""
-    return _precision(dtype, window.size <= _NARROWEST or (window.size <= _NARROW and 64 < dim <= 128))
+    """How tiles of ``dtype`` are multiplied by ``weights_by_rows`` for an average, a sum of at most W terms in each tile.
+
+    As for ``dot_precision``; but the larger of the small tiles are mostly splitting only above a head dim of 64 (measured on an
+    H100).
+    """
+    small_tiles = narrow_product(dim, window) is not None
+    return _precision(dtype, small_tiles and (window.size <= NARROWEST_PRODUCT_WINDOW or dim > 64))
 
 
 def attention_precision(dtype: torch.dtype) -> str:

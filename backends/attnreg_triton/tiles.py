@@ -38,9 +38,14 @@ _AVERAGE = (
     (Tiles(64, 64, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(32, 32, 4, num_stages=1)),
 )
 # Windows for which one step of few keys does: the fewer the rows, the fewer products fall outside the band.
+NARROWEST_PRODUCT_WINDOW, NARROW_PRODUCT_WINDOW = 17, 33
 _NARROW_PRODUCT = {
-    17: (Tiles(16, 32, 1, num_stages=1), Tiles(16, 32, 2, num_stages=1), Tiles(16, 32, 4, num_stages=1)),
-    33: (Tiles(32, 64, 2, num_stages=1), Tiles(32, 64, 4, num_stages=1)),
+    NARROWEST_PRODUCT_WINDOW: (
+        Tiles(16, 32, 1, num_stages=1),
+        Tiles(16, 32, 2, num_stages=1),
+        Tiles(16, 32, 4, num_stages=1),
+    ),
+    NARROW_PRODUCT_WINDOW: (Tiles(32, 64, 2, num_stages=1), Tiles(32, 64, 4, num_stages=1)),
 }
 _ATTENTION = (
     (Tiles(64, 64, 4, num_stages=3), Tiles(64, 32, 4, num_stages=3), Tiles(32, 64, 8)),

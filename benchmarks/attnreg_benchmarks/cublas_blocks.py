@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from attnreg import Window
 from attnreg.measuring.timing import measure
 from attnreg.problem import dtype_name
-from attnreg_benchmarks.machine import environment
+from attnreg_benchmarks.machine import environment, float32_precision
 from attnreg_benchmarks.results import now, write
 
 SECONDS = 0.02
@@ -42,7 +41,7 @@ Row = dict[str, Any]
 def blocks(device: torch.device) -> Iterator[Row]:
     """Microseconds of each product by block; scores in fp32 as they are and of fp16 factors."""
     for arithmetic, head_dim, window in product(ARITHMETICS, HEAD_DIMS, WINDOWS):
-        with tf32(arithmetic == "tf32"):
+        with float32_precision("high" if arithmetic == "tf32" else "highest"):
             dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
             data = [tensors(SHAPE, head_dim, window, dtype, device) for _ in range(SETS)]
             for name, block in product(PRODUCTS, BLOCKS):
@@ -105,17 +104,6 @@ def calls(name: str, data: list[list[Tensor]], window: int, **options: Any) -> l
         return lambda: functions.local_dot_product_backward(band, query, key, centered, needs_grad=only_key, **more)
 
     return [one(*each) for each in data]
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 may be multiplied as TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def main(json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the results go.")]) -> None:

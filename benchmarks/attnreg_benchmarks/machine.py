@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,14 +71,21 @@ def ceilings(device: torch.device) -> Ceilings:
         if not on_gpu:
             return Ceilings(bandwidth, {"fp32": _matmul_rate(device, torch.float32, 1024)})
         rates = {"bf16": _matmul_rate(device, torch.bfloat16, 8192)}
-        before = torch.get_float32_matmul_precision()
-        try:
-            for name, precision in (("tf32", "high"), ("fp32", "highest")):
-                torch.set_float32_matmul_precision(precision)
+        for name, precision in (("tf32", "high"), ("fp32", "highest")):
+            with float32_precision(precision):
                 rates[name] = _matmul_rate(device, torch.float32, 8192)
-        finally:
-            torch.set_float32_matmul_precision(before)
     return Ceilings(bandwidth, rates)
+
+
+@contextmanager
+def float32_precision(name: str) -> Iterator[None]:
+    """How torch multiplies float32, as for ``torch.set_float32_matmul_precision``: "high" allows TF32, "highest" does not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _copy_bandwidth(device: torch.device, most_bytes: int) -> float:

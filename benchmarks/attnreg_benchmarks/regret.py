@@ -170,10 +170,10 @@ def _tasks(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Task]:
     return [task for part in GRIDS[device.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **part)]
 
 
-def _choice(problem: Problem, seconds: Mapping[str, float], table: Stored) -> Decision:
-    """What the dispatcher would choose by ``table`` alone, if the candidates with a time were all there is."""
+def _choice(problem: Problem, seconds: Mapping[str, float], *tables: Stored) -> Decision:
+    """What the dispatcher would choose by ``tables`` alone, or by rank, if the candidates with a time were all there is."""
     entries = [_able(entry, problem) for entry in registry.entries if entry.backend.name in seconds]
-    return choose(problem, entries, measured=measured(problem, [table]))
+    return choose(problem, entries, measured=measured(problem, tables))
 
 
 def _regret(call: str, decision: Decision, seconds: Mapping[str, float]) -> Regret:
