@@ -113,7 +113,7 @@ def local_attention_backward(
 
     grad_bias = None
     if row_dot is not None or row_rescale is not None:
-        tiles = attention_backward_by_rows(query.dtype, head_dim, value_dim, bias is not None)
+        tiles = attention_backward_by_rows(query.dtype, head_dim, value_dim, window, bias is not None)
         row_tiles = ceil_div(len_q, tiles.rows)
         if needs_bias and bias is not None:
             grad_bias = empty_partials(bias, (batch, heads, len_q, window.size), row_tiles)
@@ -151,7 +151,7 @@ def local_attention_backward(
         if grad_bias is not None and bias is not None:
             grad_bias = reduce_partials(grad_bias, bias)
     if needs_key or needs_value:
-        tiles = attention_backward_by_keys(query.dtype, head_dim, value_dim)
+        tiles = attention_backward_by_keys(query.dtype, head_dim, value_dim, window)
         key_tiles = ceil_div(len_k, tiles.keys)
         launch(
             _attention_backward_keys,

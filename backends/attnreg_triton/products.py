@@ -18,7 +18,7 @@ import triton.language as tl
 
 from attnreg import Window, allow_tf32
 from attnreg_triton.interpreter import cast, dot
-from attnreg_triton.tiles import NARROW_PRODUCT_WINDOW, NARROWEST_PRODUCT_WINDOW, narrow_product
+from attnreg_triton.tiles import NARROW_WINDOW, NARROWEST_WINDOW, narrow_product
 
 # Beyond, the truncation of the sums shows: measured on an H200, 3xTF32 makes 0.5e-6 of 64 terms, 1.1e-6 of 128.
 _LONGEST_TF32_SUM = 64
@@ -29,7 +29,7 @@ def dot_precision(dtype: torch.dtype, head_dim: int, window: Window) -> str:
 
     Splitting costs 3xTF32 less, the products 3xfp16: the small tiles of narrow windows are mostly splitting.
     """
-    return _precision(dtype, head_dim <= _LONGEST_TF32_SUM and window.size <= NARROW_PRODUCT_WINDOW)
+    return _precision(dtype, head_dim <= _LONGEST_TF32_SUM and window.size <= NARROW_WINDOW)
 
 
 def hopper_dot_precision(dtype: torch.dtype, head_dim: int) -> str:
@@ -44,7 +44,7 @@ def average_precision(dtype: torch.dtype, dim: int, window: Window) -> str:
     H100).
     """
     small_tiles = narrow_product(dim, window) is not None
-    return _precision(dtype, small_tiles and (window.size <= NARROWEST_PRODUCT_WINDOW or dim > 64))
+    return _precision(dtype, small_tiles and (window.size <= NARROWEST_WINDOW or dim > 64))
 
 
 def attention_precision(dtype: torch.dtype) -> str:

@@ -25,9 +25,9 @@ class Tiles:
     num_stages: int = 2
 
 
-# For head dims up to 64, 128 and 256: of fp16 and bf16, and of fp32. The 16-bit entries of attention up to 128 were
-# measured on an H200 (N=4, H=16, L=8192, causal windows 16 to 1024), those of fp32 and of products on an H100 (N*H=64, L=4096,
-# windows 16 to 256 and 64 to 512), the others chosen by registers and shared memory.
+# For head dims up to 64, 128 and 256: of fp16 and bf16, of fp32, and of attention in fp32 for the narrowest windows. The
+# 16-bit entries of attention up to 128 were measured on an H200 (N=4, H=16, L=8192, causal windows 16 to 1024), all others
+# on an H100 (N*H=64, L=4096, windows of attention 8 to 1024, of products 64 to 512).
 _DIMS = (64, 128, 256)
 _DOT = (
     (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4)),
@@ -37,31 +37,32 @@ _AVERAGE = (
     (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4)),
     (Tiles(64, 64, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(32, 32, 4, num_stages=1)),
 )
-# Windows for which one step of few keys does: the fewer the rows, the fewer products fall outside the band.
-NARROWEST_PRODUCT_WINDOW, NARROW_PRODUCT_WINDOW = 17, 33
+# Windows for which one step of 32 or 64 keys holds what 16 or 32 rows see: the fewer the rows, the fewer products fall
+# outside the band. (And 64 rows with the larger of these see 96 keys: three steps of 32, but two of 64.)
+NARROWEST_WINDOW, NARROW_WINDOW = 17, 33
 _NARROW_PRODUCT = {
-    NARROWEST_PRODUCT_WINDOW: (
+    NARROWEST_WINDOW: (
         Tiles(16, 32, 1, num_stages=1),
         Tiles(16, 32, 2, num_stages=1),
         Tiles(16, 32, 4, num_stages=1),
     ),
-    NARROW_PRODUCT_WINDOW: (Tiles(32, 64, 2, num_stages=1), Tiles(32, 64, 4, num_stages=1)),
+    NARROW_WINDOW: (Tiles(32, 64, 2, num_stages=1), Tiles(32, 64, 4, num_stages=1)),
 }
 _ATTENTION = (
-    (Tiles(64, 64, 4, num_stages=3), Tiles(64, 32, 4, num_stages=3), Tiles(32, 64, 8)),
+    (Tiles(64, 64, 4, num_stages=3), Tiles(64, 32, 4, num_stages=3), Tiles(64, 32, 4)),
     (Tiles(64, 32, 4), Tiles(64, 32, 4, num_stages=1), Tiles(32, 16, 4, num_stages=1)),
+    (Tiles(64, 32, 4), Tiles(64, 32, 4, num_stages=1), Tiles(16, 32, 4, num_stages=1)),
 )
 _BACKWARD_ROWS = (
-    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(32, 32, 8)),
+    (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4, num_stages=1)),
     (Tiles(64, 32, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
+    (Tiles(16, 32, 2, num_stages=1), Tiles(16, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
 )
 _BACKWARD_KEYS = (
-    (Tiles(32, 64, 4, num_stages=1), Tiles(32, 64, 4, num_stages=1), Tiles(32, 32, 8)),
+    (Tiles(32, 64, 4, num_stages=1), Tiles(32, 64, 4, num_stages=1), Tiles(32, 32, 4)),
     (Tiles(32, 64, 4, num_stages=1), Tiles(32, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
+    (Tiles(32, 16, 2, num_stages=1), Tiles(32, 16, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
 )
-
-# The keys of 64 rows and a window of at most this size fit three steps of 32 keys; steps of 64 would take two.
-NARROW_WINDOW = 33
 
 # A band that is only added up.
 BAND_SUM = Tiles(32, 64, 4)
@@ -91,27 +92,40 @@ def average_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
     return replace(tiles, rows=tiles.keys, keys=tiles.rows)
 
 
-def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window) -> Tiles:
+def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window, has_bias: bool) -> Tiles:
     """For the fused attention, whose programs own rows."""
-    return _fit(_entry(_ATTENTION, dtype, max(head_dim, value_dim)), window)
+    dim = max(head_dim, value_dim)
+    tiles = _attention_entry(_ATTENTION, dtype, dim, window)
+    if dim > _DIMS[-2]:
+        # Shared memory has no room for a second stage's bias.
+        return replace(tiles, num_stages=1) if has_bias else tiles
+    return _fit(tiles, window)
 
 
-def attention_backward_by_rows(dtype: torch.dtype, head_dim: int, value_dim: int, has_bias: bool) -> Tiles:
+def attention_backward_by_rows(
+    dtype: torch.dtype, head_dim: int, value_dim: int, window: Window, has_bias: bool
+) -> Tiles:
     """For the gradients of query and bias.
 
     With a bias never more rows than keys, which ``bias_gradient.store_column_sums`` relies on.
     """
-    tiles = _entry(_BACKWARD_ROWS, dtype, max(head_dim, value_dim))
+    tiles = _attention_entry(_BACKWARD_ROWS, dtype, max(head_dim, value_dim), window)
     return replace(tiles, rows=min(tiles.rows, 32)) if has_bias else tiles
 
 
-def attention_backward_by_keys(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tiles:
+def attention_backward_by_keys(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window) -> Tiles:
     """For the gradients of key and value."""
-    return _entry(_BACKWARD_KEYS, dtype, max(head_dim, value_dim))
+    return _attention_entry(_BACKWARD_KEYS, dtype, max(head_dim, value_dim), window)
 
 
 def _entry(table: tuple[tuple[Tiles, ...], ...], dtype: torch.dtype, dim: int) -> Tiles:
     return table[dtype == torch.float32][_class(dim)]
+
+
+def _attention_entry(table: tuple[tuple[Tiles, ...], ...], dtype: torch.dtype, dim: int, window: Window) -> Tiles:
+    if dtype == torch.float32 and window.size <= NARROWEST_WINDOW:
+        return table[-1][_class(dim)]
+    return _entry(table, dtype, dim)
 
 
 def _class(dim: int) -> int:
