@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,9 +20,12 @@ from attnreg import Backend, Capability, Window
 from attnreg.cli import app
 from attnreg.dispatch import TIE, Entry, choose
 from attnreg.measured import Figure, Measured
+from attnreg.measuring import steadiness
+from attnreg.measuring.timing import cache_bytes
 from attnreg.problem import OPS, attention_problem
 from attnreg.registry import registry
 from attnreg.tuning import command, store
+from attnreg.tuning.candidate import Measurement
 from attnreg.tuning.environment import Device, Environment, environment
 from attnreg.tuning.lookup import FAR, NEAR, distance, measured, same_class
 from attnreg.tuning.table import Table, TableError, from_json, key_of, problem_of, to_json
@@ -469,11 +473,75 @@ def test_a_candidate_that_dies_leaves_hangs_or_chats_takes_nothing_along(bad_plu
 
     (task,) = grid(**{**SMALL, "batch": 1, "windows": [4]})
     with Worker(CPU) as worker:
-        assert worker.measure(task, False, "torch", 0.01).seconds
+        assert worker.measure(task, False, "torch", 0.01).figure.seconds
         patient, worker.longest = worker.longest, 5  # now that the child has started
-        assert reason in worker.measure(task, False, name, 0.01).reason
+        assert reason in worker.measure(task, False, name, 0.01).figure.reason
         worker.longest = patient
-        assert worker.measure(task, False, "torch_block", 0.01).seconds
+        assert worker.measure(task, False, "torch_block", 0.01).figure.seconds
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """What the copies take that tell whether something else uses the device, one for each measurement in turn."""
+    times = []
+
+    def measure(self, task, gradients, backend, seconds):
+        copying = times.pop(0)
+        # A figure tells which copy it came with.
+        return Measurement(Figure(seconds=copying, reason=None if copying else "boom"), copying)
+
+    monkeypatch.setattr(Worker, "measure", measure)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("times", "kept", "disturbed"),
+    [
+        ([1.0, 1.1, 1.4, 1.0], [1.0, 1.1, 1.4, 1.0], 0),
+        ([1.0, 2.0, 1.1, 1.0, 1.0], [1.0, 1.1, 1.0, 1.0], 0),  # the second, measured again, was not disturbed
+        ([1.0, 2.0, 3.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0], 1),  # it was, and the less disturbed figure stays
+        ([1.0, 2.0, None, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0], 1),  # the second measurement of it failed
+        ([2.0, 2.0, 1.0, 1.0], [2.0, 2.0, 1.0, 1.0], 2),  # only a later one shows that the first two were
+        ([None, 1.0, None, 1.0], [None, 1.0, None, 1.0], 0),  # what has no time has no copy
+    ],
+)
+def test_what_was_measured_beside_something_else_is_measured_again_and_counted(folder, copies, times, kept, disturbed):
+    copies += times
+    options = {**SMALL, "windows": [4, 8], "gradients": [False], "backends": ["torch", "torch_block"]}
+    found = attnreg.tune(**options, device=CPU)
+    assert not copies
+    assert [figure.seconds for row in found.table.rows.values() for figure in row.values()] == kept
+    assert found.disturbed == disturbed
+
+
+def test_the_command_says_that_something_else_used_the_device(folder, copies):
+    copies += [1.0, 3.0, 3.0]
+    sizes = ("--op", "local_attention", "--dtype", "float32", "--head-dim", "8", "--length", "64", "--heads", "2,1")
+    result = run(
+        *sizes, "--window", "4", "--no-grad", "--backend", "torch", "--backend", "torch_block", "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 of 2 figures were measured while something else used the device" in " ".join(result.output.split())
+
+
+def test_the_time_of_a_copy_is_that_of_one_copy_of_more_than_the_cache(monkeypatch):
+    copied = []
+
+    def slow_copy(target, source):
+        copied.append(source.nbytes)
+        time.sleep(0.004)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", slow_copy)
+    assert 0.004 <= steadiness.copy_seconds(CPU) < 0.04
+    assert min(copied) > cache_bytes(CPU)
+
+
+def test_without_room_for_a_copy_nothing_is_known(monkeypatch):
+    def no_room(*sizes, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(steadiness.torch, "zeros", no_room)
+    assert steadiness.copy_seconds(CPU) is None
 
 
 def test_an_interrupted_tuning_keeps_what_was_measured(folder):

@@ -16,6 +16,7 @@ from attnreg import functional
 from attnreg.measured import Figure
 from attnreg.measuring.checking import Expected, check, expectations
 from attnreg.measuring.inputs import Inputs, autograd_calls, random_inputs
+from attnreg.measuring.steadiness import copy_seconds
 from attnreg.measuring.task import Task, bytes_moved
 from attnreg.measuring.timing import measure, measuring_stream, sets_for_cold_cache
 
@@ -28,7 +29,20 @@ class Stage:
     expected: tuple[Expected, ...]
 
 
-def measure_candidate(task: Task, gradients: bool, backend: str, device: torch.device, seconds: float) -> Figure:
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate, measured once.
+
+    Attributes:
+        figure: what was found.
+        copy_seconds: what a copy took right after (see ``attnreg.measuring.steadiness``); None where there is no time.
+    """
+
+    figure: Figure
+    copy_seconds: float | None = None
+
+
+def measure_candidate(task: Task, gradients: bool, backend: str, device: torch.device, seconds: float) -> Measurement:
     """The time of ``backend`` on ``task``, or the reason why there is none.
 
     Args:
@@ -54,13 +68,11 @@ def measure_candidate(task: Task, gradients: bool, backend: str, device: torch.d
             timing = measure(timed, device, seconds=seconds)
     # Whatever a candidate raises is its own affair.
     except Exception as error:
-        reason = first_line(error)
-    else:
-        return Figure(seconds=timing.median, spread=timing.spread, measured=now())
+        return failed(first_line(error))
     finally:
         calls, timed = [], []
         _release()
-    return failed(reason)
+    return Measurement(Figure(seconds=timing.median, spread=timing.spread, measured=now()), copy_seconds(device))
 
 
 def why_unusable(device: torch.device) -> str | None:
@@ -74,9 +86,9 @@ def why_unusable(device: torch.device) -> str | None:
     return None
 
 
-def failed(reason: str) -> Figure:
-    """A figure without a time."""
-    return Figure(reason=reason, measured=now())
+def failed(reason: str) -> Measurement:
+    """One without a time."""
+    return Measurement(Figure(reason=reason, measured=now()))
 
 
 def now() -> str:

@@ -16,6 +16,7 @@ from rich.text import Text
 from attnreg.backend import BackendError
 from attnreg.dispatch import choose
 from attnreg.measured import Measured
+from attnreg.measuring.steadiness import DISTURBED_FROM
 from attnreg.problem import dtype_name
 from attnreg.registry import registry
 from attnreg.tuning import store
@@ -42,6 +43,14 @@ def tune_table(device: torch.device, *, console: Console, **options: Any) -> Non
         return
     _print_winners(found.table, console)
     console.print(f"table: {found.path}", highlight=False, soft_wrap=True)
+    if found.disturbed:
+        measured = sum(map(len, found.table.rows.values()))
+        console.print(
+            f"{found.disturbed} of {measured} figures were measured while something else used the device: a copy took at least "
+            f"{DISTURBED_FROM} times its usual time. Measure these calls again when nothing else does.",
+            highlight=False,
+            soft_wrap=True,
+        )
     pin = store.pinned()
     if pin is not None:
         console.print(f"calls do not go by it: ATTNREG_TABLE pins {pin}", highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ import torch
 from attnreg.measured import Figure
 from attnreg.measuring.task import Task
 from attnreg.problem import dtype_name
-from attnreg.tuning.candidate import failed, first_line, measure_candidate, why_unusable
+from attnreg.tuning.candidate import Measurement, failed, first_line, measure_candidate, why_unusable
 from attnreg.window import Window
 
 # A candidate may compile for that long; one that takes longer is given up.
@@ -40,7 +40,7 @@ class Worker:
         self.longest = LONGEST_SECONDS
         self._process: subprocess.Popen[bytes] | None = None
 
-    def measure(self, task: Task, gradients: bool, backend: str, seconds: float) -> Figure:
+    def measure(self, task: Task, gradients: bool, backend: str, seconds: float) -> Measurement:
         """As ``measure_candidate``, in the child."""
         request = {
             "task": {**asdict(task), "dtype": dtype_name(task.dtype)},
@@ -66,7 +66,7 @@ class Worker:
         answer = json.loads(line)
         if answer["unusable"] is not None:
             self.close()
-        return Figure(**answer["figure"])
+        return Measurement(Figure(**answer["figure"]), answer["copy_seconds"])
 
     def close(self) -> None:
         """End the child; the next measurement starts another."""
@@ -117,10 +117,10 @@ def main() -> None:
         request = json.loads(line)
         task, device = _task(request["task"]), torch.device(request["device"])
         try:
-            figure = measure_candidate(task, request["gradients"], request["backend"], device, request["seconds"])
+            found = measure_candidate(task, request["gradients"], request["backend"], device, request["seconds"])
         except SystemExit as error:
-            figure = failed(first_line(error))
-        json.dump({"figure": _plain(figure), "unusable": why_unusable(device)}, answers)
+            found = failed(first_line(error))
+        json.dump({**asdict(found), "unusable": why_unusable(device)}, answers)
         print(file=answers, flush=True)
         # What lives now is torch's and the compilers': to look through it after every candidate would take 0.2 s each time.
         gc.freeze()
@@ -128,10 +128,6 @@ def main() -> None:
 
 def _task(given: dict[str, Any]) -> Task:
     return Task(**{**given, "window": Window(**given["window"]), "dtype": getattr(torch, given["dtype"])})
-
-
-def _plain(figure: Figure) -> dict[str, Any]:
-    return asdict(figure)
 
 
 if __name__ == "__main__":

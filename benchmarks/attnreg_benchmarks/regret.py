@@ -28,6 +28,7 @@ from rich.table import Table
 
 from attnreg.backend import Capability
 from attnreg.dispatch import Decision, Entry, choose
+from attnreg.measuring.steadiness import disturbed
 from attnreg.measuring.task import Task
 from attnreg.plan import explain_problem
 from attnreg.problem import OPS, Problem
@@ -68,6 +69,7 @@ class Regret:
         best: the fastest candidate.
         regret: the time of ``chosen`` over that of ``best``.
         seconds: every candidate's time.
+        disturbed: whether something else used the device while one of them was measured.
     """
 
     call: str
@@ -77,6 +79,7 @@ class Regret:
     best: str
     regret: float
     seconds: dict[str, float]
+    disturbed: bool = False
 
 
 def regrets(
@@ -95,12 +98,14 @@ def regrets(
         RuntimeError: a chosen backend has no time: a choice that does not run is worse than any regret.
     """
     times: dict[tuple[Task, bool], dict[str, float]] = {}
+    copies: list[tuple[tuple[Task, bool], float | None]] = []
     failures: dict[tuple[Task, bool, str], str] = {}
     last: tuple[Task, bool] | None = None
     turns = (measure_all(tasks, gradients, device, seconds=seconds, backends=backends) for _ in range(repeat))
     try:
         for step in chain.from_iterable(turns):
             last = step.task, step.gradients
+            copies.append((last, step.copy_seconds))
             if step.figure.seconds is not None:
                 timed = times.setdefault(last, {})
                 timed[step.backend] = min(step.figure.seconds, timed.get(step.backend, math.inf))
@@ -109,13 +114,14 @@ def regrets(
     except KeyboardInterrupt:
         if last is not None:
             times.pop(last, None)
+    spoilt = {call for (call, _), bad in zip(copies, disturbed([seconds for _, seconds in copies])) if bad}
     found = []
     for (task, needs_grad), timed in times.items():
         decision = explain_problem(task.problem(device, needs_grad=needs_grad), None)
         if decision.backend not in timed:
             why = failures.get((task, needs_grad, decision.backend), "it was not measured")
             raise RuntimeError(f"{task}: {decision.backend} was chosen and has no time: {why}")
-        found.append(_regret(str(task), decision, timed))
+        found.append(replace(_regret(str(task), decision, timed), disturbed=(task, needs_grad) in spoilt))
     return found
 
 
@@ -251,6 +257,9 @@ def main(
         op, _, what = name.partition(", ")
         table.add_row(op, what, f"{group['calls']:.0f}", f"{group['geometric_mean']:.3f}", f"{group['worst']:.3f}")
     Console().print(table)
+    count = sum(each.disturbed for each in found)
+    if count:
+        print(f"{count} of {len(found)} calls were measured while something else used the device")
     for each in sorted(found, key=lambda each: -each.regret)[:8]:
         if each.regret == 1:
             break
