@@ -30,20 +30,18 @@ def _deferred(module: str, name: str) -> Callable[..., Any]:
 def _rank(problem: Problem) -> float:
     """First choice on a GPU, but where an H100 showed something else to be faster. The interpreter (CPU) is for tests and last.
 
-    Up to a head dim of 128 nothing is. Above, in 16 bits, ``flash`` (30) is, unless there are gradients and a narrow window; in
-    fp32 ``cublas_block`` (60) is, by up to 1.9 times, unless an average is all there is, or narrow tiles make up for it.
+    In 16 bits and up to a head dim of 128 hardly anything is. Above, in fp32, ``cublas_block`` (60) is, by up to 1.9 times,
+    unless an average is all there is, or narrow tiles make up for it.
     """
     if problem.device.type != "cuda":
         return 1000
-    dim, fused = max(problem.head_dim, problem.value_dim), problem.op == "local_attention"
-    if dim <= 128:
+    dim = max(problem.head_dim, problem.value_dim)
+    if problem.dtype != torch.float32 or dim <= 128:
         return 10
-    if problem.dtype != torch.float32:
-        return 35 if fused and not (problem.needs_grad and problem.window.size <= 128) else 10
     if problem.op == "local_weighted_average" and not problem.needs_grad:
         return 10
-    narrow = not fused and problem.needs_grad and narrow_product(dim, problem.window) is not None
-    return 10 if narrow else 70
+    is_product = problem.op != "local_attention"
+    return 10 if is_product and problem.needs_grad and narrow_product(dim, problem.window) is not None else 70
 
 
 @hookimpl
