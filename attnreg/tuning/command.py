@@ -44,13 +44,15 @@ def tune_table(device: torch.device, *, console: Console, **options: Any) -> Non
     _print_winners(found.table, console)
     console.print(f"table: {found.path}", highlight=False, soft_wrap=True)
     if found.disturbed:
-        measured = sum(map(len, found.table.rows.values()))
         console.print(
-            f"{found.disturbed} of {measured} figures were measured while something else used the device: a copy took at least "
-            f"{DISTURBED_FROM} times its usual time. Measure these calls again when nothing else does.",
+            f"measured while something else used the device, as a copy took {DISTURBED_FROM} times its usual time or more; "
+            "better measured again:",
             highlight=False,
             soft_wrap=True,
         )
+        for key, name in found.disturbed:
+            (kind,) = kinds([key])
+            console.print(f"  {name}: {kind} W={key.window}", highlight=False, soft_wrap=True)
     pin = store.pinned()
     if pin is not None:
         console.print(f"calls do not go by it: ATTNREG_TABLE pins {pin}", highlight=False, soft_wrap=True)

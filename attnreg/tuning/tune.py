@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 
 import torch
@@ -66,13 +66,13 @@ class Tuned:
         table: the figures of this tuning alone.
         path: the file that they were merged into; None where nothing was measured, or nothing was to be kept.
         interrupted: whether it was ended with Ctrl-C: the table then holds what was measured until there.
-        disturbed: how many of the figures were measured, twice in turn, while something else used the device.
+        disturbed: call and candidate of the figures that were measured, twice in turn, while something else used the device.
     """
 
     table: Table
     path: Path | None
     interrupted: bool = False
-    disturbed: int = 0
+    disturbed: tuple[tuple[Key, str], ...] = ()
 
 
 def tune(
@@ -96,7 +96,7 @@ def tune(
     A candidate runs in a child process, so that one that raises, runs out of memory, spoils its device, dies or hangs costs
     only itself; it is recorded with its reason. Backends that were registered in this process alone run in it. A result
     is compared with float64 first, and a wrong one gets no time. What seems to have been measured while something else used
-    the device is measured once more, and counted where that does not help. What is measured is kept every few seconds, and
+    the device is measured once more, and named where that does not help. What is measured is kept every few seconds, and
     at the end, however that comes.
 
     Args:
@@ -141,13 +141,13 @@ def tune(
         check_writable()
     rows: dict[Key, dict[str, Figure]] = {}
     table = Table(environment(on, {entry.backend.name: entry.distribution for entry in registry.entries}), rows)
-    copies: list[float | None] = []
+    copies: dict[tuple[Key, str], float | None] = {}
     path, interrupted, last = None, False, time.monotonic()
     try:
         for step in measure_all(tasks, gradients, on, seconds=seconds, backends=backends):
             key = key_of(step.task.problem(on, needs_grad=step.gradients))
             rows.setdefault(key, {})[step.backend] = step.figure
-            copies.append(step.copy_seconds)
+            copies[key, step.backend] = step.copy_seconds
             if keep and time.monotonic() > last + SAVING_SECONDS:
                 path, last = save(table), time.monotonic()
             if progress is not None:
@@ -157,7 +157,7 @@ def tune(
     finally:
         if keep and rows:
             path = save(table)
-    return Tuned(table, path, interrupted, sum(disturbed(copies)))
+    return Tuned(table, path, interrupted, tuple(compress(copies, disturbed(copies.values()))))
 
 
 def grid(
