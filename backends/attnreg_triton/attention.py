@@ -52,7 +52,7 @@ def local_attention(
         return attention.local_attention(query, key, value, window, key_lengths=key_lengths, scale=scale)
     output = torch.empty((batch, heads, len_q, value_dim), dtype=query.dtype, device=query.device)
     log_sum_exp = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
-    tiles = tile_table.attention(query.dtype, head_dim, value_dim, window, bias is not None)
+    tiles = tile_table.attention(query.dtype, head_dim, value_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
         _attention,

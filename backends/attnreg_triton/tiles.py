@@ -92,14 +92,9 @@ def average_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
     return replace(tiles, rows=tiles.keys, keys=tiles.rows)
 
 
-def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window, has_bias: bool) -> Tiles:
+def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window) -> Tiles:
     """For the fused attention, whose programs own rows."""
-    dim = max(head_dim, value_dim)
-    tiles = _attention_entry(_ATTENTION, dtype, dim, window)
-    if dim > _DIMS[-2]:
-        # Shared memory has no room for a second stage's bias.
-        return replace(tiles, num_stages=1) if has_bias else tiles
-    return _fit(tiles, window)
+    return _fit(_attention_entry(_ATTENTION, dtype, max(head_dim, value_dim), window), window)
 
 
 def attention_backward_by_rows(

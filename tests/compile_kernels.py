@@ -1,0 +1,162 @@
+"""A script: compile Triton's kernels, which needs no GPU, and print what each uses.
+
+``python compile_kernels.py hopper`` compiles the kernels for Hopper, for compute capability 9.0; ``python compile_kernels.py
+every-gpu`` all others, for 8.9. One line a kernel: its name and case, registers, bytes of stack, bytes of shared memory. Run
+without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from attnreg_triton import attention, attention_backward, band_average, band_average_transposed, band_dot, dot_product
+from attnreg_triton.hopper import attention as hopper_attention
+from attnreg_triton.hopper import attention_backward as hopper_attention_backward
+from attnreg_triton.hopper import band_average as hopper_band_average
+from attnreg_triton.hopper import band_dot as hopper_band_dot
+from attnreg_triton.hopper import skew
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from attnreg import Window
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Driver:
+    """As much of a driver as compilation asks for."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_instead(kernel, programs, tiles, *args, device, **constants):
+    """In the place of ``launch``."""
+    compiled = kernel.warmup(
+        *args,
+        **constants,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.keys,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        grid=(programs,),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        dump = [os.fspath(CUOBJDUMP), "--dump-resource-usage", os.fspath(cubin)]
+        usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    print(kernel.__name__, case, registers, stack, compiled.metadata.shared, flush=True)
+
+
+def compile_for_hopper():
+    global case
+    for head_dim, value_dim, size, lengths in (
+        (64, 64, 16, None),
+        (64, 64, 128, None),
+        (64, 64, 512, torch.tensor([200])),
+        (128, 128, 64, None),
+        (128, 128, 512, None),
+        (80, 40, 100, torch.tensor([200])),
+    ):
+        case = f"E={head_dim},D={value_dim},W={size},{'lengths' if lengths is not None else 'no-lengths'}"
+        query = torch.empty(1, 4, 256, head_dim, dtype=torch.bfloat16)
+        key = torch.empty(1, 2, 256, head_dim, dtype=torch.bfloat16)
+        value = torch.empty(1, 2, 256, value_dim, dtype=torch.bfloat16)
+        options = {"key_lengths": lengths, "scale": 0.125}
+        output, log_sum_exp = hopper_attention.local_attention(query, key, value, Window.causal(size), **options)
+        hopper_attention_backward.local_attention_backward(
+            output,
+            query,
+            key,
+            value,
+            output,
+            log_sum_exp,
+            Window.causal(size),
+            needs_grad=(True, True, True),
+            **options,
+        )
+    BAND_CASES = (
+        (torch.bfloat16, 64, 512, None),
+        (torch.bfloat16, 128, 104, torch.tensor([200])),
+        (torch.bfloat16, 64, 130, None),
+        (torch.float16, 40, 129, torch.tensor([200])),
+        (torch.float32, 64, 512, None),
+        (torch.float32, 36, 136, torch.tensor([200])),
+        (torch.float32, 36, 131, torch.tensor([200])),
+        (torch.float32, 128, 128, None),
+        (torch.float32, 72, 129, torch.tensor([200])),
+    )
+    for dtype, dim, size, lengths in BAND_CASES if skew.AVAILABLE else ():
+        case = f"{dtype},E={dim},W={size},{'lengths' if lengths is not None else 'no-lengths'}"
+        rows = torch.empty(1, 4, 256, dim, dtype=dtype)
+        keys = torch.empty(1, 2, 256, dim, dtype=dtype)
+        window = Window.centered(size)
+        band = hopper_band_dot.band_dot(rows, keys, window, key_lengths=lengths, scale=0.125, fill=0.0)
+        if size % 8 == 0 and (dtype != torch.float32 or dim <= 64):
+            hopper_band_average.band_average(band, keys, window, key_lengths=lengths, scale=0.125)
+
+
+def compile_for_every_gpu():
+    """What is largest: head dims of 128 and 256, with and without a bias, windows of every choice of tiles."""
+    global case
+    for dtype, size in ((torch.bfloat16, 64), (torch.float32, 16), (torch.float32, 32), (torch.float32, 64)):
+        window = Window.causal(size)
+        for dim in (128, 256):
+            query = torch.empty(1, 4, 256, dim, dtype=dtype)
+            key = torch.empty(1, 2, 256, dim, dtype=dtype)
+            for bias in (None, torch.empty(1, 4, 256, size, dtype=dtype)):
+                case = f"{dtype},E={dim},W={size},{'bias' if bias is not None else 'no-bias'}"
+                options = {"bias": bias, "key_lengths": None, "scale": 0.125}
+                output, log_sum_exp = attention.local_attention(query, key, key, window, **options)
+                attention_backward.local_attention_backward(
+                    output,
+                    query,
+                    key,
+                    key,
+                    output,
+                    log_sum_exp,
+                    window,
+                    needs_grad=(True,) * 3 + (bias is not None,),
+                    **options,
+                )
+                scores = dot_product.local_dot_product(query, key, window, **options)
+                dot_product.local_dot_product_backward(
+                    scores, query, key, window, needs_grad=(True, True, False), **options
+                )
+
+
+KERNELS = {
+    "hopper": (
+        compile_for_hopper,
+        90,
+        (hopper_attention, hopper_attention_backward, hopper_band_average, hopper_band_dot),
+    ),
+    "every-gpu": (
+        compile_for_every_gpu,
+        89,
+        (attention, attention_backward, band_average, band_average_transposed, band_dot),
+    ),
+}
+compile_them, capability, modules = KERNELS[sys.argv[1]]
+driver.set_active(Driver(capability))
+for module in modules:
+    module.launch = compile_instead
+compile_them()
