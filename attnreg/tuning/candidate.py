@@ -66,13 +66,14 @@ def measure_candidate(task: Task, gradients: bool, backend: str, device: torch.d
                     return failed(f"wrong: {verdict.fault}")
             timed = [_both(run, inputs) if gradients else each.forward for each, inputs in zip(calls, stage.sets)]
             timing = measure(timed, device, seconds=seconds)
+        figure = Figure(seconds=timing.median, spread=timing.spread, measured=now())
+        return Measurement(figure, copy_seconds(device))
     # Whatever a candidate raises is its own affair.
     except Exception as error:
         return failed(first_line(error))
     finally:
         calls, timed = [], []
         _release()
-    return Measurement(Figure(seconds=timing.median, spread=timing.spread, measured=now()), copy_seconds(device))
 
 
 def why_unusable(device: torch.device) -> str | None:

@@ -66,7 +66,7 @@ class Tuned:
         table: the figures of this tuning alone.
         path: the file that they were merged into; None where nothing was measured, or nothing was to be kept.
         interrupted: whether it was ended with Ctrl-C: the table then holds what was measured until there.
-        disturbed: call and candidate of the figures that were measured, twice in turn, while something else used the device.
+        disturbed: call and candidate of the figures that were measured while something else used the device, as copies tell.
     """
 
     table: Table
