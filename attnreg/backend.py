@@ -100,6 +100,8 @@ class Backend:
         options: what users may set, by name, as in ``backend="name:option=value"``: a function that makes the value of what
             was written, and raises ValueError saying what it takes. Every function of the backend gets the options that
             were given, and those alone, as keyword arguments.
+        library: the distribution of a library that it calls and that is none of attnreg's own dependencies, as in
+            "flash-attn-4": its version is stamped on measured tables beside the backend's.
         rank: orders the backends that could run a problem where nothing was measured; the lowest is taken. A number or a
             function of the problem. The slow but always right reference is 100.
 
@@ -121,6 +123,7 @@ class Backend:
     prepare: Callable[[], str | None] | None = None
     refuse: Callable[[Problem], str | None] | None = None
     options: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
+    library: str | None = None
     rank: float | Callable[[Problem], float] = 50.0
 
     @property
@@ -139,6 +142,8 @@ class Backend:
             given = getattr(self, each.name)
             if str(each.type).startswith("Callable") and not callable(given) and given is not None:
                 raise TypeError(f"Backend {self.name!r}: {each.name} must be callable, got {given!r}")
+        if self.library is not None and not isinstance(self.library, str):
+            raise TypeError(f"Backend {self.name!r}: library must be the name of a distribution, got {self.library!r}")
         if not callable(self.rank) and not isinstance(self.rank, (int, float)):
             raise TypeError(f"Backend {self.name!r}: rank must be a number or callable, got {self.rank!r}")
         if not isinstance(self.options, Mapping) or not all(

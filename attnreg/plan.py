@@ -171,7 +171,7 @@ def _measured(problem: Problem, entries: Sequence[Entry]) -> tuple[tuple[Measure
     from attnreg.tuning.store import report, stamp, tables
 
     registry.tables_are(stamp())
-    here = describe(problem.device, {entry.backend.name: entry.distribution for entry in entries})
+    here = describe(problem.device, entries)
     stored, wrong = tables(here)
     report(wrong)
     return measured(problem, stored), wrong

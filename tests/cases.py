@@ -70,6 +70,16 @@ CASES = [
         Case(f"head_dim_{size}", head_dim=size, value_dim=size, query_length=19, key_length=19)
         for size in (1, 3, 17, 80)
     ),
+    # What kernels pad to several sizes in one call, over more than one tile of rows and keys.
+    Case(
+        "head_dim_80_over_tiles",
+        head_dim=80,
+        value_dim=80,
+        query_length=150,
+        key_length=150,
+        window=Window(70, 11),
+        batch=1,
+    ),
     Case("head_dim_256", head_dim=256, value_dim=256, query_length=19, key_length=19, batch=1),
     Case("value_dim_larger", head_dim=8, value_dim=40),
     Case("value_dim_smaller", head_dim=40, value_dim=1),

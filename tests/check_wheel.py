@@ -28,7 +28,7 @@ import importlib.util, torch, attnreg
 assert attnreg.__file__.startswith({folder!r}), attnreg.__file__
 assert importlib.util.find_spec("backends") is None, "the wheel has a package called backends"
 names = [status.name for status in attnreg.backends()]
-assert sorted(names) == ["cublas_block", "flash", "flex", "torch", "torch_block", "triton"], names
+assert sorted(names) == ["cublas_block", "flash", "flash4", "flex", "torch", "torch_block", "triton"], names
 query = torch.randn(1, 4, 256, 64)
 assert attnreg.local_attention(query, query, query, attnreg.Window.causal(3)).shape == query.shape
 decision = attnreg.explain(query, query, query, attnreg.Window.causal(3))

@@ -5,12 +5,14 @@ Where there is no GPU, the library is stood in for by the definition; on one, th
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
-from attnreg_adapters import flash, flex
+from attnreg_adapters import flash, flash4, flex
 
 import attnreg
 from attnreg import Window
@@ -51,6 +53,16 @@ def reasons(name, **changes):
         ("flash", {"key_length": 290}, "the first 5 queries see no key"),
         ("flash", {"op": "local_dot_product", "value_dim": 0}, "it has no local_dot_product"),
         ("flash", {"device": torch.device("cpu")}, "the device is cpu; it takes cuda"),
+        ("flash4", {"dtype": torch.float32}, "the dtype is float32; it takes bfloat16, float16"),
+        ("flash4", BIAS, "a bias is given; it takes none"),
+        ("flash4", {"has_key_lengths": True}, "key_lengths are given; it takes none"),
+        ("flash4", {"head_dim": 60, "value_dim": 60}, "the head_dim of query and key is 60"),
+        ("flash4", {"value_dim": 32}, "E = 64 and D = 32 differ; it takes equal head dims only"),
+        ("flash4", {"key_length": 290}, "the first 5 queries see no key"),
+        *(
+            ("flash4", {"head_dim": size, "value_dim": size}, f"its gradients are wrong at E = {size}")
+            for size in (8, 16, 40, 48, 72, 80, 104, 112)
+        ),
         ("flex", {"dtype": torch.float64}, "the dtype is float64"),
         ("flex", BIAS, "a bias is given and gradients are needed"),
         ("flex", {"has_key_lengths": True}, "key_lengths are given; it takes none"),
@@ -79,6 +91,8 @@ def test_flash_has_gradients_of_the_largest_head_dims_on_large_gpus_alone(monkey
         ("flash", {"dtype": torch.float16, "head_dim": 192, "value_dim": 192}),
         ("flash", {"head_dim": 256, "value_dim": 256, "needs_grad": False}),
         ("flash", {"key_length": 295}),
+        *(("flash4", {"head_dim": size, "value_dim": size, "key_length": 295}) for size in (24, 32, 96, 136, 144, 256)),
+        ("flash4", {"head_dim": 80, "value_dim": 80, "needs_grad": False}),
         ("flex", {}),
         ("flex", {**BIAS, "needs_grad": False}),
         ("flex", {"dtype": torch.float32, "head_dim": 48, "value_dim": 33}),
@@ -139,21 +153,20 @@ def library(monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
 
 
+LAYOUTS = {
+    "contiguous": lambda heads, length: torch.randn(2, heads, length, 8),
+    "lengths_first": lambda heads, length: torch.randn(2, length, heads, 8).transpose(1, 2),
+    "unaligned": lambda heads, length: torch.randn(2, heads, length, 9)[..., 1:],
+}
+
+
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 @pytest.mark.parametrize("key_length", [40, 60, 33])
-@pytest.mark.parametrize("layout", ["contiguous", "lengths_first", "unaligned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("library")
 def test_flash_gets_the_call_and_gives_the_results_back_as_the_contract_has_them(scale, key_length, layout):
     torch.manual_seed(0)
-    window, head_dim = Window(9, 7), 8
-
-    def tensor(heads, length):
-        if layout == "lengths_first":
-            return torch.randn(2, length, heads, head_dim).transpose(1, 2)
-        if layout == "unaligned":
-            return torch.randn(2, heads, length, head_dim + 1)[..., 1:]
-        return torch.randn(2, heads, length, head_dim)
-
+    window, tensor = Window(9, 7), LAYOUTS[layout]
     query, key, value, grad_output = tensor(4, 40), tensor(2, key_length), tensor(2, key_length), tensor(4, 40)
     options = {"bias": None, "key_lengths": None, "scale": scale}
     output, log_sum_exp = flash.local_attention(query, key, value, window, **options)
@@ -192,6 +205,71 @@ def test_flash_leaves_torchs_setting_of_determinism_as_it_was():
         assert torch.get_deterministic_debug_mode() == 1
     finally:
         torch.set_deterministic_debug_mode("default")
+
+
+# flash4
+
+
+@pytest.fixture
+def flash4_library(monkeypatch):
+    """The definition in the place of ``flash_attn.cute.flash_attn_func``."""
+
+    def flash_attn_func(query, key, value, *, softmax_scale, window_size, deterministic, return_lse):
+        assert softmax_scale > 0
+        assert deterministic
+        assert return_lse
+        for tensor in (query, key, value):
+            assert all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+            assert tensor.data_ptr() % 16 == 0
+        output = _definition(query, key, value, softmax_scale, *window_size)
+        return output.transpose(1, 2), output.new_zeros(output.shape[:3])
+
+    package, module = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize("key_length", [40, 60, 33])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("flash4_library")
+def test_flash4_gets_the_call_and_gives_the_results_back_as_the_contract_has_them(scale, key_length, layout):
+    torch.manual_seed(0)
+    window = Window(9, 7)
+    inputs = [LAYOUTS[layout](heads, length) for heads, length in ((4, 40), (2, key_length), (2, key_length))]
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    output, _ = flash4.local_attention(*leaves, window, bias=None, key_lengths=None, scale=scale)
+    expected = attnreg.local_attention(*leaves, window, scale=scale, backend="torch")
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(output, expected)
+    assert output.is_contiguous()
+    for gradient, right in zip(*(torch.autograd.grad(each, leaves, upstream) for each in (output, expected))):
+        torch.testing.assert_close(gradient, right)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "reason"),
+    [
+        ((9, 0), True, None),
+        ((9, 0), False, "flash-attn-4 is not installed"),
+        ((8, 0), True, "it was tested on compute capability 9.0 alone; this is 8.0"),
+        ((10, 0), True, "it was tested on compute capability 9.0 alone; this is 10.0"),
+    ],
+)
+def test_flash4_says_what_it_lacks(monkeypatch, capability, installed, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(flash4, "find_spec", lambda name: object() if installed or name == "flash_attn" else None)
+    flash4._missing.cache_clear()
+    assert flash4.unavailable() == reason
+    flash4._missing.cache_clear()
+
+
+def test_flash4_says_why_the_library_cannot_be_imported(monkeypatch, flash4_library):
+    assert flash4.prepare() is None
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    assert flash4.prepare().startswith("flash-attn-4 cannot be imported: ModuleNotFoundError")
 
 
 # flex

@@ -276,8 +276,12 @@ def test_a_failure_costs_only_itself():
 # The peers
 
 
+def test_no_peer_has_the_name_of_a_backend_by_which_results_are_kept_apart():
+    assert not {peer.name for peer in PEERS} & {backend.name for backend in backends()}
+
+
 def test_peers_refuse_with_a_reason_what_they_cannot_run():
-    assert {peer.name for peer in PEERS} == {"flash2-torch", "flash4", "cudnn", "flex", "sdpa-dense", "seed-design"}
+    assert {peer.name for peer in PEERS} == {"flash2-torch", "cudnn", "sdpa-dense", "seed-design"}
     half, single = BY_NAME["fused-e64/w64"], small(FUSED)
     for peer in PEERS:
         if peer.name == "seed-design":

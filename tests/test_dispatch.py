@@ -299,6 +299,7 @@ def test_a_differentiable_backend_needs_no_backward():
         ({"local_dot_product": None}, ValueError, "has no op"),
         ({"local_weighted_average_backward": marked(1.0)}, ValueError, "without local_weighted_average"),
         ({"rank": "high"}, TypeError, "rank must be a number or callable"),
+        ({"library": 4}, TypeError, "library must be the name of a distribution, got 4"),
     ],
 )
 def test_a_backend_put_together_wrongly_says_so(fields, error, message):

@@ -98,7 +98,7 @@ def test_an_entry_that_is_left_out_is_chosen_for_by_the_others():
     ]
     rows = {key: {name: Figure(seconds=t) for name, t in each.items()} for key, each in zip(keys, seconds)}
     alone = {replace(keys[0], window=4): {"torch": Figure(seconds=1.0)}}
-    here = environment(torch.device("cpu"), {})
+    here = environment(torch.device("cpu"), ())
     found = regret.left_out(Table(here, {**rows, **alone}))
     assert [(each.chosen, each.best, each.regret) for each in found] == [
         ("torch", "torch", 1.0),

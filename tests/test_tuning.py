@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def call(window=8, length=64, **options):
 
 
 def here():
-    return environment(CPU, {entry.backend.name: entry.distribution for entry in registry.entries})
+    return environment(CPU, registry.entries)
 
 
 def table_of(times, **sizes):
@@ -740,6 +741,24 @@ def test_importing_attnreg_and_a_first_call_load_no_measuring_and_no_plotting():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_version_of_a_backends_library_is_part_of_the_environment():
+    (entry,) = (entry for entry in registry.entries if entry.backend.name == "torch_block")
+    with_library = replace(entry, backend=replace(entry.backend, library="pluggy"))
+    without_it = replace(entry, backend=replace(entry.backend, library="not-installed"))
+    version = metadata.version("pluggy")
+    now = environment(CPU, [with_library])
+    assert now.backends == {"torch_block": f"{entry.distribution}, pluggy {version}"}
+    before = replace(now, backends={"torch_block": f"{entry.distribution}, pluggy 0.1"})
+    (said,) = before.soft_mismatches(now)
+    assert (
+        said
+        == f"the backend torch_block of {entry.distribution}, pluggy 0.1, here {entry.distribution}, pluggy {version}"
+    )
+    # Where it is not installed the backend cannot run, and what another one was measured with is of no account.
+    assert environment(CPU, [without_it]).backends == {}
+    assert now.soft_mismatches(environment(CPU, [without_it])) == ()
 
 
 def test_an_environment_is_described_by_what_it_runs_on():

@@ -35,7 +35,7 @@ def tune_on_first_use(problem: Problem) -> bool:
     with _one_at_a_time:
         entries = registry.entries
         names = {entry.backend.name for entry in entries if not refusals(entry.backend, problem)}
-        here = environment(problem.device, {entry.backend.name: entry.distribution for entry in entries})
+        here = environment(problem.device, entries)
         own = [each.table for each in tables(here)[0] if each.source == "tuned"]
         if len(names) < 2 or _is_known(problem, names, own):
             return True

@@ -77,7 +77,7 @@ def import_table(path: Path) -> tuple[Path, tuple[str, ...]]:
         table = store.load(path)
     except TableError as error:
         raise ValueError(f"{path}: {error}") from None
-    here = environment(torch.device(table.environment.device.type), {})
+    here = environment(torch.device(table.environment.device.type), ())
     return store.save(table), table.environment.hard_mismatches(here)
 
 
@@ -133,7 +133,7 @@ def own_table(device: torch.device, *, shipped: bool = False) -> Table:
     Raises:
         ValueError: there is none.
     """
-    here = environment(device, {entry.backend.name: entry.distribution for entry in registry.entries})
+    here = environment(device, registry.entries)
     stored, problems = store.tables(here)
     own = [each.table for each in stored if each.source == "tuned"]
     if not own and shipped:

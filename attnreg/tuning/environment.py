@@ -7,12 +7,14 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from attnreg.dispatch import Entry
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Environment:
         device: the hardware.
         attnreg, torch, triton, driver: versions; None where there is none.
         threads: torch's threads where the device is a CPU, else None.
-        backends: the distribution that each backend came from, with its version, by the backend's name.
+        backends: the distribution that each backend came from, with its version and that of the library that it calls, by the
+            backend's name.
     """
 
     device: Device
@@ -79,8 +82,8 @@ class Environment:
         return tuple(f"{name} {was}, here {now}" for name, was, now in pairs if was != now)
 
 
-def environment(device: torch.device, backends: Mapping[str, str]) -> Environment:
-    """The environment of this process for calls on ``device``; ``backends`` as in :class:`Environment`."""
+def environment(device: torch.device, entries: Iterable[Entry]) -> Environment:
+    """The environment of this process for calls on ``device``, with these backends."""
     return Environment(
         device=describe(device.type, device.index),
         attnreg=package_version("attnreg") or "unknown",
@@ -88,9 +91,21 @@ def environment(device: torch.device, backends: Mapping[str, str]) -> Environmen
         triton=package_version("triton") if device.type == "cuda" else None,
         driver=driver() if device.type == "cuda" else None,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
-        # One registered in a process alone has no version.
-        backends={name: source for name, source in sorted(backends.items()) if source != "this process"},
+        backends=_sources(entries),
     )
+
+
+def _sources(entries: Iterable[Entry]) -> dict[str, str]:
+    found = {}
+    for entry in sorted(entries, key=lambda entry: entry.backend.name):
+        library = entry.backend.library
+        version = None if library is None else package_version(library)
+        # One registered in a process alone has no version, and one without its library cannot run.
+        if entry.distribution != "this process" and (library is None or version is not None):
+            found[entry.backend.name] = (
+                entry.distribution if version is None else f"{entry.distribution}, {library} {version}"
+            )
+    return found
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,8 +8,8 @@ are needed must be the same. The nearest entry of a table serves the call; where
 the call, as after an interrupted tuning, the next one does.
 
 That the fastest backend depends on the head dim far more than on the window is measured: with each entry of the H100's
-table left out in turn, the others choose a backend for it that takes 1.003 times the time of the best one (geometric
-mean), 1.21 at worst; counted alike in both, 1.014 times and 2.04 (``python -m attnreg_benchmarks.regret --left-out TABLE
+table left out in turn, the others choose a backend for it that takes 1.005 times the time of the best one (geometric
+mean), 1.34 at worst; counted alike in both, 1.016 times and 1.76 (``python -m attnreg_benchmarks.regret --left-out TABLE
 --json FILE``).
 
 Tables are asked in turn, the user's before those that are shipped and those with fewer mismatches of versions first: for an

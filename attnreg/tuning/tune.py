@@ -140,7 +140,7 @@ def tune(
     if keep:
         check_writable()
     rows: dict[Key, dict[str, Figure]] = {}
-    table = Table(environment(on, {entry.backend.name: entry.distribution for entry in registry.entries}), rows)
+    table = Table(environment(on, registry.entries), rows)
     copies: dict[tuple[Key, str], float | None] = {}
     path, interrupted, last = None, False, time.monotonic()
     try:

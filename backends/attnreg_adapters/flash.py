@@ -39,17 +39,25 @@ def unavailable() -> str | None:
 
 def refuse(problem: Problem) -> str | None:
     """What the capability cannot say."""
-    if problem.head_dim != problem.value_dim:
-        return f"E = {problem.head_dim} and D = {problem.value_dim} differ; it takes equal head dims only"
-    first_sees = problem.key_length - problem.query_length + problem.window.right
-    if first_sees < 0:
-        return f"the first {-first_sees} queries see no key; it takes only calls in which every query sees one"
+    refused = refuse_shapes(problem)
+    if refused is not None:
+        return refused
     if problem.needs_grad and problem.head_dim > _MOST_ON_SMALL_GPUS:
         capability = torch.cuda.get_device_capability(problem.device)
         if capability not in _LARGE_GPUS:
             needed = " or ".join(f"{major}.{minor}" for major, minor in _LARGE_GPUS)
             here = "{}.{}".format(*capability)
             return f"gradients at E = {problem.head_dim} need compute capability {needed}; this is {here}"
+    return None
+
+
+def refuse_shapes(problem: Problem) -> str | None:
+    """What no FlashAttention takes."""
+    if problem.head_dim != problem.value_dim:
+        return f"E = {problem.head_dim} and D = {problem.value_dim} differ; it takes equal head dims only"
+    first_sees = problem.key_length - problem.query_length + problem.window.right
+    if first_sees < 0:
+        return f"the first {-first_sees} queries see no key; it takes only calls in which every query sees one"
     return None
 
 
@@ -64,8 +72,8 @@ def local_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of each row as the library gives it."""
-    query, scale, _ = _positive_scale(query, scale)
-    query, key, value = (_lengths_first(each) for each in (query, key, value))
+    query, scale, _ = positive_scale(query, scale)
+    query, key, value = (lengths_first(each) for each in (query, key, value))
     output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, *_common(query, key), False, scale=scale, **_sizes(window)
     )
@@ -87,8 +95,8 @@ def local_attention_backward(
     needs_grad: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     """The gradients of query, key and value."""
-    query, scale, factor = _positive_scale(query, scale)
-    query, key, value, output, grad_output = (_lengths_first(each) for each in (query, key, value, output, grad_output))
+    query, scale, factor = positive_scale(query, scale)
+    query, key, value, output, grad_output = (lengths_first(each) for each in (query, key, value, output, grad_output))
     # No dropout: its random state is not looked at.
     state = torch.empty(2, dtype=torch.uint64, device=query.device)
     with _deterministic():
@@ -122,17 +130,17 @@ def _sizes(window: Window) -> dict[str, int]:
     return {"window_size_left": window.left, "window_size_right": window.right}
 
 
-def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, int]:
+def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, int]:
     """A query and a scale above 0 that give the same scores, and the factor of the query: 1, -1 or 0.
 
     The library takes the largest ``query . key`` for the largest score.
     """
     if scale > 0:
         return query, scale, 1
-    return (-query, -scale, -1) if scale < 0 else (torch.zeros_like(query), 1.0, 0)
+    return (-query, -scale, -1) if scale < 0 else (query * 0, 1.0, 0)
 
 
-def _lengths_first(tensor: Tensor) -> Tensor:
+def lengths_first(tensor: Tensor) -> Tensor:
     """A tensor (N, L, H, E) of a tensor (N, H, L, E), whose rows begin where it may load them."""
     unit = _ACCESS_BYTES // tensor.element_size()
     aligned = all(stride % unit == 0 for stride in tensor.stride()[:3]) and tensor.data_ptr() % _ACCESS_BYTES == 0

@@ -1,4 +1,4 @@
-"""FlashAttention 2 as it is built into torch, called with a window: no install needed beside torch's CUDA build."""
+"""FlashAttention 2 as torch carries it, with a window; unlike the backend ``flash``, its backward adds up in no fixed order."""
 
 from __future__ import annotations
 
