@@ -260,7 +260,7 @@ def test_flash4_gets_the_call_and_gives_the_results_back_as_the_contract_has_the
 def test_flash4_says_what_it_lacks(monkeypatch, capability, installed, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(flash4, "find_spec", lambda name: object() if installed or name == "flash_attn" else None)
+    monkeypatch.setattr(flash4, "DISTRIBUTION", "pluggy" if installed else "flash-attn-4")
     flash4._missing.cache_clear()
     assert flash4.unavailable() == reason
     flash4._missing.cache_clear()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
+from importlib import metadata
 
 import torch
 from torch import Tensor
 
 from attnreg import Problem, Window
 from attnreg_adapters.flash import lengths_first, positive_scale, refuse_shapes
+
+DISTRIBUTION = "flash-attn-4"
 
 # Where it has been seen to be right: release 4.0.0b36 against float32, at all head dims, random windows and lengths; but for the
 # gradients that `refuse` names, of the query and with grouped heads also of key and value.
@@ -28,9 +30,11 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _missing() -> str | None:
-    # flash_attn is the name of FlashAttention 2's package too, which has no cute.
-    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
-        return "flash-attn-4 is not installed"
+    # To look for the module would import flash_attn, which may be FlashAttention 2's, and takes long.
+    try:
+        metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return f"{DISTRIBUTION} is not installed"
     return None
 
 
@@ -39,7 +43,7 @@ def prepare() -> str | None:
     try:
         import flash_attn.cute  # noqa: F401
     except Exception as error:
-        return f"flash-attn-4 cannot be imported: {type(error).__name__}: {error}"
+        return f"{DISTRIBUTION} cannot be imported: {type(error).__name__}: {error}"
     return None
 
 

@@ -44,7 +44,7 @@ def attnreg_backends() -> Iterator[Backend]:
         unavailable=flash4.unavailable,
         prepare=flash4.prepare,
         refuse=flash4.refuse,
-        library="flash-attn-4",
+        library=flash4.DISTRIBUTION,
         # Before triton (10) where an H100 showed it to be faster: there, by up to 2.1 times.
         rank=lambda problem: 5 if problem.window.size >= (512 if problem.head_dim > 128 else 2048) else 20,
     )
