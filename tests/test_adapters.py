@@ -252,7 +252,7 @@ def test_flash4_gets_the_call_and_gives_the_results_back_as_the_contract_has_the
     ("capability", "installed", "reason"),
     [
         ((9, 0), True, None),
-        ((9, 0), False, "flash-attn-4 is not installed"),
+        ((9, 0), False, "not-there is not installed"),
         ((8, 0), True, "it was tested on compute capability 9.0 alone; this is 8.0"),
         ((10, 0), True, "it was tested on compute capability 9.0 alone; this is 10.0"),
     ],
@@ -260,7 +260,7 @@ def test_flash4_gets_the_call_and_gives_the_results_back_as_the_contract_has_the
 def test_flash4_says_what_it_lacks(monkeypatch, capability, installed, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(flash4, "DISTRIBUTION", "pluggy" if installed else "flash-attn-4")
+    monkeypatch.setattr(flash4, "DISTRIBUTION", "pluggy" if installed else "not-there")
     flash4._missing.cache_clear()
     assert flash4.unavailable() == reason
     flash4._missing.cache_clear()
