@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.packages import package_version
 from attnreg.problem import OPS, Problem
 
 GradDotProduct = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -101,7 +102,8 @@ class Backend:
             was written, and raises ValueError saying what it takes. Every function of the backend gets the options that
             were given, and those alone, as keyword arguments.
         library: the distribution of a library that it calls and that is none of attnreg's own dependencies, as in
-            "flash-attn-4": its version is stamped on measured tables beside the backend's.
+            "flash-attn-4": without it the backend cannot run, and its version is stamped on measured tables beside the
+            backend's.
         rank: orders the backends that could run a problem where nothing was measured; the lowest is taken. A number or a
             function of the problem. The slow but always right reference is 100.
 
@@ -225,7 +227,10 @@ def with_options(backend: Backend, options: tuple[tuple[str, str], ...]) -> Back
 
 def why_unavailable(backend: Backend) -> str | None:
     """The reason why ``backend`` cannot run on this machine, or None."""
-    return None if backend.unavailable is None else _ask(backend.unavailable)
+    reason = None if backend.unavailable is None else _ask(backend.unavailable)
+    if reason is None and backend.library is not None and package_version(backend.library) is None:
+        return f"{backend.library} is not installed"
+    return reason
 
 
 def why_not_prepared(backend: Backend) -> str | None:

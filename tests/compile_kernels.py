@@ -93,7 +93,7 @@ def compile_for_hopper():
             needs_grad=(True, True, True),
             **options,
         )
-    BAND_CASES = (
+    band_cases = (
         (torch.bfloat16, 64, 512, None),
         (torch.bfloat16, 128, 104, torch.tensor([200])),
         (torch.bfloat16, 64, 130, None),
@@ -104,7 +104,7 @@ def compile_for_hopper():
         (torch.float32, 128, 128, None),
         (torch.float32, 72, 129, torch.tensor([200])),
     )
-    for dtype, dim, size, lengths in BAND_CASES if skew.AVAILABLE else ():
+    for dtype, dim, size, lengths in band_cases if skew.AVAILABLE else ():
         case = f"{dtype},E={dim},W={size},{'lengths' if lengths is not None else 'no-lengths'}"
         rows = torch.empty(1, 4, 256, dim, dtype=dtype)
         keys = torch.empty(1, 2, 256, dim, dtype=dtype)

@@ -16,7 +16,7 @@ from attnreg_adapters import flash, flash4, flex
 
 import attnreg
 from attnreg import Window
-from attnreg.backend import refusals
+from attnreg.backend import refusals, why_unavailable
 
 CALL = attnreg.Problem(
     op="local_attention",
@@ -38,7 +38,7 @@ BIAS = {"bias_shape": (1, 4, 1, 26), "bias_dtype": torch.float32}
 def reasons(name, **changes):
     """Why the adapter refuses the call with these changes, on a machine that has what it needs."""
     (backend,) = (status.backend for status in attnreg.backends() if status.name == name)
-    return "; ".join(refusals(replace(backend, unavailable=None), replace(CALL, **changes)))
+    return "; ".join(refusals(replace(backend, unavailable=None, library=None), replace(CALL, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -260,10 +260,9 @@ def test_flash4_gets_the_call_and_gives_the_results_back_as_the_contract_has_the
 def test_flash4_says_what_it_lacks(monkeypatch, capability, installed, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(flash4, "DISTRIBUTION", "pluggy" if installed else "not-there")
-    flash4._missing.cache_clear()
-    assert flash4.unavailable() == reason
-    flash4._missing.cache_clear()
+    (backend,) = (status.backend for status in attnreg.backends() if status.name == "flash4")
+    assert backend.library == "flash-attn-4"
+    assert why_unavailable(replace(backend, library="pluggy" if installed else "not-there")) == reason
 
 
 def test_flash4_says_why_the_library_cannot_be_imported(monkeypatch, flash4_library):

@@ -17,6 +17,8 @@ LEAST_SHARED_MEMORY_BYTES = 99 * 2**10
 SHARED_MEMORY_BYTES = 113 * 2**10
 STACK_BYTES = 384
 
+ATTENTION = ("_attention", "_attention_backward_rows", "_attention_backward_keys")
+
 
 def compiled(which):
     """Name, case, registers, bytes of stack and of shared memory of every kernel."""
@@ -30,8 +32,7 @@ def compiled(which):
 
 def test_the_hopper_kernels_compile_and_fit_twice_into_a_multiprocessor():
     kernels = compiled("hopper")
-    attention = ("_attention", "_attention_backward_rows", "_attention_backward_keys")
-    expected = dict.fromkeys(attention, 6)
+    expected = dict.fromkeys(ATTENTION, 6)
     if hasattr(gluon.language.shared_memory_descriptor, "_reinterpret"):
         expected |= {"_band_dot": 9, "_band_average": 4}
     assert Counter(kernel for kernel, *_ in kernels) == expected
@@ -43,8 +44,7 @@ def test_the_hopper_kernels_compile_and_fit_twice_into_a_multiprocessor():
 
 def test_the_other_kernels_compile_and_fit_every_gpu():
     kernels = compiled("every-gpu")
-    attention = ("_attention", "_attention_backward_rows", "_attention_backward_keys")
     products = ("_band_dot", "_band_average", "_band_average_transposed")
-    assert Counter(kernel for kernel, *_ in kernels) == dict.fromkeys((*attention, *products), 16)
+    assert Counter(kernel for kernel, *_ in kernels) == dict.fromkeys((*ATTENTION, *products), 16)
     for kernel, case, _, _, shared in kernels:
         assert shared <= LEAST_SHARED_MEMORY_BYTES, (kernel, case)

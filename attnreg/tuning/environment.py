@@ -9,12 +9,12 @@ import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from attnreg.dispatch import Entry
+from attnreg.packages import package_version
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,6 @@ def driver() -> str | None:
     except OSError:
         return None
     return found.group() if found else None
-
-
-@functools.cache
-def package_version(package: str) -> str | None:
-    """The version of an installed package; None where it is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _release(version: str) -> tuple[str, ...]:

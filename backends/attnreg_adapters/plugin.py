@@ -9,6 +9,14 @@ import torch
 from attnreg import Backend, Capability, hookimpl
 from attnreg_adapters import flash, flash4, flex
 
+_FLASH_ATTENTION = Capability(
+    devices={"cuda"},
+    dtypes=(torch.float16, torch.bfloat16),
+    head_dims=range(8, 257, 8),
+    bias=False,
+    key_lengths=False,
+)
+
 
 @hookimpl
 def attnreg_backends() -> Iterator[Backend]:
@@ -16,13 +24,7 @@ def attnreg_backends() -> Iterator[Backend]:
     yield Backend(
         name="flash",
         summary="FlashAttention as torch carries it, with a window; its deterministic backward",
-        capability=Capability(
-            devices={"cuda"},
-            dtypes=(torch.float16, torch.bfloat16),
-            head_dims=range(8, 257, 8),
-            bias=False,
-            key_lengths=False,
-        ),
+        capability=_FLASH_ATTENTION,
         local_attention=flash.local_attention,
         local_attention_backward=flash.local_attention_backward,
         unavailable=flash.unavailable,
@@ -32,13 +34,7 @@ def attnreg_backends() -> Iterator[Backend]:
     yield Backend(
         name="flash4",
         summary="FlashAttention 4, where flash-attn-4 is installed, with a window; its deterministic backward",
-        capability=Capability(
-            devices={"cuda"},
-            dtypes=(torch.float16, torch.bfloat16),
-            head_dims=range(8, 257, 8),
-            bias=False,
-            key_lengths=False,
-        ),
+        capability=_FLASH_ATTENTION,
         local_attention=flash4.local_attention,
         differentiable=True,
         unavailable=flash4.unavailable,

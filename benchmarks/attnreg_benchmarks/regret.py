@@ -191,7 +191,9 @@ def _regret(call: str, decision: Decision, seconds: Mapping[str, float]) -> Regr
 def _able(entry: Entry, problem: Problem) -> Entry:
     """A backend that stands for its figures alone, and need not be able to run here."""
     capability = Capability(dtypes=(problem.dtype,))
-    return replace(entry, backend=replace(entry.backend, capability=capability, unavailable=None, refuse=None))
+    return replace(
+        entry, backend=replace(entry.backend, capability=capability, library=None, unavailable=None, refuse=None)
+    )
 
 
 @contextmanager

@@ -1,0 +1,15 @@
+"""Which packages are installed."""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+
+
+@functools.cache
+def package_version(package: str) -> str | None:
+    """The version of an installed package, without importing it; None where it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
