@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: a wheel built where nvcc and torch are carries the CUDA library of ``cublas_block``.
+"""What pyproject.toml cannot say: a wheel built where torch and a compiler are carries the libraries of backends.
 
-torch is what the library is compiled against, so build without isolation for that: ``python -m build --wheel --no-isolation``.
-Anywhere else the wheel holds the sources alone, and the library is built when it is first used.
+torch is what they are compiled against, so build without isolation for that: ``python -m build --wheel --no-isolation``.
+Anywhere else the wheel holds the sources alone, and a library is built when it is first used.
 """
 
 from __future__ import annotations
@@ -9,40 +9,46 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
+if TYPE_CHECKING:
+    from attnreg.extension import Extension, Target
+
 ROOT = Path(__file__).parent
+# What building imports beyond setuptools.
+NEEDED = ("filelock", "pluggy", "torch")
 
 
-def carries_library() -> bool:
-    """Whether the library can be compiled here."""
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("filelock") is None:
-        return False
-    sys.path.insert(0, str(ROOT / "backends"))
-    from attnreg_cublas.build import find_nvcc
+def compiled() -> list[tuple[str, Extension, Target]]:
+    """The libraries that can be compiled here: the package that carries each, the library, and what it is built for."""
+    if any(importlib.util.find_spec(name) is None for name in NEEDED):
+        return []
+    sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
+    from attnreg_cublas import build as cublas
 
-    return find_nvcc() is not None
+    libraries = [("attnreg_cublas", cublas.LIBRARY, cublas.target(cublas.PORTABLE_ARCHS))]
+    return [each for each in libraries if each[1].find_compiler() is not None]
 
 
-class BuildWithLibrary(build_py):
-    """Compiles the library into the package, beside its sources."""
+class BuildWithLibraries(build_py):
+    """Compiles the libraries into their packages, beside their sources."""
 
     def run(self) -> None:
-        """Build the package, then the library in it."""
+        """Build the packages, then the libraries in them."""
         super().run()
-        if self.editable_mode or not carries_library():
+        if self.editable_mode:
             return
-        from attnreg_cublas.build import PACKAGED, PORTABLE_ARCHS, build
+        for package, library, target in compiled():
+            built = library.build(target, Path(self.build_lib) / package / "lib")
+            Path(f"{built}.lock").unlink(missing_ok=True)
 
-        library = build(PORTABLE_ARCHS, Path(self.build_lib) / "attnreg_cublas" / PACKAGED.name)
-        Path(f"{library}.lock").unlink(missing_ok=True)
 
-
-class WheelWithLibrary(bdist_wheel):
-    """A wheel with the library is for this platform, though for every Python."""
+class WheelWithLibraries(bdist_wheel):
+    """A wheel with libraries is for this platform, though for every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """The tags of the wheel's name."""
@@ -50,15 +56,15 @@ class WheelWithLibrary(bdist_wheel):
         return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
-class DistributionWithLibrary(Distribution):
-    """Goes where packages for one platform go, if it carries the library."""
+class DistributionWithLibraries(Distribution):
+    """Goes where packages for one platform go, if it carries libraries."""
 
     def has_ext_modules(self) -> bool:
         """Whether there is anything compiled."""
-        return carries_library()
+        return bool(compiled())
 
 
 setup(
-    distclass=DistributionWithLibrary,
-    cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": WheelWithLibrary},
+    distclass=DistributionWithLibraries,
+    cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": WheelWithLibraries},
 )

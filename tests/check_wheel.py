@@ -10,16 +10,18 @@ import zipfile
 
 MUST_HOLD = (
     "attnreg/__init__.py",
+    "attnreg/extension.py",
     "attnreg/py.typed",
-    "attnreg/tuned/cpu.json",
-    "attnreg/tuned/nvidia-h100-80gb-hbm3.json",
-    "attnreg/tuned/nvidia-h200.json",
+    "attnreg/tables/shipped/cpu.json",
+    "attnreg/tables/shipped/nvidia-h100-80gb-hbm3.json",
+    "attnreg/tables/shipped/nvidia-h200.json",
     "attnreg_adapters/plugin.py",
     "attnreg_torch/plugin.py",
     "attnreg_triton/plugin.py",
     "attnreg_triton/hopper/attention.py",
     "attnreg_cublas/plugin.py",
     "attnreg_cublas/csrc/library.cu",
+    "attnreg_cublas/csrc/unpack.cuh",
     "attnreg_benchmarks/run.py",
     "attnreg_benchmarks/peers/flash2.py",
 )
@@ -35,14 +37,15 @@ decision = attnreg.explain(query, query, query, attnreg.Window.causal(3))
 assert decision.source == "shipped", decision
 from attnreg_benchmarks.workloads import select
 assert select("cpu")
-from attnreg_cublas.build import sources
-assert (sources() / "library.cu").is_file() and str(sources()).startswith({folder!r}), sources()
 from attnreg_cublas import build
-assert (build.packaged() is None) == (build.find_nvcc() is None), (build.packaged(), build.find_nvcc())
-if build.packaged() is not None:
-    build.load(build.packaged())
+sources = build.LIBRARY.sources()
+assert (sources / "library.cu").is_file() and str(sources).startswith({folder!r}), sources
+library = build.LIBRARY.packaged()
+assert (library is None) == (build.LIBRARY.find_compiler() is None), (library, build.LIBRARY.find_compiler())
+if library is not None:
+    build.load(library)
     packed = torch.empty(4, 1, 8)
-    torch.ops.attnreg_cublas.pack(torch.ones(1, 1, 4, 8), packed, None, 4, 4, 0, 0, 0, 1)
+    torch.ops.attnreg_cublas.pack(torch.ones(1, 1, 4, 8), packed, None, 4, False, 4, 0, 0, 0, 1)
     assert (packed == 1).all()
 """
 

@@ -21,9 +21,9 @@ WINDOWS = [Window(left, size - 1 - left) for size in (1, 2, 3, 5, 9) for left in
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if build.find_nvcc() is None:
+    if build.LIBRARY.find_compiler() is None:
         pytest.skip("no nvcc")
-    build.load(build.build(["90"], tmp_path_factory.mktemp("cublas")))
+    build.load(build.LIBRARY.build(build.target(["90"]), tmp_path_factory.mktemp("cublas")))
 
 
 @pytest.fixture(autouse=True)
@@ -46,41 +46,57 @@ def multiply_factors(left, right, result):
     torch.bmm(left.float(), right.float(), out=result)
 
 
-@pytest.fixture(params=["in_place", "copied", "factors"])
+@pytest.fixture(params=["in_place", "heads_in_place", "copied", "factors"])
 def sides(request, monkeypatch):
-    """Lines read in place where they can be, however many edge rows they have; padded copies; fp16 factors."""
+    """Lines read in place where they can be, however many edge rows they have; padded copies; fp16 factors.
+
+    Each head has a line where tensors are (N, L, H, E) in memory, as they then are to be.
+    """
+    in_place = request.param.endswith("in_place")
     for edge_slots in ("SCORE_EDGE_SLOTS", "AVERAGE_EDGE_SLOTS"):
-        monkeypatch.setattr(call, edge_slots, math.inf if request.param == "in_place" else -1)
+        monkeypatch.setattr(call, edge_slots, math.inf if in_place else -1)
+    monkeypatch.setattr(call, "SMALLEST_LINE", 0)
     # Several chunks, and bytes instead of MiB to say so.
     monkeypatch.setattr(call, "_MEBIBYTE", 1)
     monkeypatch.setattr(call, "factors_pay", lambda size: request.param == "factors")
     monkeypatch.setattr(call, "multiply_factors", multiply_factors)
+    return request.param
 
 
 @pytest.mark.parametrize("queries", LENGTHS)
 @pytest.mark.parametrize("keys", LENGTHS)
-@pytest.mark.usefixtures("library", "sides", "poisoned_memory")
-def test_equals_the_reference_in_float64(queries, keys, block):
+@pytest.mark.usefixtures("library", "poisoned_memory")
+def test_equals_the_reference_in_float64(queries, keys, block, sides):
     torch.manual_seed(queries * 10 + keys)
     # Head dims that rows are read in place for, and others.
     layouts = [(1, (8, 4)), (2, (8, 4)), (2, (5, 3))]
     for window, (group, dims), masked in itertools.product(WINDOWS, layouts, (False, True)):
-        _check(queries, keys, window, group, masked, dims, block)
+        _check(
+            queries,
+            keys,
+            window,
+            group,
+            masked,
+            dims,
+            block,
+            _lengths_first if sides == "heads_in_place" else _contiguous,
+        )
 
 
-def _check(len_q, len_k, window, group, masked, dims, block):
+def _check(len_q, len_k, window, group, masked, dims, block, layout):
     def leaf(*shape):
         return torch.randn(shape, dtype=torch.float64).float().double().requires_grad_()
 
     head_dim, value_dim = dims
-    query, grad_output = leaf(3, group, len_q, head_dim), leaf(3, group, len_q, value_dim).detach()
-    key, value = leaf(3, 1, len_k, head_dim), leaf(3, 1, len_k, value_dim)
-    weights, grad_scores = leaf(3, group, len_q, window.size), leaf(3, group, len_q, window.size).detach()
+    heads, kv_heads = 2 * group, 2
+    query, grad_output = leaf(2, heads, len_q, head_dim), leaf(2, heads, len_q, value_dim).detach()
+    key, value = leaf(2, kv_heads, len_k, head_dim), leaf(2, kv_heads, len_k, value_dim)
+    weights, grad_scores = leaf(2, heads, len_q, window.size), leaf(2, heads, len_q, window.size).detach()
     bias = key_lengths = None
     if masked:
-        bias = leaf(1, group, 1, window.size)
+        bias = leaf(1, heads, 1, window.size)
         bias.data[torch.rand(bias.shape) < 0.3] = -math.inf
-        key_lengths = torch.tensor([len_k, len_k // 2, len_k])
+        key_lengths = torch.tensor([len_k // 2, len_k])
 
     scores = attnreg.local_dot_product(
         query, key, window, bias=bias, key_lengths=key_lengths, scale=0.5, backend="torch"
@@ -90,34 +106,41 @@ def _check(len_q, len_k, window, group, masked, dims, block):
     output = attnreg.local_weighted_average(weights, value, window, key_lengths=key_lengths, backend="torch")
     output.backward(grad_output)
 
-    # What is invisible may be NaN: slots, keys past a key length, queries that see no key.
+    # What is hidden may be NaN: slots, queries that see no key, keys that no query sees; by position, key length or bias.
     def poisoned(tensor, good):
-        return torch.where(good, tensor.detach(), math.nan).float()
+        return layout(torch.where(good, tensor.detach(), math.nan).float())
 
     seen = attnreg.local_dot_product(query, key, window, key_lengths=key_lengths, backend="torch") != -math.inf
-    lengths = torch.full((3,), len_k) if key_lengths is None else key_lengths
-    is_key = (torch.arange(len_k) < lengths[:, None])[:, None, :, None]
-    q, go = (poisoned(t, seen.any(-1, keepdim=True)) for t in (query, grad_output))
-    k, x = (poisoned(t, is_key) for t in (key, value))
+    q, k = poisoned(query, visible.any(-1, keepdim=True)), poisoned(key, keys_seen(visible, len_k, window))
+    go, x = poisoned(grad_output, seen.any(-1, keepdim=True)), poisoned(value, keys_seen(seen, len_k, window))
     w, g = poisoned(weights, seen), poisoned(grad_scores, visible)
     b = None if bias is None else bias.detach().float()
     blocked = {"block": block, "workspace": 256}
     options = {"bias": b, "key_lengths": key_lengths, "scale": 0.5}
-    got = [
-        functions.local_dot_product(q, k, window, **options, **blocked),
-        *functions.local_dot_product_backward(g, q, k, window, needs_grad=(True, True, masked), **options, **blocked),
-        functions.local_weighted_average(w, x, window, key_lengths=key_lengths, **blocked),
-        *functions.local_weighted_average_backward(
-            go, w, x, window, key_lengths=key_lengths, needs_grad=(True, True), **blocked
+    needs_grad = frozenset({"query", "key", "bias"} if masked else {"query", "key"})
+    got = {
+        "scores": functions.local_dot_product(q, k, window, **options, **blocked),
+        **functions.local_dot_product_backward(g, q, k, window, needs_grad=needs_grad, **options, **blocked),
+        "output": functions.local_weighted_average(w, x, window, key_lengths=key_lengths, **blocked),
+        **functions.local_weighted_average_backward(
+            go, w, x, window, key_lengths=key_lengths, needs_grad=frozenset({"weights", "value"}), **blocked
         ),
-    ]
-    bias_grad = None if bias is None else bias.grad
-    want = [scores, query.grad, key.grad, bias_grad, output, weights.grad, value.grad]
-    for ours, truth in zip(got, want):
-        if truth is None:
-            assert ours is None
-        else:
-            torch.testing.assert_close(ours.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    }
+    want = {"scores": scores, "output": output, "query": query.grad, "key": key.grad}
+    want |= {"weights": weights.grad, "value": value.grad} | ({"bias": bias.grad} if masked else {})
+    assert got.keys() == want.keys()
+    for name, truth in want.items():
+        torch.testing.assert_close(got[name].double(), truth.detach(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def keys_seen(visible, len_k, window):
+    """The keys that some row sees, (N, 2, Lk, 1), of slots (N, H, Lq, W) for two key/value heads."""
+    keys = torch.arange(visible.size(2))[:, None] + len_k - visible.size(2) - window.left + torch.arange(window.size)
+    found = torch.zeros(len(visible), 2, len_k, 1, dtype=torch.bool)
+    by_head = visible.unflatten(1, (2, -1)).any(2)
+    for n, h in itertools.product(range(len(visible)), range(2)):
+        found[n, h, keys[by_head[n, h]]] = True
+    return found
 
 
 @pytest.mark.parametrize("rows", [1, 8, None])
@@ -132,12 +155,12 @@ def test_what_is_not_finite_stays_in_its_sequence(rows):
         return (
             functions.local_dot_product(query, key, window, **everything, **options),
             *functions.local_dot_product_backward(
-                weights, query, key, window, needs_grad=(True, True, False), **everything, **options
-            )[:2],
+                weights, query, key, window, needs_grad=frozenset({"query", "key"}), **everything, **options
+            ).values(),
             functions.local_weighted_average(weights, value, window, **options),
             *functions.local_weighted_average_backward(
-                query, weights, value, window, needs_grad=(True, True), **options
-            ),
+                query, weights, value, window, needs_grad=frozenset({"weights", "value"}), **options
+            ).values(),
         )
 
     clean = results(query, key, value)
@@ -157,12 +180,135 @@ def test_queries_that_see_no_key_may_be_nan():
     window, queries, keys = Window(3, 2), 100, 40
     query, key = torch.randn(2, 2, queries, 8), torch.randn(2, 2, keys, 8)
     weights = torch.randn(2, 2, queries, window.size)
-    options = {"bias": None, "key_lengths": None, "scale": 1.0, "needs_grad": (True, True, False), "block": 8}
+    options = {"bias": None, "key_lengths": None, "scale": 1.0, "needs_grad": frozenset({"query", "key"}), "block": 8}
     expected = functions.local_dot_product_backward(weights, query, key, window, **options)
     query[:, :, : queries - keys - window.right] = math.nan
     got = functions.local_dot_product_backward(weights, query, key, window, **options)
-    for ours, truth in zip(got[:2], expected):
-        torch.testing.assert_close(ours, truth)
+    for name in ("query", "key"):
+        torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.usefixtures("library", "sides", "poisoned_memory")
+@pytest.mark.parametrize("hides", ["all", "keys", "queries", "one_key_of_one_query"])
+@pytest.mark.parametrize("what", [math.nan, math.inf])
+@pytest.mark.parametrize("group", [1, 2])
+def test_what_a_bias_hides_may_be_anything_and_reaches_nothing(hides, what, group):
+    torch.manual_seed(0)
+    window, length = Window(5, 3), 90
+    query, grad_scores = torch.randn(2, 2 * group, length, 8), torch.randn(2, 2 * group, length, window.size)
+    key, bias = torch.randn(2, 2, length, 8), torch.randn(2, 1, length, window.size)
+    slot_of_key_30 = 30 - torch.arange(length) + window.left
+    if hides == "all":
+        bias[:] = -math.inf
+    elif hides == "keys":
+        for i in range(30 - window.right, 30 + window.left + 1):
+            bias[:, :, i, slot_of_key_30[i]] = -math.inf
+    elif hides == "queries":
+        bias[:, :, 30] = -math.inf
+    else:
+        bias[0, :, 30, 0] = -math.inf
+    options = {"bias": bias, "key_lengths": None, "scale": 0.5, "block": 8}
+    needs_grad = frozenset({"query", "key", "bias"})
+
+    def results(query, key, grad_scores):
+        gradients = functions.local_dot_product_backward(
+            grad_scores, query, key, window, needs_grad=needs_grad, **options
+        )
+        return {"scores": functions.local_dot_product(query, key, window, **options), **gradients}
+
+    clean = results(query, key, grad_scores)
+    grad_scores = grad_scores.masked_fill(bias == -math.inf, what)
+    if hides in ("all", "queries"):
+        query[:, :, slice(None) if hides == "all" else 30] = what
+    if hides in ("all", "keys"):
+        key[:, :, slice(None) if hides == "all" else 30] = what
+    for name, got in results(query, key, grad_scores).items():
+        torch.testing.assert_close(got, clean[name], msg=name)
+        assert name == "scores" or got.isfinite().all()
+
+
+@pytest.mark.usefixtures("library", "sides")
+def test_a_bias_keeps_what_is_not_finite_in_the_rows_that_see_it():
+    window = Window(2, 1)
+    query, key, grad_scores = torch.randn(1, 1, 60, 8), torch.randn(1, 1, 60, 8), torch.randn(1, 1, 60, window.size)
+    options = {"bias": torch.zeros(1, 1, 1, 1), "key_lengths": None, "scale": 1.0, "block": 8}
+    key[:, :, 30] = math.nan
+    needs_grad = frozenset({"query"})
+    got = functions.local_dot_product_backward(grad_scores, query, key, window, needs_grad=needs_grad, **options)
+    spoilt = (~got["query"].isfinite()).any(-1).flatten().nonzero().flatten()
+    assert spoilt.tolist() == [29, 30, 31, 32]
+
+
+@pytest.mark.usefixtures("library", "sides")
+def test_a_finite_bias_of_float64_hides_nothing():
+    query = torch.randn(1, 1, 40, 8)
+    bias = torch.full((1, 1, 1, 4), -1e300, dtype=torch.float64)
+    options = {"bias": bias, "key_lengths": None, "scale": 1.0, "block": 8}
+    scores = functions.local_dot_product(query, query, Window(3, 0), **options)
+    assert (scores[:, :, 3:] == -torch.finfo(torch.float32).max).all()
+    assert (scores[:, :, 0, :3] == -math.inf).all()
+
+
+def _contiguous(tensor):
+    return tensor
+
+
+def _lengths_first(tensor):
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _one_of_three(tensor):
+    """As of a projection (N, L, 3, H, E)."""
+    lengths_first = tensor.transpose(1, 2)
+    return torch.stack([torch.full_like(lengths_first, math.nan), lengths_first, lengths_first * 9], 2)[
+        :, :, 1
+    ].transpose(1, 2)
+
+
+def _expanded(tensor):
+    return tensor[:1, :, :1].expand(tensor.shape)
+
+
+# Blocks are made one by one, some of a line, all of several lines.
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "mebibyte"), [(1, 1, 10), (1, 2, 2**20), (3, 1, 1), (3, 1, 2**20), (3, 2, 10)]
+)
+@pytest.mark.parametrize(("queries", "keys"), [(64, 64), (40, 61), (61, 40), (9, 61)])
+@pytest.mark.parametrize("dims", [(8, 4), (5, 3)])
+@pytest.mark.parametrize("layout", [_contiguous, _lengths_first, _one_of_three, _expanded])
+@pytest.mark.usefixtures("library", "sides", "poisoned_memory")
+def test_results_lie_in_memory_as_their_tensors(layout, dims, queries, keys, group, kv_heads, mebibyte, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(call, "_MEBIBYTE", mebibyte)
+    window, heads = Window(5, 3), group * kv_heads
+    shapes = {"query": (2, heads, queries, dims[0]), "key": (2, kv_heads, keys, dims[0])}
+    shapes |= {"value": (2, kv_heads, keys, dims[1]), "weights": (2, heads, queries, window.size)}
+    shapes |= {"bias": (2, heads, queries, window.size), "grad_output": (2, heads, queries, dims[1])}
+    tensors = {name: layout(torch.randn(shape)) for name, shape in shapes.items()}
+
+    def results(query, key, value, weights, bias, grad_output):
+        options = {"bias": bias, "key_lengths": None, "scale": 0.5}
+        return {
+            "query": functions.local_dot_product(query, key, window, **options),
+            "weights": functions.local_weighted_average(weights, value, window, key_lengths=None),
+        }, {
+            **functions.local_dot_product_backward(
+                weights, query, key, window, needs_grad=frozenset({"query", "key", "bias"}), **options
+            ),
+            **functions.local_weighted_average_backward(
+                grad_output, weights, value, window, key_lengths=None, needs_grad=frozenset({"weights", "value"})
+            ),
+        }
+
+    forward, gradients = results(**tensors)
+    right_forward, right_gradients = results(**{name: tensor.contiguous() for name, tensor in tensors.items()})
+    for name, got in forward.items():
+        torch.testing.assert_close(got, right_forward[name])
+        assert got.stride() == attnreg.empty_like(tensors[name], got.size(-1)).stride()
+    for name, got in gradients.items():
+        torch.testing.assert_close(got, right_gradients[name])
+        assert got.shape == tensors[name].shape
+        assert got.stride() == attnreg.empty_like(tensors[name]).stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,9 +322,9 @@ def test_narrow_rows_are_summed_in_fp32(dtype, offset):
     weights = torch.randn(2, 2, 70, window.size).to(dtype)
     got = (
         functions.local_dot_product(query, key, window, **options),
-        *functions.local_dot_product_backward(weights, query, key, window, needs_grad=(True, True, False), **options)[
-            :2
-        ],
+        *functions.local_dot_product_backward(
+            weights, query, key, window, needs_grad=frozenset({"query", "key"}), **options
+        ).values(),
     )
     leaves = [tensor.double().requires_grad_() for tensor in (query, key)]
     scores = attnreg.local_dot_product(*leaves, window, scale=0.5, backend="torch")
@@ -196,7 +342,7 @@ def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
     for (sequences, queries, keys), (left, right), rows, by_key in itertools.product(
         lengths, reaches, (1, 3, 8), (False, True)
     ):
-        line = blocks.lay(sequences, queries, keys, left, right)
+        line = blocks.lay(1, sequences, queries, keys, left, right)
         cut = blocks.cut(line, rows, by_key=by_key, edge_slots=math.inf)
         assert cut.columns == rows + line.width - 1
         end = cut.first + cut.count * rows
@@ -214,7 +360,7 @@ def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
 
 
 def test_blocks_lie_within_the_line_where_edge_rows_are_few():
-    line = blocks.lay(4, 1024, 1024, 31, 0)
+    line = blocks.lay(1, 4, 1024, 1024, 31, 0)
     within = blocks.cut(line, 64, edge_slots=math.inf)
     slots = (line.length - within.count * within.rows) * line.width / line.length
     assert within.within
@@ -251,8 +397,8 @@ def test_what_is_read_in_place_takes_one_product_and_one_or_two_kernels(monkeypa
     def average(weights, value, key_lengths=None):
         return launches(lambda: functions.local_weighted_average(weights, value, window, key_lengths=key_lengths))
 
-    def backward(needs_grad):
-        options = {"key_lengths": None, "needs_grad": needs_grad}
+    def backward(name):
+        options = {"key_lengths": None, "needs_grad": frozenset({name})}
         return launches(lambda: functions.local_weighted_average_backward(query, weights, key, window, **options))
 
     assert dot(query, key) == ["baddbmm_", "gather_band"]
@@ -262,8 +408,20 @@ def test_what_is_read_in_place_takes_one_product_and_one_or_two_kernels(monkeypa
     assert dot(query[..., :5], key[..., :5]) == ["pack", "pack", "baddbmm_", "gather_band"]
     assert average(weights, key) == ["scatter_band", "baddbmm_", "mend_rows"]
     assert average(weights, key, lengths) == ["scatter_band", "pack", "baddbmm_", "mend_rows"]
-    assert backward((True, False)) == ["baddbmm_", "gather_band"]
-    assert backward((False, True)) == ["scatter_band_by_key", "baddbmm_", "mend_rows_by_key"]
+    # Where each head is a line, its product is spared a copy of each side and of the result, if it is long enough.
+    heads_apart = [_lengths_first(tensor) for tensor in (query, key)]
+    assert dot(*heads_apart) == ["pack", "pack", "baddbmm_", "gather_band"]
+    assert average(_lengths_first(weights), key) == ["scatter_band", "baddbmm_", "unpack", "mend_rows"]
+    monkeypatch.setattr(call, "SMALLEST_LINE", 2 * 128 * 8 * 4)
+    assert dot(*heads_apart) == ["baddbmm_", "baddbmm_", "gather_band"]
+    assert average(_lengths_first(weights), heads_apart[1]) == ["scatter_band", "baddbmm_", "baddbmm_", "mend_rows"]
+    assert average(_lengths_first(weights), key) == ["scatter_band", *["pack", "baddbmm_"] * 2, "mend_rows"]
+    assert dot(query, heads_apart[1]) == ["pack", "baddbmm_", "gather_band"]
+    assert average(_lengths_first(torch.randn(2, 4, 128, window.size)), key[:, :1]) == [
+        *("scatter_band", "pack", "baddbmm_", "mend_rows"),
+    ]
+    assert backward("weights") == ["baddbmm_", "gather_band"]
+    assert backward("value") == ["scatter_band_by_key", "baddbmm_", "mend_rows_by_key"]
     # The CPU has no product of factors: anything stands for it here.
     monkeypatch.setattr(call, "factors_pay", lambda size: True)
     monkeypatch.setattr(call, "multiply_factors", lambda left, right, result: result.zero_())
@@ -280,17 +438,26 @@ def test_the_options_say_what_they_take():
     assert (rule.parse_block("48"), rule.parse_workspace("64")) == (48, 64)
 
 
-def test_dense_blocks_keep_to_the_workspace(monkeypatch):
-    rows = torch.empty(1, 64, 2048, 4)
+@pytest.mark.parametrize(("heads", "at_once"), [(1, [(0, 1)]), (5, [(0, 2), (2, 2), (4, 1)])])
+def test_dense_blocks_keep_to_the_workspace(monkeypatch, heads, at_once):
+    """Of the blocks of a line, or of several lines at once."""
     monkeypatch.setattr(call, "ops", lambda: None)
-    one = call.Call(rows, rows, Window.centered(512), None, None, 128, 1)
-    geometry = blocks.cut(one.line, 128)
-    chunks = list(one._chunks(geometry, rows, (geometry.rows, geometry.columns)))
-    assert all(dense.numel() * dense.element_size() <= 2**20 for *_, dense in chunks)
-    assert len({dense.data_ptr() for *_, dense in chunks}) == 1
-    assert all(dense.size(0) == end - begin for begin, end, dense in chunks)
-    assert (chunks[0][0], chunks[-1][1]) == (0, geometry.count)
-    assert all(first[1] == second[0] for first, second in itertools.pairwise(chunks))
+    rows = torch.empty(1, 5, 2048, 4)
+    for workspace in (1, 13):
+        one = call.Call(rows, rows, Window.centered(512), None, None, 128, workspace)
+        geometry = blocks.cut(one.line if heads == 1 else one.lines_of_heads, 128)
+        chunks = list(one._chunks(geometry, rows, (geometry.rows, geometry.columns)))
+        assert all(chunk.dense.numel() * chunk.dense.element_size() <= workspace * 2**20 for chunk in chunks)
+        assert len({chunk.dense.data_ptr() for chunk in chunks}) == 1
+        assert all(chunk.dense.size(0) == chunk.lines * (chunk.end - chunk.begin) for chunk in chunks)
+        owned = [
+            (line, block)
+            for chunk in chunks
+            for line, dense in chunk.by_line()
+            for block, _ in enumerate(dense, chunk.begin)
+        ]
+        assert owned == list(itertools.product(range(heads), range(geometry.count)))
+    assert [(chunk.line, chunk.lines) for chunk in chunks if chunk.begin == 0] == at_once
 
 
 def test_more_rows_than_the_kernels_can_count_are_refused():
@@ -338,6 +505,8 @@ def test_the_benchmark_of_the_rule_measures_every_product_at_every_block(monkeyp
     found = list(cublas_blocks.blocks(torch.device("cpu")))
     assert len({(row["arithmetic"], row["product"], row["block"], row["factors"]) for row in found}) == len(found) == 20
     assert sum(row["factors"] for row in found) == 2
+    data = cublas_blocks.tensors((1, 2, 64), 8, 9, torch.float32, torch.device("cpu"))
+    assert set(cublas_blocks.calls("average by key", [data], 9)[0]()) == {"key"}
     rows = list(cublas_blocks.edges(torch.device("cpu")))
     assert len(rows) == 2 * 3 * 3
     assert all(set(row["microseconds"]) == {"edge rows", "copies"} for row in rows)

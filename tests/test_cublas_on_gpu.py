@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attnreg_cublas import call
 from torch.autograd import DeviceType
 
 import attnreg
@@ -54,13 +55,81 @@ def test_what_is_read_in_place_takes_one_product_and_one_or_two_kernels(dtype):
         attnreg.local_weighted_average(weights, key, WINDOW, backend=NAME)
 
     for run, count in ((dot, 2), (average, 3)):
+        assert len(kernels(run)) == count, kernels(run)
+
+
+def kernels(run):
+    """The kernels of a call, by name."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run()
-            torch.cuda.synchronize()
-        kernels = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
-        assert len(kernels) == count, kernels
+    return [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("smallest_line", [0, 2**40], ids=["a_product_of_each_head", "copies"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_lie_as_lengths_first_tensors_and_no_kernel_of_torch_copies_them(dtype, smallest_line, monkeypatch):
+    monkeypatch.setattr(call, "SMALLEST_LINE", smallest_line)
+    shapes = [(2, 4096, 3, 64)] * 3 + [(2, 4096, 3, WINDOW.size)]
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for shape in shapes]
+    query, key, value, weights = (tensor.requires_grad_() for tensor in inputs)
+    upstream = torch.randn_like(weights), torch.randn_like(value)
+    found = {}
+
+    def run():
+        scores = attnreg.local_dot_product(query, key, WINDOW, backend=NAME)
+        output = attnreg.local_weighted_average(weights, value, WINDOW, backend=NAME)
+        gradients = torch.autograd.grad((scores, output), (query, key, weights, value), upstream)
+        found.update(enumerate((scores, output, *gradients)))
+
+    names = kernels(run)
+    for got, its in zip(found.values(), (query, weights, query, key, weights, value), strict=True):
+        assert got.stride() == attnreg.empty_like(its, got.size(-1)).stride()
+    copies = (
+        "elementwise",
+        "copy",
+        "Memcpy",
+        "CatArray",
+        *([] if smallest_line else ["attnreg::Pack", "attnreg::Unpack"]),
+    )
+    assert not [name for name in names if any(word in name for word in copies)]
+    reference = [tensor.detach().float().contiguous().requires_grad_() for tensor in inputs]
+    scores = attnreg.local_dot_product(*reference[:2], WINDOW, backend="torch")
+    output = attnreg.local_weighted_average(reference[3], reference[2], WINDOW, backend="torch")
+    gradients = torch.autograd.grad(
+        (torch.where(scores == -torch.inf, 0, scores), output),
+        [reference[index] for index in (0, 1, 3, 2)],
+        [tensor.float() for tensor in upstream],
+    )
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-1}
+    for got, right in zip(found.values(), (scores, output, *gradients), strict=True):
+        torch.testing.assert_close(got.float(), right, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_bias_hides_may_be_nan(dtype):
+    length = 700
+    query, key = tensors(*[(1, 2, length, 64)] * 2, dtype=dtype)
+    bias = torch.zeros(1, 1, length, WINDOW.size, device="cuda", dtype=dtype)
+    rows, slots = torch.arange(length)[:, None], torch.arange(WINDOW.size)
+    keys = rows - WINDOW.left + slots
+    bias[0, 0, (keys == 300) | (rows == 400)] = -torch.inf
+    upstream = torch.randn(1, 2, length, WINDOW.size, device="cuda", dtype=dtype)
+
+    def run(upstream):
+        scores = attnreg.local_dot_product(query, key, WINDOW, bias=bias, backend=NAME)
+        return (scores, *torch.autograd.grad(scores, (query, key), upstream))
+
+    expected = run(upstream)
+    with torch.no_grad():
+        key[:, :, 300], query[:, :, 400] = torch.nan, torch.inf
+    got = run(upstream.masked_fill(bias == -torch.inf, torch.nan))
+    # What another kernel has computed anew is rounded otherwise.
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    for ours, right in zip(got, expected):
+        torch.testing.assert_close(ours, right, **tolerance)
 
 
 def test_a_graph_replays_on_new_numbers():

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from attnreg_cublas.build import PORTABLE_ARCHS, BuildError, build
+from attnreg.extension import BuildError
+from attnreg_cublas.build import LIBRARY, PORTABLE_ARCHS, target
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        library = build(arguments.arch or PORTABLE_ARCHS, arguments.output)
+        library = LIBRARY.build(target(arguments.arch or PORTABLE_ARCHS), arguments.output)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

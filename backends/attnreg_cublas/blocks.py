@@ -1,11 +1,12 @@
 """How a window becomes blocks: the geometry, and no tensor in it.
 
-All sequences of a call (one for each batch entry and key/value head) are laid end to end on one *line* of positions. Query
-i and key j of a sequence lie so that slot c of the query at position x is the key at x - left + c, whatever the lengths:
-their ends are aligned, as in ``Window``. The line is then cut into blocks of B rows, wherever a sequence may begin or end.
-Block b owns the B rows from first + b * B on and has S columns, which begin ``before`` positions earlier: the column ranges
-overlap, each begins B positions after the one before, so that all blocks are one strided batch. Slot c of row r is column
-``r + diagonal + c``: in a dense result of pitch S the band has pitch S + 1.
+All sequences of a call (one for each batch entry and key/value head) are laid end to end on one *line* of positions, or those of
+each head on one of their own: whichever lies so in memory. Query i and key j of a sequence lie so that slot c of the query at
+position x is the key at x - left + c, whatever the lengths: their ends are aligned, as in ``Window``. A line is then cut into
+blocks of B rows, wherever a sequence may begin or end. Block b owns the B rows from first + b * B on and has S columns, which
+begin ``before`` positions earlier: the column ranges overlap, each begins B positions after the one before, so that all blocks
+of a line are one strided batch. Slot c of row r is column ``r + diagonal + c``: in a dense result of pitch S the band has
+pitch S + 1.
 
     rows of a block     columns (S >= B + W - 1)
           r = 0         [ 0 1 2 3 . . . . ]
@@ -33,10 +34,11 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The sequences of a call, laid end to end.
+    """The sequences of a call, laid end to end: one line of all, or one for each head, all alike.
 
     Attributes:
-        sequences: how many there are.
+        lines: how many there are; their positions are numbered through.
+        sequences: how many a line has.
         pitch: positions of a sequence.
         query_lead: where query 0 lies in its sequence's positions; before it are keys that the first queries see.
         key_lead: where key 0 lies; negative where the first keys are seen by no query, and have no position.
@@ -44,6 +46,7 @@ class Line:
         right: positions after it, likewise.
     """
 
+    lines: int
     sequences: int
     pitch: int
     query_lead: int
@@ -58,7 +61,7 @@ class Line:
 
     @property
     def length(self) -> int:
-        """Positions of the whole line."""
+        """Positions of a line."""
         return self.sequences * self.pitch
 
 
@@ -67,13 +70,15 @@ class Blocks:
     """The blocks of a line.
 
     Attributes:
+        line: what is cut.
         rows: B, rows of a block.
         columns: S, columns of a block.
         before: how many columns of a block come before its first row.
-        count: how many blocks there are.
+        count: how many blocks a line has.
         within: whether all rows and columns lie on the line; otherwise the blocks cover it, and reach over its ends.
     """
 
+    line: Line
     rows: int
     columns: int
     before: int
@@ -108,13 +113,13 @@ class Spans(NamedTuple):
         return (self.number - 1) * self.step + self.height
 
 
-def lay(sequences: int, queries: int, keys: int, left: int, right: int) -> Line:
-    """The line of ``sequences`` sequences of these lengths, under a window of this reach."""
+def lay(lines: int, sequences: int, queries: int, keys: int, left: int, right: int) -> Line:
+    """Lines of ``sequences`` sequences of these lengths each, under a window of this reach."""
     # No pair of positions is further apart than that.
     left, right = min(left, keys - 1), min(right, queries - 1)
     surplus = keys - queries
     lead = min(max(surplus, 0), left)
-    return Line(sequences, lead + queries, lead, lead - surplus, left, right)
+    return Line(lines, sequences, lead + queries, lead, lead - surplus, left, right)
 
 
 def cut(line: Line, rows: int, *, by_key: bool = False, edge_slots: float = -1) -> Blocks:
@@ -132,5 +137,5 @@ def cut(line: Line, rows: int, *, by_key: bool = False, edge_slots: float = -1) 
     count = (line.length - columns) // rows + 1
     edge_rows = line.length - count * rows
     if count > 0 and edge_rows * line.width <= edge_slots * line.length:
-        return Blocks(rows, columns, before, count, within=True)
-    return Blocks(rows, columns, before, -(-line.length // rows), within=False)
+        return Blocks(line, rows, columns, before, count, within=True)
+    return Blocks(line, rows, columns, before, -(-line.length // rows), within=False)

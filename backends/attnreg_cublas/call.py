@@ -1,10 +1,11 @@
 """One call: its tensors laid on the line, multiplied block by block, and what comes back.
 
-A side of a product is read in place where its tensor is the line already, and copied there otherwise (*pack*), or copied as
-fp16 factors (*split*). *Gather* reads the band out of a dense result, *scatter* writes a band into zeroed blocks, *mend* goes
-over the ends of sequences in an average; gather and mend also compute the edge rows. The kernels for these are in ``csrc/``.
-Dense blocks are made a chunk at a time, in a bounded workspace. Read in place, a dot product is one product and one of our
-kernels, an average scatters, multiplies and mends.
+A side of a product is read in place where its tensor is the line already, or lines of one head each, and copied there otherwise
+(*pack*), or copied as fp16 factors (*split*). *Gather* reads the band out of a dense result, *scatter* writes a band into zeroed
+blocks, *mend* goes over the ends of sequences in an average; gather and mend also compute the edge rows. A product by position
+whose rows are not in the order of the caller's tensors yet is copied there (*unpack*). These kernels are in ``csrc/cuda/``.
+Dense blocks are made a chunk at a time, in a bounded workspace. Read in place, a dot product is one product of each line and one
+of our kernels, an average scatters, multiplies and mends.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnreg import Window, allow_tf32
+from attnreg import Window, allow_tf32, empty_like
+from attnreg.memory import strides_like
 from attnreg_cublas.blocks import Blocks, Spans, cut, lay
 from attnreg_cublas.build import ops
 from attnreg_cublas.products import multiply, multiply_factors, sums_factors_in_fp32
-from attnreg_cublas.rule import AVERAGE_EDGE_SLOTS, SCORE_EDGE_SLOTS, block_rows, factors_pay
-from attnreg_cublas.sides import Side, in_place, matrices, padded_width
+from attnreg_cublas.rule import AVERAGE_EDGE_SLOTS, SCORE_EDGE_SLOTS, SMALLEST_LINE, block_rows, factors_pay
+from attnreg_cublas.sides import Side, as_heads, as_line, matrices, padded_width
 
 # cuBLAS puts the batch on a grid dimension, in some of its kernels with a limit of 65535.
 LARGEST_BATCH = 32768
@@ -32,8 +35,41 @@ _lay = lru_cache(maxsize=1024)(lay)
 _cut = lru_cache(maxsize=1024)(cut)
 
 
+class Chunk(NamedTuple):
+    """Blocks ``begin`` to ``end`` of each of some lines, and room for their dense elements, one line's after the other's."""
+
+    line: int
+    lines: int
+    begin: int
+    end: int
+    dense: Tensor
+
+    def by_line(self) -> Iterator[tuple[int, Tensor]]:
+        """Each line, and the room for its blocks."""
+        return zip(range(self.line, self.line + self.lines), self.dense.chunk(self.lines))
+
+
+class Room(NamedTuple):
+    """Where a product by position goes.
+
+    Attributes:
+        blocks: those that are multiplied.
+        rows: (lines, positions, heads, width).
+        output: (N, heads, L, width), what becomes of it.
+        is_output: whether the rows are those of the output.
+    """
+
+    blocks: Blocks
+    rows: Tensor
+    output: Tensor
+    is_output: bool
+
+
 class Call:
-    """A call whose query side has ``rows`` (N, H, Lq, .) and whose key side has ``keys`` (N, Hkv, Lk, .)."""
+    """A call whose query side has ``rows`` (N, H, Lq, .) and whose key side has ``keys`` (N, Hkv, Lk, .).
+
+    A result lies in memory as the tensor ``like``, which has its first three dimensions.
+    """
 
     def __init__(
         self,
@@ -49,63 +85,77 @@ class Call:
         self.kv_heads, self.keys = keys.shape[1:3]
         self.group = self.heads // self.kv_heads
         self.window, self.bias, self.key_lengths = window, bias, key_lengths
-        self.line = _lay(self.batch * self.kv_heads, self.queries, self.keys, window.left, window.right)
+        lengths = (self.queries, self.keys, window.left, window.right)
+        self.line = _lay(1, self.batch * self.kv_heads, *lengths)
+        self.lines_of_heads = _lay(self.kv_heads, self.batch, *lengths)
         self.block = block or block_rows(self.line.width, rows.dtype, allow_tf32())
         self.workspace = workspace * _MEBIBYTE
         self.ops = ops()
 
-    def band(self, query: Tensor, key: Tensor, *, scale: float, hidden: float) -> Tensor:
+    def band(self, query: Tensor, key: Tensor, like: Tensor, *, scale: float, hidden: float) -> Tensor:
         """``scale * query . key + bias`` (N, H, Lq, W) in the visible slots, and ``hidden`` in the others."""
         rows, columns = self._queries(query), self._keys(key)
         exact = query.dtype == torch.float32 and not allow_tf32()
         factors = exact and factors_pay(self.line.width) and sums_factors_in_fp32()
         blocks = self._cut() if factors else self._cut(rows, columns, edge_slots=SCORE_EDGE_SLOTS)
         scales = (self._scales(query), self._scales(key)) if factors else None
-        band = query.new_empty(self.batch, self.heads, self.queries, self.window.size)
+        band = empty_like(like, self.window.size)
         visibility = self._visibility(blocks)
-        for begin, end, dense in self._chunks(blocks, query, (blocks.rows * self.group, blocks.columns)):
-            row_spans, column_spans = blocks.row_spans(begin, end), blocks.column_spans(begin, end)
-            if scales is None:
-                left, right = self._matrices(rows, blocks, row_spans), self._matrices(columns, blocks, column_spans)
-                multiply(left, right.mT, dense, scale)
-            else:
-                left = self._split(rows, row_spans, scales[0], of_keys=False)
-                right = self._split(columns, column_spans, scales[1], of_keys=True)
-                multiply_factors(left, right.mT, dense)
-            given = (query, key, dense, *(scales or (None, None)))
-            self.ops.gather_band(*given, band, *visibility, begin, self.window.left, scale, hidden)
+        for chunk in self._chunks(blocks, query, (blocks.rows * self.group, blocks.columns)):
+            row_spans = blocks.row_spans(chunk.begin, chunk.end)
+            column_spans = blocks.column_spans(chunk.begin, chunk.end)
+            for line, dense in chunk.by_line():
+                if scales is None:
+                    left = self._matrices(rows, blocks, line, row_spans)
+                    right = self._matrices(columns, blocks, line, column_spans)
+                    multiply(left, right.mT, dense, scale)
+                else:
+                    left = self._split(rows, row_spans, scales[0], of_keys=False)
+                    right = self._split(columns, column_spans, scales[1], of_keys=True)
+                    multiply_factors(left, right.mT, dense)
+            given = (query, key, chunk.dense, *(scales or (None, None)))
+            self.ops.gather_band(*given, band, *visibility, chunk.line, chunk.begin, self.window.left, scale, hidden)
         return band
 
-    def average(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
+    def average(self, band: Tensor, source: Tensor, like: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over c of band[i, c] * source[key of c]`` (N, H, Lq, E), over the visible slots."""
         columns = self._keys(source, skip_unseen=True)
-        blocks = self._cut(columns, edge_slots=AVERAGE_EDGE_SLOTS)
-        result = self._result(band, source, blocks, self.group)
-        for begin, end, dense in self._chunks(blocks, band, (blocks.rows, self.group, blocks.columns)):
-            self.ops.scatter_band(band, dense, *self._visibility(blocks), begin, self.keys, self.window.left)
-            seen = self._matrices(columns, blocks, blocks.column_spans(begin, end))
-            multiply(dense.flatten(1, 2), seen, matrices(result, blocks.row_spans(begin, end)), scale)
-        output = self._from_line(result, source.size(3), self.line.query_lead, self.queries)
-        self.ops.mend_rows(band, source, output, *self._visibility(blocks), self.keys, self.window.left, scale)
+        room = self._room(like, columns, self.group, self.line.query_lead)
+        blocks, output = room.blocks, room.output
+        visibility = self._visibility(blocks)
+        for chunk in self._chunks(blocks, band, (blocks.rows, self.group, blocks.columns)):
+            self.ops.scatter_band(band, chunk.dense, *visibility, chunk.line, chunk.begin, self.keys, self.window.left)
+            for line, dense in chunk.by_line():
+                seen = self._matrices(columns, blocks, line, blocks.column_spans(chunk.begin, chunk.end))
+                into = matrices(room.rows[line], blocks.row_spans(chunk.begin, chunk.end))
+                multiply(dense.flatten(1, 2), seen, into, scale)
+        if not room.is_output:
+            self.ops.unpack(room.rows[0], output, self.line.pitch, self.line.query_lead)
+        self.ops.mend_rows(band, source, output, *visibility, self.keys, self.window.left, scale)
         return output
 
-    def average_by_key(self, band: Tensor, source: Tensor, *, scale: float = 1.0) -> Tensor:
+    def average_by_key(self, band: Tensor, source: Tensor, like: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over the queries i that see key j of band[i, slot of j] * source[i]`` (N, Hkv, Lk, E)."""
         columns = self._queries(source, skip_unseen=True)
-        blocks = self._cut(columns, by_key=True, edge_slots=AVERAGE_EDGE_SLOTS)
-        result = self._result(band, source, blocks, 1)
-        for begin, end, dense in self._chunks(blocks, band, (blocks.columns, self.group, blocks.rows)):
-            self.ops.scatter_band_by_key(band, dense, *self._visibility(blocks), begin, self.keys, self.window.left)
-            seeing = self._matrices(columns, blocks, blocks.column_spans(begin, end))
-            into = matrices(result, blocks.row_spans(begin, end))
-            multiply(dense.flatten(1, 2).mT, seeing, into, scale, self.group)
-        output = self._from_line(result, source.size(3), self.line.key_lead, self.keys)
-        self.ops.mend_rows_by_key(band, source, output, *self._visibility(blocks), self.keys, self.window.left, scale)
+        room = self._room(like, columns, 1, self.line.key_lead, by_key=True)
+        blocks, output = room.blocks, room.output
+        visibility = self._visibility(blocks)
+        for chunk in self._chunks(blocks, band, (blocks.columns, self.group, blocks.rows)):
+            self.ops.scatter_band_by_key(
+                band, chunk.dense, *visibility, chunk.line, chunk.begin, self.keys, self.window.left
+            )
+            for line, dense in chunk.by_line():
+                seeing = self._matrices(columns, blocks, line, blocks.column_spans(chunk.begin, chunk.end))
+                into = matrices(room.rows[line], blocks.row_spans(chunk.begin, chunk.end))
+                multiply(dense.flatten(1, 2).mT, seeing, into, scale, self.group)
+        if not room.is_output:
+            self.ops.unpack(room.rows[0], output, self.line.pitch, self.line.key_lead)
+        self.ops.mend_rows_by_key(band, source, output, *visibility, self.keys, self.window.left, scale)
         return output
 
-    def masked(self, band: Tensor) -> Tensor:
+    def masked(self, band: Tensor, like: Tensor) -> Tensor:
         """A band with zeros at invisible slots."""
-        masked = torch.empty_like(band, memory_format=torch.contiguous_format)
+        masked = empty_like(like, dtype=band.dtype)
         self.ops.mask_band(band, masked, self.bias, self.key_lengths, self.keys, self.window.left)
         return masked
 
@@ -120,22 +170,54 @@ class Call:
 
     def _side(self, source: Tensor, lead: int, seen: tuple[int, int], skip: bool) -> Side:
         """A side that may be read in place, but where rows are to be skipped: their weights are zero, but they may be NaN."""
-        is_line = (source.size(1), source.size(2), lead) == (self.kv_heads, self.line.pitch, 0)
-        return Side(source, in_place(source) if is_line and not skip else None, lead, seen)
+        if skip or (source.size(1), source.size(2), lead) != (self.kv_heads, self.line.pitch, 0):
+            return Side(source, None, None, lead, seen)
+        return Side(source, as_line(source), as_heads(source), lead, seen)
 
-    def _cut(self, *sides: Side, by_key: bool = False, edge_slots: float = -1) -> Blocks:
-        spared = any(side.line is not None for side in sides)
-        return _cut(self.line, self.block, by_key=by_key, edge_slots=edge_slots if spared else -1)
+    def _cut(self, *sides: Side, edge_slots: float = -1) -> Blocks:
+        """Blocks of scores: of whichever lines spare copies, or else covering one line."""
+        one_line = any(side.line is not None for side in sides)
+        if not one_line and any(side.heads is not None and _is_long(side.heads) for side in sides):
+            blocks = _cut(self.lines_of_heads, self.block, edge_slots=edge_slots)
+            if blocks.within:
+                return blocks
+        return _cut(self.line, self.block, edge_slots=edge_slots if one_line else -1)
 
-    def _matrices(self, side: Side, blocks: Blocks, spans: Spans) -> Tensor:
-        """The rows, or the columns, of some blocks: (blocks, B * G, E) or (blocks, S * G, E)."""
-        if side.line is not None and blocks.within:
-            return matrices(side.line, spans)
+    def _room(self, like: Tensor, columns: Side, heads: int, lead: int, *, by_key: bool = False) -> Room:
+        """Room for an average of ``heads`` heads a position, and its blocks: in the output where it is one line or more."""
+        width = columns.source.size(3)
+        shape, row = (*like.shape[:3], width), padded_width(width, like.dtype)
+        per_sequence = self.line.pitch * heads * row
+        per_head = row if self.kv_heads == 1 else per_sequence if heads == 1 else None
+        own, wanted = (self.kv_heads * per_sequence, per_head, heads * row), strides_like(like, width)
+        is_line = lead >= 0 and all(size == 1 or ours == its for size, ours, its in zip(shape, own, wanted))
+        output = None if is_line else empty_like(like, width)
+        if output is not None and heads == 1 and (like.size(2), lead) == (self.line.pitch, 0):
+            lines = as_heads(output)
+            if lines is not None and _is_long(lines):
+                blocks = _cut(self.lines_of_heads, self.block, by_key=by_key, edge_slots=AVERAGE_EDGE_SLOTS)
+                if blocks.within:
+                    return Room(blocks, lines, output, True)
+        edge_slots = AVERAGE_EDGE_SLOTS if columns.line is not None else -1
+        blocks = _cut(self.line, self.block, by_key=by_key, edge_slots=edge_slots)
+        # Blocks that cover the line reach over its end.
+        rows = like.new_empty(1, max(self.line.length, blocks.count * blocks.rows), heads, row)
+        if output is None:
+            return Room(blocks, rows, rows.as_strided(shape, wanted, lead * heads * row), True)
+        return Room(blocks, rows, output, False)
+
+    def _matrices(self, side: Side, blocks: Blocks, line: int, spans: Spans) -> Tensor:
+        """The rows, or the columns, of some blocks of a line: (blocks, B * G, E) or (blocks, S * G, E)."""
+        by_head = blocks.line.lines > 1
+        in_place = side.heads if by_head else side.line
+        if in_place is not None and blocks.within:
+            return matrices(in_place[line], spans)
         source = side.source
         packed = source.new_empty(
             spans.positions, source.size(1) // self.kv_heads, padded_width(source.size(3), source.dtype)
         )
-        self.ops.pack(source, packed, self.key_lengths, self.keys, self.line.pitch, spans.first, side.lead, *side.seen)
+        place = (by_head, self.line.pitch, line * blocks.line.length + spans.first, side.lead, *side.seen)
+        self.ops.pack(source, packed, self.key_lengths, self.keys, *place)
         return matrices(packed, spans, spans.first)
 
     def _split(self, side: Side, spans: Spans, scales: Tensor, *, of_keys: bool) -> Tensor:
@@ -149,37 +231,30 @@ class Call:
     def _scales(self, source: Tensor) -> Tensor:
         return source.new_empty(self.line.length, source.size(1) // self.kv_heads)
 
-    def _result(self, band: Tensor, source: Tensor, blocks: Blocks, heads: int) -> Tensor:
-        """Room for a product by position: (positions, heads, width), of the line and of all rows of blocks."""
-        positions = max(self.line.length, blocks.count * blocks.rows)
-        return band.new_empty(positions, heads, padded_width(source.size(3), source.dtype))
-
-    def _from_line(self, result: Tensor, width: int, lead: int, length: int) -> Tensor:
-        """The rows of a result (N, H, length, width); those that have no position are zero."""
-        heads = result.size(1)
-        line = result[: self.line.length].view(self.batch, self.kv_heads, self.line.pitch, heads, -1)
-        rows = line[:, :, max(lead, 0) : lead + length, :, :width].transpose(2, 3)
-        rows = rows.reshape(self.batch, self.kv_heads * heads, -1, width)
-        if lead < 0:
-            unseen = rows.new_zeros(self.batch, self.kv_heads * heads, -lead, width)
-            return torch.cat((unseen, rows), 2)
-        return rows.contiguous()
-
     def _visibility(self, blocks: Blocks) -> tuple[Tensor | None, Tensor | None, list[int]]:
-        """What the kernels know of visible slots, of line and blocks; the numbers as ``csrc/geometry.cuh`` orders them."""
-        line = self.line
+        """What the kernels know of visible slots, of line and blocks; the numbers as ``csrc/cuda/geometry.cuh`` orders them."""
+        line = blocks.line
         on_line = (self.kv_heads, self.group, line.pitch, line.query_lead, line.key_lead)
-        numbers = [*on_line, blocks.rows, blocks.columns, blocks.before, blocks.first, blocks.count]
-        return self.bias, self.key_lengths, numbers
+        of_blocks = (blocks.rows, blocks.columns, blocks.before, blocks.first, blocks.count)
+        return self.bias, self.key_lengths, [*on_line, *of_blocks, line.lines, line.sequences]
 
-    def _chunks(self, blocks: Blocks, like: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
-        """Ranges of blocks, and room for the dense elements of each block, which are of ``shape``.
+    def _chunks(self, blocks: Blocks, like: Tensor, shape: tuple[int, ...]) -> Iterator[Chunk]:
+        """Ranges of blocks, of one line or all of several, and room for the dense elements of each block, which are of ``shape``.
 
-        A range is what fits the workspace, one block at least; the room is the same one every time.
+        A chunk is what fits the workspace, one block at least; the room is the same one every time.
         """
         block_bytes = math.prod(shape) * like.element_size()
-        step = min(max(self.workspace // block_bytes, 1), LARGEST_BATCH, blocks.count)
-        room = like.new_empty(step, *shape)
-        for begin in range(0, blocks.count, step):
-            end = min(begin + step, blocks.count)
-            yield begin, end, room[: end - begin]
+        fitting = min(max(self.workspace // block_bytes, 1), LARGEST_BATCH)
+        lines, step = max(fitting // blocks.count, 1), min(fitting, blocks.count)
+        lines = min(lines, blocks.line.lines)
+        room = like.new_empty(lines * step, *shape)
+        for line in range(0, blocks.line.lines, lines):
+            of_lines = min(lines, blocks.line.lines - line)
+            for begin in range(0, blocks.count, step):
+                end = min(begin + step, blocks.count)
+                yield Chunk(line, of_lines, begin, end, room[: of_lines * (end - begin)])
+
+
+def _is_long(heads: Tensor) -> bool:
+    """Whether lines (H, positions, 1, E) are worth a product each."""
+    return heads.size(0) > 1 and heads[0].numel() * heads.element_size() >= SMALLEST_LINE

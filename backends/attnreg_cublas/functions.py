@@ -4,7 +4,7 @@ Each takes the options ``block``, the rows of a block (None: by ``rule``), and `
 
 The products are torch's own, so that float32 follows torch's matmul precision setting. ``scale`` rides on the product
 (cuBLAS ``alpha``), before any rounding. As in every product over dense blocks, an infinity or NaN in a *visible* row of an
-average also reaches the other rows of its block, though never those of another sequence.
+average also reaches the other rows of its block, though never those of another sequence; with a bias it reaches none of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def local_dot_product(
 ) -> Tensor:
     """Scores: S = scale * Q.K^T + bias on the band."""
     call = Call(query, key, window, bias, key_lengths, block, workspace)
-    return call.band(query, key, scale=scale, hidden=-math.inf)
+    return call.band(query, key, query, scale=scale, hidden=-math.inf)
 
 
 def local_dot_product_backward(
@@ -46,18 +46,20 @@ def local_dot_product_backward(
     bias: Tensor | None,
     key_lengths: Tensor | None,
     scale: float,
-    needs_grad: tuple[bool, bool, bool],
+    needs_grad: frozenset[str],
     block: int | None = None,
     workspace: int = WORKSPACE,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> dict[str, Tensor]:
     """Gradients: dQ = scale * dS.K, dK = scale * dS^T.Q, dbias = dS summed to the shape of the bias."""
     call = Call(query, key, window, bias, key_lengths, block, workspace)
-    grad_query = call.average(grad_scores, key, scale=scale) if needs_grad[0] else None
-    grad_key = call.average_by_key(grad_scores, query, scale=scale) if needs_grad[1] else None
-    grad_bias = None
-    if needs_grad[2] and bias is not None:
-        grad_bias = sum_to(call.masked(grad_scores), bias)
-    return grad_query, grad_key, grad_bias
+    gradients = {}
+    if "query" in needs_grad:
+        gradients["query"] = call.average(grad_scores, key, query, scale=scale)
+    if "key" in needs_grad:
+        gradients["key"] = call.average_by_key(grad_scores, query, key, scale=scale)
+    if bias is not None and "bias" in needs_grad:
+        gradients["bias"] = bias_gradient(call, grad_scores, bias)
+    return gradients
 
 
 def local_weighted_average(
@@ -70,7 +72,7 @@ def local_weighted_average(
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Output: O = A.V over the band."""
-    return Call(weights, value, window, None, key_lengths, block, workspace).average(weights, value)
+    return Call(weights, value, window, None, key_lengths, block, workspace).average(weights, value, weights)
 
 
 def local_weighted_average_backward(
@@ -80,21 +82,24 @@ def local_weighted_average_backward(
     window: Window,
     *,
     key_lengths: Tensor | None,
-    needs_grad: tuple[bool, bool],
+    needs_grad: frozenset[str],
     block: int | None = None,
     workspace: int = WORKSPACE,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> dict[str, Tensor]:
     """Gradients: dA = dO.V^T on the band, dV = A^T.dO."""
     call = Call(weights, value, window, None, key_lengths, block, workspace)
-    grad_weights = call.band(grad_output, value, scale=1.0, hidden=0.0) if needs_grad[0] else None
-    grad_value = call.average_by_key(weights, grad_output) if needs_grad[1] else None
-    return grad_weights, grad_value
+    gradients = {}
+    if "weights" in needs_grad:
+        gradients["weights"] = call.band(grad_output, value, weights, scale=1.0, hidden=0.0)
+    if "value" in needs_grad:
+        gradients["value"] = call.average_by_key(weights, grad_output, value)
+    return gradients
 
 
-def sum_to(band: Tensor, bias: Tensor) -> Tensor:
-    """The gradient of a bias from that of its broadcast: summed to its shape, in fp32 or wider."""
-    broadcast = [dim for dim in range(4) if bias.size(dim) == 1]
+def bias_gradient(call: Call, grad_scores: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias: dS, or its sum over the dimensions in which the bias broadcasts, in fp32 or wider."""
+    broadcast = [dim for dim in range(4) if bias.size(dim) != grad_scores.size(dim)]
     if not broadcast:
-        return band.to(bias.dtype)
+        return call.masked(grad_scores, bias).to(bias.dtype)
     wide = torch.promote_types(torch.float32, bias.dtype)
-    return band.sum(broadcast, keepdim=True, dtype=wide).to(bias.dtype)
+    return call.masked(grad_scores, grad_scores).sum(broadcast, keepdim=True, dtype=wide).to(bias.dtype)

@@ -17,13 +17,15 @@ class Side(NamedTuple):
 
     Attributes:
         source: (N, G * Hkv, L, E), for the G heads of a sequence.
-        line: the same by position, (positions, 1, E), where it can be read in place.
+        line: the same by position, (1, positions, 1, E), where it can be read in place as one line.
+        heads: the same, (H, positions, 1, E), where it can be read as a line for each head.
         lead: where row 0 of a sequence lies.
         seen: the keys that make a row worth reading, see ``csrc/pack.cuh``.
     """
 
     source: Tensor
     line: Tensor | None
+    heads: Tensor | None
     lead: int
     seen: tuple[int, int]
 
@@ -36,21 +38,39 @@ def matrices(rows: Tensor, spans: Spans, origin: int = 0) -> Tensor:
     return rows.as_strided(shape, (spans.step * per_position, per_row, 1), start)
 
 
-def in_place(tensor: Tensor) -> Tensor | None:
-    """A tensor (N, H, L, E) as the line that it is, (N * H * L, 1, E): if it is one, and cuBLAS likes where its rows begin."""
+def as_line(tensor: Tensor) -> Tensor | None:
+    """A tensor (N, H, L, E) as the line that it is, (1, N * H * L, 1, E): if it is one, and cuBLAS likes where its rows begin."""
     batch, heads, length, width = tensor.shape
     pitch = tensor.stride(2)
-    even = (tensor.size(1) == 1 or tensor.stride(1) == length * pitch) and (
+    even = (heads == 1 or tensor.stride(1) == length * pitch) and (
         batch == 1 or tensor.stride(0) == heads * length * pitch
     )
-    unit = _ACCESS_BYTES // tensor.element_size()
-    aligned = width % unit == 0 and pitch % unit == 0 and tensor.data_ptr() % _ACCESS_BYTES == 0
-    if not (even and aligned and pitch >= width):
+    if not (even and _rows_fit(tensor)):
         return None
-    return tensor.as_strided((batch * heads * length, 1, width), (pitch, pitch, 1), tensor.storage_offset())
+    return tensor.as_strided((1, batch * heads * length, 1, width), (0, pitch, pitch, 1), tensor.storage_offset())
+
+
+def as_heads(tensor: Tensor) -> Tensor | None:
+    """A tensor (N, H, L, E) as a line for each head, (H, N * L, 1, E), likewise: so lies (N, L, H, E)."""
+    batch, heads, length, width = tensor.shape
+    head, pitch = tensor.stride()[1:3]
+    even = batch == 1 or tensor.stride(0) == length * pitch
+    if not (even and _rows_fit(tensor) and head % _unit(tensor.dtype) == 0):
+        return None
+    return tensor.as_strided((heads, batch * length, 1, width), (head, pitch, pitch, 1), tensor.storage_offset())
+
+
+def _rows_fit(tensor: Tensor) -> bool:
+    unit, pitch = _unit(tensor.dtype), tensor.stride(2)
+    aligned = tensor.size(3) % unit == 0 and pitch % unit == 0 and tensor.data_ptr() % _ACCESS_BYTES == 0
+    return aligned and pitch >= tensor.size(3)
+
+
+def _unit(dtype: torch.dtype) -> int:
+    return _ACCESS_BYTES // dtype.itemsize
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:
     """The width of a copied row: up to 16 bytes."""
-    unit = _ACCESS_BYTES // dtype.itemsize
+    unit = _unit(dtype)
     return -(-width // unit) * unit

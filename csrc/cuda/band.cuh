@@ -1,6 +1,7 @@
 // The band: slot c of query row i is key j = i + shift + c, visible iff 0 <= j < key length and its bias is not -inf.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <optional>
 
@@ -48,13 +49,14 @@ struct Bias {
     stride_c = broadcast_stride(*bias, 3);
   }
 
-  // The value at an offset; `hidden` tells -inf from a finite float64 below float's range.
+  // The value at an offset; `hidden` tells whether it is -inf. A finite float64 beyond float's range stays finite: it hides nothing.
   __host__ __device__ float read(int64_t offset, bool& hidden) const {
     float value = 0;
     if (dtype == ScalarType::Double) {
       const double wide = static_cast<const double*>(data)[offset];
       hidden = wide == -INFINITY;
-      return static_cast<float>(wide);
+      const float narrow = static_cast<float>(wide);
+      return isinf(narrow) && !isinf(wide) ? copysignf(FLT_MAX, narrow) : narrow;
     }
     if (dtype == ScalarType::Float) value = static_cast<const float*>(data)[offset];
     if (dtype == ScalarType::Half) value = __half2float(static_cast<const __half*>(data)[offset]);

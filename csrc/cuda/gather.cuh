@@ -14,8 +14,8 @@ namespace attnreg {
 template <class T, bool kBias>
 struct GatherBand {
   Geometry geometry;
-  const T* dense;  // of the blocks from `first_block` on: (blocks, rows, G, columns)
-  int32_t first_block, left, diagonal;
+  const T* dense;  // of the blocks from `first_block` of `first_line` on: (blocks, rows, G, columns)
+  int32_t first_line, first_block, left, diagonal;
   const float *query_scales, *key_scales;  // by position and head, and by position; null where there are none
   Rows<T> band;
   Visibility<kBias> visibility;
@@ -29,7 +29,7 @@ struct GatherBand {
     row -= edges.count;
     const T* from = dense + int64_t{row} * geometry.columns;
     const int32_t g = geometry.group.pop(row);
-    const int32_t x = geometry.begin(first_block) + row;
+    const int32_t x = geometry.position(first_line, first_block * geometry.rows.size() + row);
     const auto place = geometry.place(x);
     const int32_t i = place.at - geometry.query_lead;
     if (i < 0 || i >= band.length || place.n >= visibility.batch) return;
@@ -103,14 +103,14 @@ struct GatherBand {
 
 inline void gather_band(Tensor query, Tensor key, Tensor dense, std::optional<Tensor> query_scales,
                         std::optional<Tensor> key_scales, Tensor band, std::optional<Tensor> bias,
-                        std::optional<Tensor> key_lengths, std::vector<int64_t> numbers, int64_t first_block,
-                        int64_t left, double scale, double hidden) {
+                        std::optional<Tensor> key_lengths, std::vector<int64_t> numbers, int64_t first_line,
+                        int64_t first_block, int64_t left, double scale, double hidden) {
   const Geometry geometry(numbers);
   STD_TORCH_CHECK(dense.is_contiguous() && dense.dim() == 3 && dense.scalar_type() == band.scalar_type() &&
                       query.scalar_type() == band.scalar_type() && key.scalar_type() == band.scalar_type(),
                   "attnreg cublas_block: gather_band got tensors that do not fit");
   const int lanes = lanes_of(band.size(3));
-  const int64_t edge_rows = first_block == 0 ? geometry.edge_rows(band.size(0) * geometry.kv_heads.size()) : 0;
+  const int64_t edge_rows = first_line == 0 && first_block == 0 ? geometry.all_edge_rows() : 0;
   const EdgePieces edges(edge_rows * geometry.group.size(), band.size(3), lanes);
   const bool aligned = access_bytes(query) == kAccessBytes && access_bytes(key) == kAccessBytes;
   dispatch_dtype(band.scalar_type(), [&](auto type) {
@@ -119,6 +119,7 @@ inline void gather_band(Tensor query, Tensor key, Tensor dense, std::optional<Te
       const GatherBand<T, visibility.kHasBias> kernel{
           geometry,
           static_cast<const T*>(dense.const_data_ptr()),
+          static_cast<int32_t>(first_line),
           static_cast<int32_t>(first_block),
           static_cast<int32_t>(left),
           static_cast<int32_t>(geometry.before - left),

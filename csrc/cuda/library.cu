@@ -8,19 +8,21 @@
 #include "pack.cuh"
 #include "scatter.cuh"
 #include "split.cuh"
+#include "unpack.cuh"
 
 STABLE_TORCH_LIBRARY(attnreg_cublas, m) {
-  m.def("pack(Tensor source, Tensor(a!) packed, Tensor? key_lengths, int keys, int pitch, int first, int lead, "
-        "int reach, int extent) -> ()");
+  m.def("pack(Tensor source, Tensor(a!) packed, Tensor? key_lengths, int keys, bool by_head, int pitch, int first, "
+        "int lead, int reach, int extent) -> ()");
+  m.def("unpack(Tensor packed, Tensor(a!) result, int pitch, int lead) -> ()");
   m.def("split(Tensor source, Tensor(a!) factors, Tensor(b!) scales, int pitch, int first, int lead, "
         "bool of_keys) -> ()");
   m.def("gather_band(Tensor query, Tensor key, Tensor dense, Tensor? query_scales, Tensor? key_scales, "
-        "Tensor(a!) band, Tensor? bias, Tensor? key_lengths, int[] geometry, int first_block, int left, float scale, "
-        "float hidden) -> ()");
+        "Tensor(a!) band, Tensor? bias, Tensor? key_lengths, int[] geometry, int first_line, int first_block, int left, "
+        "float scale, float hidden) -> ()");
   m.def("scatter_band(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int[] geometry, "
-        "int first_block, int keys, int left) -> ()");
+        "int first_line, int first_block, int keys, int left) -> ()");
   m.def("scatter_band_by_key(Tensor band, Tensor(a!) dense, Tensor? bias, Tensor? key_lengths, int[] geometry, "
-        "int first_block, int keys, int left) -> ()");
+        "int first_line, int first_block, int keys, int left) -> ()");
   m.def("mend_rows(Tensor band, Tensor source, Tensor(a!) output, Tensor? bias, Tensor? key_lengths, "
         "int[] geometry, int keys, int left, float scale) -> ()");
   m.def("mend_rows_by_key(Tensor band, Tensor source, Tensor(a!) output, Tensor? bias, Tensor? key_lengths, "
@@ -32,6 +34,7 @@ namespace {
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("pack", TORCH_BOX(&attnreg::pack));
+  m.impl("unpack", TORCH_BOX(&attnreg::unpack));
   m.impl("split", TORCH_BOX(&attnreg::split));
   m.impl("gather_band", TORCH_BOX(&attnreg::gather_band));
   m.impl("scatter_band", TORCH_BOX(&attnreg::scatter_band));

@@ -4,9 +4,9 @@
 // mend_rows:        out[i] = scale * sum over visible slots c of band[i, c] * source[key of c].
 // mend_rows_by_key: out[j] = scale * sum over the heads of the group and the queries i that see key j of
 //                   band[i, slot of j] * source[i].
-// No block gives the edge rows of the line. Near the ends of a sequence a block may have columns of another one, with
-// weight zero: an infinity or NaN there times that zero is NaN, so that what is not finite is computed anew. Everything
-// else is left as it is.
+// No block gives the edge rows of the line. Near the ends of a sequence a block may have columns of another one, and anywhere
+// such that a bias hides, with weight zero: an infinity or NaN there times that zero is NaN. So what is not finite is computed
+// anew from what is visible: near the ends, and in every row where there is a bias. Everything else is left as it is.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ struct Mend {
   Rows<T> output;
   Visibility<kBias> visibility;
   Divisor heads;  // of a position: one by key, those of the group by query
-  Divisor ends;
+  Divisor ends;      // rows of a sequence that are looked at
   EdgePieces edges;  // of kVector columns
   bool aligned;      // whether every row of the source begins where an access may
   float scale;
@@ -38,7 +38,8 @@ struct Mend {
     }
     row -= edges.count;
     const int32_t g = heads.pop(row);
-    const int32_t at = geometry.end_place(ends.pop(row));
+    const int32_t index = ends.pop(row);
+    const int32_t at = kBias ? index : geometry.end_place(index);
     const int32_t x = row * geometry.pitch.size() + at;
     if (geometry.owned(x)) mend(x, g, 0, static_cast<int32_t>(output.width), /*all=*/false, lane, lanes);
   }
@@ -132,12 +133,13 @@ void run_mend(const Tensor& band, const Tensor& source, const Tensor& output, co
     using T = decltype(type);
     const auto run = [&](auto visibility) {
       using Kernel = Mend<T, visibility.kHasBias, kByKey>;
-      const EdgePieces edges(geometry.edge_rows(sequences) * heads, output.size(3), Kernel::kVector);
-      const Kernel kernel{geometry,   read_rows<T>(band), read_rows<T>(source),     write_rows<T>(output),
-                          visibility, Divisor(heads),     Divisor(geometry.ends()), edges,
+      const EdgePieces edges(geometry.all_edge_rows() * heads, output.size(3), Kernel::kVector);
+      const int64_t ends = visibility.kHasBias ? geometry.pitch.size() : geometry.ends();
+      const Kernel kernel{geometry,   read_rows<T>(band), read_rows<T>(source), write_rows<T>(output),
+                          visibility, Divisor(heads),     Divisor(ends),        edges,
                           aligned,    static_cast<float>(scale)};
       const int lanes = lanes_of(std::max(band.size(3), output.size(3)));
-      for_each_row(kernel, edges.count + sequences * geometry.ends() * heads, lanes, output);
+      for_each_row(kernel, edges.count + sequences * ends * heads, lanes, output);
     };
     dispatch_visibility(band, keys, left, bias, key_lengths, run);
   });

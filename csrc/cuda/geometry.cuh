@@ -1,9 +1,11 @@
-// The sequences of a call laid end to end on one line of positions, and the line cut into blocks.
+// The sequences of a call laid end to end on lines of positions, and the lines cut into blocks.
 //
-// Sequence s = n * Hkv + (key/value head) has positions s * pitch .. (s + 1) * pitch - 1: query i of it lies at
-// query_lead + i and key j at key_lead + j, so that slot c of a query at x is the key at x - left + c. Block b owns the
-// rows from first + b * rows on, `rows` of them, and its columns begin `before` positions before these; both may reach
-// over the end of a sequence. Rows of the line that no block owns are edge rows. See attnreg_cublas/blocks.py.
+// There is one line, with the sequences (n, key/value head) in this order, or one for each key/value head, with sequences n: lines
+// are numbered through, one after the other, and so are their positions. Sequence s has positions s * pitch ..
+// (s + 1) * pitch - 1: query i of it lies at query_lead + i and key j at key_lead + j, so that slot c of a query at x is the key
+// at x - left + c. Block b of a line owns the rows from its place first + b * rows on, `rows` of them, and its columns begin
+// `before` positions before these; both may reach over the end of a sequence, and where there is one line over its own ends.
+// Rows of a line that no block owns are edge rows. See attnreg_cublas/blocks.py.
 #pragma once
 
 #include <vector>
@@ -16,13 +18,18 @@ struct Geometry {
   Divisor kv_heads, group, pitch;
   int32_t query_lead, key_lead;
   Divisor rows;
-  int32_t columns, before, first, count;
+  int32_t columns, before, first, count, lines;
+  Divisor sequences;  // of a line
+  Divisor length;     // of a line
+  Divisor owned_rows, edge_rows;  // of a line; one instead of none
 
   explicit Geometry(const std::vector<int64_t>& numbers)
       : kv_heads(number(numbers, 0)), group(number(numbers, 1)), pitch(number(numbers, 2)),
         query_lead(number(numbers, 3)), key_lead(number(numbers, 4)), rows(number(numbers, 5)),
         columns(number(numbers, 6)), before(number(numbers, 7)), first(number(numbers, 8)),
-        count(number(numbers, 9)) {}
+        count(number(numbers, 9)), lines(number(numbers, 10)), sequences(number(numbers, 11)),
+        length(numbers[11] * numbers[2]), owned_rows(numbers[9] * numbers[5]),
+        edge_rows(edges_of_line() > 0 ? edges_of_line() : 1) {}
 
   struct Place {
     int32_t n, kv_head, at;
@@ -30,21 +37,29 @@ struct Geometry {
 
   __host__ __device__ Place place(int32_t x) const {
     const int32_t at = pitch.pop(x);
+    if (lines > 1) {
+      const int32_t n = sequences.pop(x);
+      return {n, x, at};
+    }
     const int32_t kv_head = kv_heads.pop(x);
     return {x, kv_head, at};
   }
 
-  // The position of the first row of a block.
-  __host__ __device__ int32_t begin(int32_t block) const { return first + block * rows.size(); }
-  __host__ __device__ bool owned(int32_t x) const { return x >= first && x < begin(count); }
-
-  // The edge rows of a line of so many sequences: those before the first block, then those after the last one.
-  int64_t edge_rows(int64_t sequences) const {
-    const int64_t after = sequences * pitch.size() - begin(count);
-    return after > 0 ? first + after : first;
+  // The position of an owned row, counted from the first one of `line` on, through this and the next lines.
+  __host__ __device__ int32_t position(int32_t line, int32_t row) const {
+    const int32_t on_line = owned_rows.pop(row);
+    return (line + row) * length.size() + first + on_line;
   }
+  __host__ __device__ bool owned(int32_t x) const {
+    const int32_t on_line = length.remainder(x) - first;
+    return on_line >= 0 && on_line < owned_rows.size();
+  }
+
+  // Edge rows: of each line those before its first block, then those after its last one.
+  int64_t all_edge_rows() const { return edges_of_line() * int64_t{lines}; }
   __host__ __device__ int32_t edge_place(int32_t index) const {
-    return index < first ? index : index + count * rows.size();
+    const int32_t on_line = edge_rows.pop(index);
+    return index * length.size() + (on_line < first ? on_line : on_line + owned_rows.size());
   }
 
   // Rows whose block may have columns of another sequence lie at the ends of their own.
@@ -59,8 +74,13 @@ struct Geometry {
   }
 
  private:
+  int64_t edges_of_line() const {
+    const int64_t after = int64_t{length.size()} - first - owned_rows.size();
+    return after > 0 ? first + after : first;
+  }
+
   static int32_t number(const std::vector<int64_t>& numbers, size_t index) {
-    STD_TORCH_CHECK(numbers.size() == 10, "attnreg cublas_block: a geometry has ten numbers, got ", numbers.size());
+    STD_TORCH_CHECK(numbers.size() == 12, "attnreg cublas_block: a geometry has twelve numbers, got ", numbers.size());
     STD_TORCH_CHECK(numbers[index] >= INT32_MIN && numbers[index] <= INT32_MAX,
                     "attnreg cublas_block: positions must be below 2^31, got ", numbers[index]);
     return static_cast<int32_t>(numbers[index]);

@@ -16,6 +16,15 @@ inline int64_t access_bytes(const Tensor& tensor) {
   return starts & -starts;
 }
 
+// Calls run(Word{}) with the widest word that divides everything `starts` is made of. Words only move bits.
+template <class Run>
+void dispatch_word(int64_t starts, const Run& run) {
+  if (starts % 16 == 0) return run(uint4{});
+  if (starts % 8 == 0) return run(uint2{});
+  if (starts % 4 == 0) return run(uint32_t{});
+  return run(uint16_t{});
+}
+
 template <class T, int kSize>
 struct alignas(kSize * sizeof(T)) Vector {
   T at[kSize];

@@ -1,6 +1,6 @@
 // pack: rows (N, H, L, E) of any strides -> (positions, G, E padded) on the line, zero where no row lies or is seen.
 //
-// The G = H / Hkv query heads of a key/value head lie side by side, so that any range of positions is one matrix. Unseen
+// Of one line, or of lines for each key/value head, numbered through: see geometry.cuh. The G = H / Hkv query heads of a key/value head lie side by side, so that any range of positions is one matrix. Unseen
 // rows (keys past the key length, queries that see no key) may hold NaN, which a product would spread even through zero
 // weights: they are never loaded.
 #pragma once
@@ -14,8 +14,8 @@ template <class Word>
 struct Pack {
   const char* source;
   Word* packed;
-  int32_t batch;
-  Divisor kv_heads, group, pitch;
+  Divisor batch, kv_heads, group, pitch;
+  bool by_head;  // whether each key/value head has a line
   int32_t words, padded_words;                  // of a row
   int64_t length, stride_n, stride_h, stride_l;                // of the source, strides in bytes
   int32_t first, lead;  // the first packed position; where row 0 of a sequence lies in it
@@ -37,8 +37,13 @@ struct Pack {
     const bool on_line = n >= 0;
     if (!on_line) n = 0;
     const int32_t l = pitch.pop(n) - lead;
-    const int32_t kv_head = kv_heads.pop(n);
-    const bool load = on_line && n < batch && seen(n, l);
+    int32_t kv_head = n;
+    if (by_head) {
+      n = batch.pop(kv_head);
+    } else {
+      kv_head = kv_heads.pop(n);
+    }
+    const bool load = on_line && n < batch.size() && kv_head < kv_heads.size() && seen(n, l);
     const Word* from = reinterpret_cast<const Word*>(
         source + (load ? n * stride_n + int64_t{kv_head * group.size() + g} * stride_h + l * stride_l : 0));
     for (int e = lane; e < padded_words; e += lanes) to[e] = load && e < words ? from[e] : Word{};
@@ -46,36 +51,30 @@ struct Pack {
 };
 
 template <class Word>
-void run_pack(const Tensor& source, const Tensor& packed, int64_t element, int64_t pitch, int64_t first, int64_t lead,
-              int64_t reach, int64_t extent, const Lengths& key_lengths) {
+void run_pack(const Tensor& source, const Tensor& packed, int64_t element, bool by_head, int64_t pitch, int64_t first,
+              int64_t lead, int64_t reach, int64_t extent, const Lengths& key_lengths) {
   const int64_t word = sizeof(Word), group = packed.size(1);
   const Pack<Word> kernel{
       static_cast<const char*>(source.const_data_ptr()),
       static_cast<Word*>(packed.mutable_data_ptr()),
-      static_cast<int32_t>(source.size(0)), Divisor(source.size(1) / group), Divisor(group), Divisor(pitch),
+      Divisor(source.size(0)), Divisor(source.size(1) / group), Divisor(group), Divisor(pitch), by_head,
       static_cast<int32_t>(source.size(3) * element / word), static_cast<int32_t>(packed.size(2) * element / word),
       source.size(2), source.stride(0) * element, source.stride(1) * element, source.stride(2) * element,
       static_cast<int32_t>(first), static_cast<int32_t>(lead), reach, extent, key_lengths};
   for_each_row(kernel, packed.size(0) * group, lanes_of(kernel.padded_words), packed);
 }
 
-inline void pack(Tensor source, Tensor packed, std::optional<Tensor> key_lengths, int64_t keys, int64_t pitch,
-                 int64_t first, int64_t lead, int64_t reach, int64_t extent) {
+inline void pack(Tensor source, Tensor packed, std::optional<Tensor> key_lengths, int64_t keys, bool by_head,
+                 int64_t pitch, int64_t first, int64_t lead, int64_t reach, int64_t extent) {
   STD_TORCH_CHECK(packed.is_contiguous() && packed.dim() == 3 && source.size(1) % packed.size(1) == 0 &&
                       packed.size(2) >= source.size(3),
                   "attnreg cublas_block: pack got tensors that do not fit");
   const auto element = static_cast<int64_t>(source.element_size());
   const Lengths lengths(key_lengths, keys);
-  // The widest word that divides every address a row can start at, and its length. Only bits are moved.
-  const int64_t alignment =
-      access_bytes(source) | access_bytes(packed) | source.size(3) * element | packed.size(2) * element;
-  const auto run = [&](auto word) {
-    run_pack<decltype(word)>(source, packed, element, pitch, first, lead, reach, extent, lengths);
-  };
-  if (alignment % 16 == 0) return run(uint4{});
-  if (alignment % 8 == 0) return run(uint2{});
-  if (alignment % 4 == 0) return run(uint32_t{});
-  return run(uint16_t{});
+  dispatch_word(access_bytes(source) | access_bytes(packed) | source.size(3) * element | packed.size(2) * element,
+                [&](auto word) {
+                  run_pack<decltype(word)>(source, packed, element, by_head, pitch, first, lead, reach, extent, lengths);
+                });
 }
 
 }  // namespace attnreg

@@ -16,14 +16,14 @@ struct ScatterBand {
   Rows<const T> band;
   T* dense;
   Divisor block_columns;
-  int32_t first_block, diagonal;
+  int32_t first_line, first_block, diagonal;
   Visibility<kBias> visibility;
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
     const int columns = static_cast<int>(geometry.columns);
     T* __restrict__ to = dense + int64_t{row} * columns;
     const int32_t g = geometry.group.pop(row);
-    const int32_t x = geometry.begin(first_block) + row;
+    const int32_t x = geometry.position(first_line, first_block * geometry.rows.size() + row);
     const auto place = geometry.place(x);
     const int32_t i = place.at - geometry.query_lead;
     const int32_t h = place.kv_head * geometry.group.size() + g;
@@ -45,7 +45,7 @@ struct ScatterBandByKey {
   Rows<const T> band;
   T* dense;
   Divisor block_columns;
-  int32_t first_block, diagonal;
+  int32_t first_line, first_block, diagonal;
   Visibility<kBias> visibility;
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
@@ -53,7 +53,7 @@ struct ScatterBandByKey {
     T* __restrict__ to = dense + int64_t{row} * keys;
     const int32_t g = geometry.group.pop(row);
     const int32_t s = block_columns.pop(row);
-    const int32_t x = geometry.begin(first_block + row) - geometry.before + s;
+    const int32_t x = geometry.position(first_line, (first_block + row) * keys) - geometry.before + s;
     const auto place = geometry.place(x < 0 ? 0 : x);
     const int32_t i = place.at - geometry.query_lead;
     const int32_t h = place.kv_head * geometry.group.size() + g;
@@ -71,8 +71,8 @@ struct ScatterBandByKey {
 
 template <template <class, bool> class Kernel>
 void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& key_lengths, const std::vector<int64_t>& numbers, int64_t first_block,
-                 int64_t diagonal, int64_t keys, int64_t left) {
+                 const std::optional<Tensor>& key_lengths, const std::vector<int64_t>& numbers, int64_t first_line,
+                 int64_t first_block, int64_t diagonal, int64_t keys, int64_t left) {
   const Geometry geometry(numbers);
   STD_TORCH_CHECK(dense.is_contiguous() && dense.dim() == 4 && dense.scalar_type() == band.scalar_type(),
                   "attnreg cublas_block: a scatter got tensors that do not fit");
@@ -81,7 +81,8 @@ void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Te
     const auto run = [&](auto visibility) {
       const Kernel<T, visibility.kHasBias> kernel{
           geometry, read_rows<T>(band), static_cast<T*>(dense.mutable_data_ptr()), Divisor(geometry.columns),
-          static_cast<int32_t>(first_block), static_cast<int32_t>(diagonal), visibility};
+          static_cast<int32_t>(first_line), static_cast<int32_t>(first_block), static_cast<int32_t>(diagonal),
+          visibility};
       for_each_row(kernel, dense.size(0) * dense.size(1) * dense.size(2), lanes_of(dense.size(3)), dense);
     };
     dispatch_visibility(band, keys, left, bias, key_lengths, run);
@@ -89,16 +90,17 @@ void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Te
 }
 
 inline void scatter_band(Tensor band, Tensor dense, std::optional<Tensor> bias, std::optional<Tensor> key_lengths,
-                         std::vector<int64_t> numbers, int64_t first_block, int64_t keys, int64_t left) {
-  run_scatter<ScatterBand>(band, dense, bias, key_lengths, numbers, first_block, Geometry(numbers).before - left, keys,
-                           left);
+                         std::vector<int64_t> numbers, int64_t first_line, int64_t first_block, int64_t keys,
+                         int64_t left) {
+  run_scatter<ScatterBand>(band, dense, bias, key_lengths, numbers, first_line, first_block,
+                           Geometry(numbers).before - left, keys, left);
 }
 
 inline void scatter_band_by_key(Tensor band, Tensor dense, std::optional<Tensor> bias,
-                                std::optional<Tensor> key_lengths, std::vector<int64_t> numbers, int64_t first_block,
-                                int64_t keys, int64_t left) {
+                                std::optional<Tensor> key_lengths, std::vector<int64_t> numbers, int64_t first_line,
+                                int64_t first_block, int64_t keys, int64_t left) {
   const int64_t right = band.size(3) - 1 - left;
-  run_scatter<ScatterBandByKey>(band, dense, bias, key_lengths, numbers, first_block,
+  run_scatter<ScatterBandByKey>(band, dense, bias, key_lengths, numbers, first_line, first_block,
                                 Geometry(numbers).before - right, keys, left);
 }
 

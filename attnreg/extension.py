@@ -1,0 +1,209 @@
+"""Compiles a library of kernels where it is first needed: what backends written in C++ or CUDA share.
+
+A library uses torch's stable ABI and links against nothing of torch but the name of ``libtorch.so``: a build serves every
+torch from 2.11 on and every Python. Builds lie in the user's cache directory, or in ``ATTNREG_CACHE_DIR``, under a hash of
+sources and flags, and say in their name for what and by which version of the compiler they were made. A wheel may carry
+builds beside the sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from attnreg.paths import cache_dir
+
+# Everything uses the stable ABI as it was in torch 2.11.
+TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch")
+
+_SOURCES = (".cpp", ".cu", ".cuh", ".h")
+_LINES_SHOWN = 20
+
+
+class BuildError(RuntimeError):
+    """A library could not be built or loaded; the message ends with the last lines of the compiler's output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a build is for.
+
+    Attributes:
+        name: tells its file from those for other targets: no ``*`` or ``/`` in it.
+        flags: what the compiler is told for this target alone.
+        title: how it is called in a message.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """A library of kernels: where its sources are, how it is compiled, and where its builds lie.
+
+    Attributes:
+        name: the backend's; its folder among the builds.
+        package: the folder of the backend's package. A wheel has the sources in ``csrc`` there, and may have builds in ``lib``.
+        checkout: the sources in a checkout.
+        main: the file there that is compiled; all others are included by it.
+        flags: of every build, beside ``TORCH_FLAGS`` and torch's folders.
+        find_compiler: the compiler, or None where there is none.
+        no_compiler: says so, and where it was looked for.
+    """
+
+    name: str
+    package: Path
+    checkout: Path
+    main: str
+    flags: tuple[str, ...]
+    find_compiler: Callable[[], str | None]
+    no_compiler: str
+
+    def sources(self) -> Path:
+        """The folder of the sources."""
+        installed = self.package / "csrc"
+        return installed if installed.is_dir() else self.checkout
+
+    def unavailable(self) -> str | None:
+        """Why there is no library and none can be built, or None. It looks for files alone."""
+        if self.find_compiler() is None and self.packaged() is None and not any(self._folder(cache_dir()).glob("*.so")):
+            return f"{self.no_compiler}, and there is no build in {cache_dir()}"
+        return None
+
+    def find(self, targets: Sequence[Target]) -> Path | None:
+        """A finished build for the first of these targets that has one: by this machine's compiler if it has one, else by any.
+
+        Otherwise the one that a wheel carried.
+        """
+        compiler = self.find_compiler()
+        for target in targets:
+            found = self._folder(cache_dir()).glob(self._file_name(target, compiler))
+            for library in sorted(found):
+                return library
+        return self.packaged()
+
+    def packaged(self) -> Path | None:
+        """The build that a wheel carried, if it did."""
+        return next(iter(sorted(self._folder(self.package / "lib").glob("*.so"))), None)
+
+    def build(self, target: Target, root: Path | None = None) -> Path:
+        """Compiles the library, unless that has been done. Returns where it lies.
+
+        Args:
+            target: what for.
+            root: the folder that holds the backends' builds; None for attnreg's cache directory.
+
+        Raises:
+            BuildError: there is no compiler, or it failed.
+        """
+        from filelock import FileLock
+
+        compiler = self.find_compiler()
+        if compiler is None:
+            raise BuildError(self.no_compiler)
+        library = self._folder(root or cache_dir()) / self._file_name(target, compiler)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{library}.lock"):
+            if not library.exists():
+                print(
+                    f"attnreg: building {self.name} for {target.title} with {compiler} (once; cached in {library.parent})",
+                    file=sys.stderr,
+                )
+                self._compile(compiler, target, library)
+        return library
+
+    def _compile(self, compiler: str, target: Target, library: Path) -> None:
+        root = Path(torch.__file__).parent
+        # Built under another name and renamed, so that no process ever loads half a library.
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            unfinished = Path(scratch) / library.name
+            torch_folders = ("-isystem", str(root / "include"), f"-L{root / 'lib'}")
+            files = (str(self.sources() / self.main), "-o", str(unfinished))
+            command = [compiler, *self.flags, *TORCH_FLAGS, *target.flags, *torch_folders, *files]
+            result = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            )
+            if result.returncode != 0:
+                last_lines = "\n".join(result.stdout.splitlines()[-_LINES_SHOWN:])
+                raise BuildError(f"building {self.name} failed: {' '.join(command)}\n{last_lines}")
+            unfinished.replace(library)
+
+    def _folder(self, root: Path) -> Path:
+        return root / self.name / _fingerprint(self.sources(), (*self.flags, *TORCH_FLAGS))
+
+    def _file_name(self, target: Target, compiler: str | None) -> str:
+        """The name of a build; a pattern where any compiler's will do."""
+        maker = "*" if compiler is None else f"{Path(compiler).name}-{_version(compiler)}"
+        return f"{maker}-{target.name}.so"
+
+
+def load(library: Path) -> None:
+    """Loads a built library: its ops are in ``torch.ops`` from then on.
+
+    Raises:
+        BuildError: it could not be loaded.
+    """
+    load_library: Callable[[str], None] = torch.ops.load_library
+    try:
+        load_library(str(library))
+    except OSError as error:
+        raise BuildError(f"{library} could not be loaded: {error.__cause__ or error}") from error
+
+
+@cache
+def find_nvcc() -> str | None:
+    """The nvcc to build with, or None."""
+    given = os.environ.get("CUDACXX")
+    if given:
+        return shutil.which(given)
+    home = os.environ.get("CUDA_HOME")
+    at_home = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    return at_home or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+NO_NVCC = "no nvcc found ($CUDACXX, $CUDA_HOME/bin, PATH, /usr/local/cuda/bin)"
+
+
+@cache
+def find_cxx() -> str | None:
+    """The C++ compiler to build with, or None."""
+    given = os.environ.get("CXX")
+    if given:
+        return shutil.which(given)
+    return next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+
+
+NO_CXX = "no C++ compiler found ($CXX; g++, clang++ and c++ on PATH)"
+
+
+@cache
+def _fingerprint(sources: Path, flags: tuple[str, ...]) -> str:
+    """A hash of everything of ours that a build depends on."""
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in sorted(sources.iterdir()):
+        if path.suffix in _SOURCES:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _version(compiler: str) -> str:
+    """The version of nvcc, g++ or clang++: the first number of three parts that it says of itself."""
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\d+\.\d+\.\d+", said)
+    if found is None:
+        raise BuildError(f"{compiler} --version names no version: {said}")
+    return found.group()
