@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys as _sys
 from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from attnreg.backend import Backend, BackendError, Capability
+from attnreg.backend import CONTRACT, Backend, BackendError, Capability
 from attnreg.band import band_from_dense
 from attnreg.dispatch import Decision
 from attnreg.functional import local_attention, local_dot_product, local_weighted_average
 from attnreg.inspection import BackendStatus, backends, explain
+from attnreg.memory import empty_like
 from attnreg.modules import LocalAttention
+from attnreg.ops import NotDifferentiable
 from attnreg.plan import use_backend
 from attnreg.precision import allow_tf32
 from attnreg.problem import Problem
@@ -24,12 +25,14 @@ if _TYPE_CHECKING:
     from attnreg.tuning.tune import tune
 
 __all__ = [
+    "CONTRACT",
     "Backend",
     "BackendError",
     "BackendStatus",
     "Capability",
     "Decision",
     "LocalAttention",
+    "NotDifferentiable",
     "Problem",
     "Registration",
     "Window",
@@ -37,6 +40,7 @@ __all__ = [
     "autotune",
     "backends",
     "band_from_dense",
+    "empty_like",
     "explain",
     "hookimpl",
     "local_attention",
@@ -52,9 +56,6 @@ __all__ = [
 def reset() -> None:
     """Forget every backend, fault, choice and setting; plug-ins and tables are looked for anew at the next need."""
     registry.reset()
-    store = _sys.modules.get("attnreg.tuning.store")
-    if store is not None:
-        store.forget()
 
 
 def autotune(on: bool | None = True) -> None:
@@ -73,6 +74,16 @@ def autotune(on: bool | None = True) -> None:
     if on is not None and not isinstance(on, bool):
         raise TypeError(f"autotune: on must be True, False or None, got {on!r} ({type(on).__name__})")
     registry.set_autotune(on)
+
+
+def _tune_on_first_use(problem: Problem) -> bool:
+    # Who never tunes does not load what measures.
+    from attnreg.tuning.autotune import tune_on_first_use
+
+    return tune_on_first_use(problem)
+
+
+registry.tuner = _tune_on_first_use
 
 
 def __getattr__(name: str) -> _Any:

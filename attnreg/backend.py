@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnreg.op import ATTENTION, DOT_PRODUCT, OPS, ROWS, WEIGHTED_AVERAGE, Op
 from attnreg.packages import package_version
-from attnreg.problem import OPS, Problem
+from attnreg.problem import Problem
 
-GradDotProduct = tuple[Tensor | None, Tensor | None, Tensor | None]
-GradWeightedAverage = tuple[Tensor | None, Tensor | None]
-GradAttention = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Function = Callable[..., Any]
+Gradients = Mapping[str, Tensor]
+
+# The contract between core and backends that is written down in :class:`Backend`. It changes with what a backend must do, not
+# with a new argument, which a backend gets only where it takes it.
+CONTRACT = 2
 
 
 class BackendError(ValueError):
@@ -35,46 +40,64 @@ class Capability:
         devices: torch device types, such as ``{"cuda"}``; None means every device.
         head_dims: admitted sizes of the last dimension of query, key and value; None means every size.
         window_sizes: admitted ``window.size``; None means every size.
-        bias: whether a bias is accepted (and, with backward, has its gradient).
-        key_lengths: whether per-sequence key lengths are accepted.
+        takes: the optional arguments that it handles, by name, such as ``{"bias", "key_lengths"}``; a call that gives another
+            one is refused. None means those that its functions name.
         grouped_heads: whether there may be fewer key/value heads than query heads.
         unequal_lengths: whether the numbers of queries and keys may differ.
+
+    Raises:
+        TypeError, ValueError: ``takes`` is no collection of names, or has a name that no op has.
     """
 
     dtypes: Collection[torch.dtype]
     devices: Collection[str] | None = None
     head_dims: Collection[int] | None = None
     window_sizes: Collection[int] | None = None
-    bias: bool = True
-    key_lengths: bool = True
+    takes: Collection[str] | None = None
     grouped_heads: bool = True
     unequal_lengths: bool = True
+
+    def __post_init__(self) -> None:
+        if self.takes is None:
+            return
+        if isinstance(self.takes, str) or not isinstance(self.takes, Collection):
+            raise TypeError(f"Capability: takes must be a collection of arguments' names or None, got {self.takes!r}")
+        known = {argument.name for op in ROWS.values() for argument in op.arguments}
+        for name in self.takes:
+            if name not in known:
+                raise ValueError(f"Capability: takes has {name!r}; the ops' arguments are {', '.join(sorted(known))}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Backend:
     """One implementation of local attention, as the registry knows it.
 
-    The functions take tensors and plain numbers and know nothing of autograd. What they may rely on:
+    The functions take tensors and plain numbers and know nothing of autograd or autocast, which is off where they run. What
+    they may rely on:
 
     - query (N, H, Lq, E), key (N, Hkv, Lk, E), value (N, Hkv, Lk, D) and weights (N, H, Lq, W) share one
       device and one dtype, both in the capability; H is a multiple of Hkv, and query head ``h`` belongs to
       key/value head ``h // (H // Hkv)``. No dimension is 0. The last dimension is contiguous (stride 1);
       the other strides are arbitrary, also 0 for an expanded tensor. This holds for incoming gradients too.
-    - ``bias`` is None or a floating-point tensor of four dimensions, each either the full one of
+    - A function gets, of the optional arguments of its op, those that ``Capability.takes`` names, and no others; None where
+      the call does not give one. Every function of an op that has a ``scale`` gets it, as a float.
+    - ``bias`` is a floating-point tensor of four dimensions, each either the full one of
       (N, H, Lq, W) or 1 where it broadcasts, with arbitrary strides and a dtype of its own.
-    - ``key_lengths`` is None or a contiguous int32 or int64 tensor (N,). On an accelerator its values could not be
+    - ``key_lengths`` is a contiguous int32 or int64 tensor (N,). On an accelerator its values could not be
       checked: read it as ``min(max(length, 0), Lk)``.
 
     What they must keep:
 
     - Slot ``c`` of row ``i`` is key ``j = i + (Lk - Lq) - left + c``. It is *visible* if ``0 <= j < Lk``, ``j`` is under
       the sequence's key length, and the bias there is not -inf. What lies in an invisible slot of ``weights`` or of
-      an incoming gradient is never used, not even multiplied by 0: it may be NaN. Gradients at invisible slots are 0.
+      an incoming gradient, in a key or value that no row sees, and in a row that sees no key, is never used, not even
+      multiplied by 0: it may be NaN. Gradients at invisible slots are 0.
     - fp16 and bf16 accumulate in fp32; fp32 is fp32-accurate unless :func:`attnreg.allow_tf32` says otherwise.
-    - Results are new contiguous tensors, and the same call gives the same bits.
-    - ``needs_grad`` says which gradients are wanted, in the order in which they are returned; an unwanted one is None.
-      A gradient has its input's shape and dtype; that of a broadcast bias is summed to the bias' own shape.
+    - Results are new tensors that lie in memory as the tensors that they belong to, see :func:`attnreg.empty_like`: what is
+      computed for rows as the query (or the weights), a gradient as its tensor. The same call gives the same bits.
+    - ``needs_grad`` is a frozenset of the names of those tensors and arguments whose gradients are wanted; a backward function
+      returns these gradients by name. A gradient has its input's shape and dtype; that of a broadcast bias is summed to the
+      bias' own shape.
 
     Attributes:
         name: what users write: ``backend="name"``.
@@ -82,16 +105,14 @@ class Backend:
         summary: one line for ``attnreg backends``.
         local_dot_product: ``(query, key, window, *, bias, key_lengths, scale) -> scores`` (N, H, Lq, W), in query's dtype:
             ``scale * query . key + bias``, -inf in invisible slots.
-        local_dot_product_backward: ``(grad_scores, query, key, window, *, bias, key_lengths, scale, needs_grad) ->
-            (grad_query, grad_key, grad_bias)``.
+        local_dot_product_backward: ``(grad_scores, query, key, window, *, bias, key_lengths, scale, needs_grad) -> gradients``.
         local_weighted_average: ``(weights, value, window, *, key_lengths) -> output`` (N, H, Lq, D).
-        local_weighted_average_backward: ``(grad_output, weights, value, window, *, key_lengths, needs_grad) ->
-            (grad_weights, grad_value)``.
+        local_weighted_average_backward: ``(grad_output, weights, value, window, *, key_lengths, needs_grad) -> gradients``.
         local_attention: ``(query, key, value, window, *, bias, key_lengths, scale) -> (output, log_sum_exp)``, the output
-            (N, H, Lq, D) and the natural log-sum-exp of each row's visible scores (N, H, Lq), in float32, or float64 for
-            float64. A row without a visible key has output 0 and log-sum-exp -inf.
+            (N, H, Lq, D) and the natural log-sum-exp of each row's visible scores (N, H, Lq), contiguous, in float32, or
+            float64 for float64. A row without a visible key has output 0 and log-sum-exp -inf.
         local_attention_backward: ``(grad_output, query, key, value, output, log_sum_exp, window, *, bias, key_lengths, scale,
-            needs_grad) -> (grad_query, grad_key, grad_value, grad_bias)``.
+            needs_grad) -> gradients``.
         differentiable: the forward functions consist of differentiable torch operations: gradients of any order come
             from autograd, and no backward functions are needed.
         unavailable: None where the backend can run on this machine, else the reason why not. Called often: keep it cheap.
@@ -106,20 +127,22 @@ class Backend:
             backend's.
         rank: orders the backends that could run a problem where nothing was measured; the lowest is taken. A number or a
             function of the problem. The slow but always right reference is 100.
+        contract: the version of this contract that it was written for.
 
     Raises:
-        TypeError, ValueError: a field has the wrong type, no op is there, or a backward lacks its forward.
+        TypeError, ValueError: a field has the wrong type, no op is there, a backward lacks its forward, a function lacks an
+            argument that the capability takes, or the contract is another one than this attnreg's.
     """
 
     name: str
     capability: Capability
     summary: str = ""
     local_dot_product: Callable[..., Tensor] | None = None
-    local_dot_product_backward: Callable[..., GradDotProduct] | None = None
+    local_dot_product_backward: Callable[..., Gradients] | None = None
     local_weighted_average: Callable[..., Tensor] | None = None
-    local_weighted_average_backward: Callable[..., GradWeightedAverage] | None = None
+    local_weighted_average_backward: Callable[..., Gradients] | None = None
     local_attention: Callable[..., tuple[Tensor, Tensor]] | None = None
-    local_attention_backward: Callable[..., GradAttention] | None = None
+    local_attention_backward: Callable[..., Gradients] | None = None
     differentiable: bool = False
     unavailable: Callable[[], str | None] | None = None
     prepare: Callable[[], str | None] | None = None
@@ -127,6 +150,7 @@ class Backend:
     options: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
     library: str | None = None
     rank: float | Callable[[Problem], float] = 50.0
+    contract: int = CONTRACT
 
     @property
     def own_ops(self) -> tuple[str, ...]:
@@ -158,42 +182,103 @@ class Backend:
         for op in OPS:
             if getattr(self, f"{op}_backward") and not getattr(self, op):
                 raise ValueError(f"Backend {self.name!r}: has {op}_backward without {op}")
+        if self.contract != CONTRACT:
+            raise ValueError(
+                f"Backend {self.name!r}: it is written for contract {self.contract!r}; this attnreg has {CONTRACT}"
+            )
+        for op in self.own_ops:
+            self._check_signatures(ROWS[op])
+
+    @cached_property
+    def taken(self) -> Mapping[str, frozenset[str]]:
+        """The optional arguments that it handles, by op; a composed op takes what its products and the composition do."""
+        own = {op.name: self._takes(op) for op in ROWS.values() if getattr(self, op.name)}
+        if is_composed(self, ATTENTION):
+            known = COMPOSED_ARGUMENTS
+            for product in (DOT_PRODUCT, WEIGHTED_AVERAGE):
+                known -= {argument.name for argument in product.arguments} - own[product.name]
+            own[ATTENTION.name] = known
+        return own
+
+    def _takes(self, op: Op) -> frozenset[str]:
+        optional = frozenset(argument.name for argument in op.arguments if not argument.for_all)
+        if self.capability.takes is not None:
+            return optional & frozenset(self.capability.takes)
+        return optional.intersection(*(_named(function) for function in self._functions(op)))
+
+    def _functions(self, op: Op) -> list[Function]:
+        return [function for name in (op.name, op.backward) if (function := getattr(self, name)) is not None]
+
+    def _check_signatures(self, op: Op) -> None:
+        needed = self._takes(op) | {argument.name for argument in op.arguments if argument.for_all}
+        for function in self._functions(op):
+            missing = sorted(name for name in needed if not _accepts(function, name))
+            if missing:
+                raise TypeError(
+                    f"Backend {self.name!r}: {getattr(function, '__name__', function)!s} does not accept {', '.join(missing)}, "
+                    f"which a function of {op.name} gets"
+                )
 
 
 def refusals(backend: Backend, problem: Problem) -> tuple[str, ...]:
     """Every reason why ``backend`` cannot run ``problem``; empty if it can."""
-    capability = backend.capability
-    reasons = []
+    return tuple(say() for say in _refusals(backend, problem))
 
-    def admit(admitted: Collection[object] | None, given: object, what: str) -> None:
-        if admitted is not None and given not in admitted:
-            reasons.append(f"{what} is {_text(given)}; it takes {_text(admitted)}")
 
-    if not has_op(backend, problem.op):
-        reasons.append(f"it has no {problem.op}")
-    elif problem.needs_grad and not has_backward(backend, problem.op):
-        reasons.append(f"gradients are needed and it has no {problem.op}_backward")
-    admit(capability.devices, problem.device.type, "the device")
-    admit(capability.dtypes, problem.dtype, "the dtype")
-    for what, size in (
-        ("the head_dim of query and key", problem.head_dim),
-        ("the head_dim of value", problem.value_dim),
+def passes(backend: Backend, problem: Problem) -> bool:
+    """Whether ``backend`` can run ``problem``; cheaper than to ask for the reasons."""
+    return next(_refusals(backend, problem), None) is None
+
+
+def _refusals(backend: Backend, problem: Problem) -> Iterator[Callable[[], str]]:
+    """What says each reason, those first that are found out soonest."""
+    found = False
+    for reason in _by_capability(backend, problem):
+        found = True
+        yield reason
+    unavailable = why_unavailable(backend)
+    if unavailable is not None:
+        yield partial(str, unavailable)
+    elif backend.refuse is not None and not found:
+        answer = _ask(backend.refuse, problem)
+        if answer:
+            yield partial(str, answer)
+
+
+def _by_capability(backend: Backend, problem: Problem) -> Iterator[Callable[[], str]]:
+    capability, op = backend.capability, ROWS[problem.op]
+    for what, given, admitted in (
+        ("the device", problem.device.type, capability.devices),
+        ("the dtype", problem.dtype, capability.dtypes),
+        ("the head_dim of query and key", problem.head_dim, capability.head_dims),
+        ("the head_dim of value", problem.value_dim, capability.head_dims),
+        ("the window's size", problem.window.size, capability.window_sizes),
     ):
-        if size:
-            admit(capability.head_dims, size, what)
-    admit(capability.window_sizes, problem.window.size, "the window's size")
-    if problem.bias_shape is not None and not capability.bias:
-        reasons.append("a bias is given; it takes none")
-    if problem.has_key_lengths and not capability.key_lengths:
-        reasons.append("key_lengths are given; it takes none")
-    if problem.heads != problem.kv_heads and not capability.grouped_heads:
-        reasons.append(f"H = {problem.heads} and Hkv = {problem.kv_heads} differ; it takes no grouped heads")
-    if problem.query_length != problem.key_length and not capability.unequal_lengths:
-        reasons.append(f"Lq = {problem.query_length} and Lk = {problem.key_length} differ; it takes equal lengths only")
-    reasons += filter(None, [why_unavailable(backend)])
-    if backend.refuse is not None and not reasons:
-        reasons += filter(None, [_ask(backend.refuse, problem)])
-    return tuple(reasons)
+        # A head dim of 0 is that of a tensor that the op does not have.
+        if admitted is not None and given not in admitted and given != 0:
+            yield partial(_not_admitted, what, given, admitted)
+    if not has_op(backend, op):
+        yield partial("it has no {}".format, op.name)
+    else:
+        if problem.needs_grad and not has_backward(backend, op):
+            yield partial("gradients are needed and it has no {}".format, op.backward)
+        taken = backend.taken[op.name]
+        for name, _ in problem.given:
+            if name not in taken:
+                yield partial(_not_taken, name, taken)
+    if not capability.grouped_heads and problem.heads != problem.kv_heads:
+        yield partial("H = {} and Hkv = {} differ; it takes no grouped heads".format, problem.heads, problem.kv_heads)
+    queries, keys = problem.query_length, problem.key_length
+    if not capability.unequal_lengths and queries != keys:
+        yield partial("Lq = {} and Lk = {} differ; it takes equal lengths only".format, queries, keys)
+
+
+def _not_admitted(what: str, given: object, admitted: Collection[object]) -> str:
+    return f"{what} is {_text(given)}; it takes {_text(admitted)}"
+
+
+def _not_taken(name: str, taken: frozenset[str]) -> str:
+    return f"{name} is given; it takes {_text(taken) or 'none'}"
 
 
 def option_values(backend: Backend, options: tuple[tuple[str, str], ...]) -> tuple[dict[str, object], tuple[str, ...]]:
@@ -238,20 +323,78 @@ def why_not_prepared(backend: Backend) -> str | None:
     return None if backend.prepare is None else _ask(backend.prepare)
 
 
-def has_op(backend: Backend, op: str) -> bool:
+def has_op(backend: Backend, op: Op) -> bool:
     """Whether ``backend`` has ``op``, of its own or composed of its two products."""
-    return bool(getattr(backend, op)) or (op == "local_attention" and _has_products(backend, ""))
+    return bool(getattr(backend, op.name)) or (op is ATTENTION and _has_products(backend, ""))
 
 
-def has_backward(backend: Backend, op: str) -> bool:
+def has_backward(backend: Backend, op: Op) -> bool:
     """Whether ``backend`` has the gradients of ``op``: its own, by autograd, or composed of those of its products."""
-    if getattr(backend, f"{op}_backward") or (backend.differentiable and getattr(backend, op)):
+    if getattr(backend, op.backward) or (backend.differentiable and getattr(backend, op.name)):
         return True
-    return op == "local_attention" and _has_products(backend, "" if backend.differentiable else "_backward")
+    return op is ATTENTION and _has_products(backend, "" if backend.differentiable else "_backward")
+
+
+def is_composed(backend: Backend, op: Op) -> bool:
+    """Whether ``backend`` has ``op`` through its products alone."""
+    return not getattr(backend, op.name) and has_op(backend, op)
+
+
+# What attention composed of the two products can pass on to them.
+COMPOSED_ARGUMENTS = frozenset({"bias", "key_lengths"})
 
 
 def _has_products(backend: Backend, suffix: str) -> bool:
-    return all(getattr(backend, f"{op}{suffix}") for op in ("local_dot_product", "local_weighted_average"))
+    return all(getattr(backend, f"{op.name}{suffix}") for op in (DOT_PRODUCT, WEIGHTED_AVERAGE))
+
+
+def _named(function: Function) -> frozenset[str]:
+    """The parameters that a function names; none where it cannot be told."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    return frozenset(each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD))
+
+
+def _accepts(function: Function, name: str) -> bool:
+    """Whether a function can be given ``name``; True where it cannot be told."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered backend, and where it comes from.
+
+    Attributes:
+        backend: the backend.
+        distribution: the distribution whose plug-in offered it, or where it was registered from.
+    """
+
+    backend: Backend
+    distribution: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A plug-in that could not be used, or not wholly.
+
+    Attributes:
+        plugin: the entry point's name.
+        distribution: the distribution that published it.
+        error: what went wrong.
+    """
+
+    plugin: str
+    distribution: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"plug-in {self.plugin!r} of {self.distribution}: {self.error}"
 
 
 def _ask(question: Callable[..., str | None], *arguments: object) -> str | None:

@@ -1,12 +1,13 @@
 """What a backend lacks is composed: attention from the two products, a backward from a differentiable forward.
 
-The compositions hold no kernel of their own for the products; they call the backend's.
+The compositions hold no kernel of their own for the products; they call the backend's. What lies between them, scores and
+weights, is in float32 or wider: rounded to 16 bits, scores of 64 would be off by an eighth before the softmax.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,35 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.backend import Backend, GradAttention
-from attnreg.problem import OPS
+from attnreg.backend import Backend, Function
+from attnreg.memory import empty_like
+from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, WEIGHTED_AVERAGE, Op
 from attnreg.window import Window
-
-Function = Callable[..., Any]
 
 # Bytes of scores that composed attention makes at a time, unless the queries of one key head alone have more. A forward holds
 # two bands of that size, a backward four.
 LARGEST_BAND = 2**30
 
 
-def complete(backend: Backend) -> dict[str, Function]:
+def complete(backend: Backend) -> Mapping[str, Function]:
     """All functions of ``backend`` by name (``op`` and ``op_backward``): its own, then those that can be composed."""
     functions: dict[str, Function] = {}
-    for name in (*OPS, *(f"{op}_backward" for op in OPS)):
-        own = getattr(backend, name)
-        if own is not None:
-            functions[name] = own
-    if {"local_dot_product", "local_weighted_average"} <= functions.keys():
-        attention = functools.partial(_attention, functions)
-        functions.setdefault("local_attention", functools.partial(_attention_in_parts, attention))
+    for op in ROWS.values():
+        for name in (op.name, op.backward):
+            own = getattr(backend, name)
+            if own is not None:
+                functions[name] = own
+    products = (DOT_PRODUCT, WEIGHTED_AVERAGE)
+    if functions.keys() >= {op.name for op in products}:
+        functions.setdefault(ATTENTION.name, functools.partial(_attention, functions))
     if backend.differentiable:
-        for op in OPS:
-            if op in functions:
-                functions.setdefault(f"{op}_backward", functools.partial(_BACKWARD_BY_AUTOGRAD[op], functions[op]))
-    if {"local_dot_product_backward", "local_weighted_average_backward"} <= functions.keys():
-        backward = functools.partial(_attention_backward, functions)
-        functions.setdefault("local_attention_backward", functools.partial(_attention_backward_in_parts, backward))
+        for op in ROWS.values():
+            if op.name in functions:
+                functions.setdefault(op.backward, functools.partial(_backward_by_autograd, op, functions[op.name]))
+    if functions.keys() >= {op.backward for op in products}:
+        functions.setdefault(ATTENTION.backward, functools.partial(_attention_backward, functions))
     return functions
+
+
+def is_in_float32(backend: Backend, op: Op) -> bool:
+    """Whether ``backend`` runs ``op`` through its products, to which 16-bit tensors go in float32."""
+    return op is ATTENTION and not getattr(backend, op.name)
 
 
 @dataclass(frozen=True)
@@ -59,126 +64,61 @@ class _Part:
     def of_keys(self, tensor: Tensor) -> Tensor:
         return tensor[self.batch, self.kv_heads]
 
-    def of_bias(self, bias: Tensor | None) -> Tensor | None:
-        if bias is None:
-            return None
-        everything = slice(None)
-        batch, heads = bias.shape[:2]
-        return bias[self.batch if batch > 1 else everything, self.heads if heads > 1 else everything]
-
-    def of_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        lengths = options["key_lengths"]
+    def of(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each tensor among the arguments its share; a dimension of 1 broadcasts."""
         return {
-            **options,
-            "bias": self.of_bias(options["bias"]),
-            "key_lengths": None if lengths is None else lengths[self.batch],
+            argument.name: self._share(argument.dims, options[argument.name])
+            for argument in ATTENTION.arguments
+            if argument.name in options
         }
 
+    def share(self, bias: Tensor) -> Tensor:
+        shares: Tensor = self._share("NH", bias)
+        return shares
 
-def _parts(query: Tensor, key: Tensor, window: Window) -> list[_Part]:
+    def _share(self, dims: str | None, value: Any) -> Any:
+        if dims is None or value is None:
+            return value
+        slices = {"N": self.batch, "H": self.heads}
+        return value[
+            tuple(
+                slice(None) if size == 1 else slices.get(letter, slice(None)) for letter, size in zip(dims, value.shape)
+            )
+        ]
+
+
+def _parts(query: Tensor, key: Tensor, window: Window) -> Iterator[_Part]:
     """All of a call as one part, or as parts of ``LARGEST_BAND`` at most: whole sequences, or else heads of one."""
     batch, heads, rows = query.shape[:3]
     kv_heads = key.shape[1]
-    if batch * heads * rows * window.size * query.element_size() <= LARGEST_BAND:
-        return [_Part(slice(batch), slice(heads), slice(kv_heads))]
+    row_bytes = window.size * _wide(query.dtype).itemsize
+    if batch * heads * rows * row_bytes <= LARGEST_BAND:
+        yield _Part(slice(batch), slice(heads), slice(kv_heads))
+        return
     group = heads // kv_heads
-    fitting = max(LARGEST_BAND // (group * rows * window.size * query.element_size()), 1)
+    fitting = max(LARGEST_BAND // (group * rows * row_bytes), 1)
     per_batch, per_kv_head = max(fitting // kv_heads, 1), min(fitting, kv_heads)
-    return [
-        _Part(slice(n, n + per_batch), slice(h * group, (h + per_kv_head) * group), slice(h, h + per_kv_head))
-        for n in range(0, batch, per_batch)
-        for h in range(0, kv_heads, per_kv_head)
-    ]
-
-
-def _joined(parts: list[_Part], tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor (N, heads, ...) of those of the parts."""
-    rows: dict[int, list[Tensor]] = {}
-    for part, tensor in zip(parts, tensors):
-        rows.setdefault(part.batch.start, []).append(tensor)
-    return torch.cat([torch.cat(row, 1) for row in rows.values()])
-
-
-def _attention_in_parts(
-    attention: Function, query: Tensor, key: Tensor, value: Tensor, window: Window, **options: Any
-) -> tuple[Tensor, Tensor]:
-    parts = _parts(query, key, window)
-    if len(parts) == 1:
-        whole: tuple[Tensor, Tensor] = attention(query, key, value, window, **options)
-        return whole
-    found = [
-        attention(part.of_queries(query), part.of_keys(key), part.of_keys(value), window, **part.of_options(options))
-        for part in parts
-    ]
-    outputs, log_sum_exps = zip(*found)
-    return _joined(parts, outputs), _joined(parts, log_sum_exps)
-
-
-def _attention_backward_in_parts(
-    backward: Function,
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    window: Window,
-    **options: Any,
-) -> GradAttention:
-    parts = _parts(query, key, window)
-    if len(parts) == 1:
-        whole: GradAttention = backward(grad_output, query, key, value, output, log_sum_exp, window, **options)
-        return whole
-    bias, grad_bias = options["bias"], None
-    if bias is not None and options["needs_grad"][3]:
-        # What the parts give of one gradient is added up in fp32 or wider, and rounded once.
-        options["bias"] = bias.to(torch.promote_types(torch.float32, bias.dtype))
-        grad_bias = torch.zeros_like(options["bias"], memory_format=torch.contiguous_format)
-    found = []
-    for part in parts:
-        *gradients, grad_part = backward(
-            part.of_queries(grad_output),
-            part.of_queries(query),
-            part.of_keys(key),
-            part.of_keys(value),
-            part.of_queries(output),
-            part.of_queries(log_sum_exp),
-            window,
-            **part.of_options(options),
-        )
-        found.append(gradients)
-        total = part.of_bias(grad_bias)
-        if total is not None:
-            total += grad_part
-    grad_query, grad_key, grad_value = (
-        None if gradients[0] is None else _joined(parts, gradients) for gradients in zip(*found)
-    )
-    return grad_query, grad_key, grad_value, None if grad_bias is None else grad_bias.to(bias.dtype)
+    for n in range(0, batch, per_batch):
+        for h in range(0, kv_heads, per_kv_head):
+            yield _Part(slice(n, n + per_batch), slice(h * group, (h + per_kv_head) * group), slice(h, h + per_kv_head))
 
 
 def _attention(
-    functions: dict[str, Function],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    *,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
+    functions: Mapping[str, Function], query: Tensor, key: Tensor, value: Tensor, window: Window, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
-    weights, no_key = _softmax(scores, _every_row_sees_a_key(query, key, window, bias, key_lengths))
-    # The largest weight is exp(max(S) - log-sum-exp).
-    log_sum_exp = scores.amax(-1) - weights.amax(-1).log()
-    if no_key is not None:
-        log_sum_exp = log_sum_exp.masked_fill(no_key.squeeze(-1), -torch.inf)
-    weights = weights.to(scores.dtype)
-    return functions["local_weighted_average"](weights, value, window, key_lengths=key_lengths), log_sum_exp
+    output = empty_like(query, value.shape[3])
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
+    for part in _parts(query, key, window):
+        call = _Call(
+            functions, part.of_queries(query), part.of_keys(key), part.of_keys(value), window, part.of(options)
+        )
+        part.of_queries(output).copy_(call.output())
+        part.of_queries(log_sum_exp).copy_(call.log_sum_exp())
+    return output, log_sum_exp
 
 
 def _attention_backward(
-    functions: dict[str, Function],
+    functions: Mapping[str, Function],
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -187,135 +127,165 @@ def _attention_backward(
     log_sum_exp: Tensor,
     window: Window,
     *,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
-    needs_grad: tuple[bool, bool, bool, bool],
-) -> GradAttention:
-    scores = functions["local_dot_product"](query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
-    weights = _softmax(scores, _every_row_sees_a_key(query, key, window, bias, key_lengths))[0].to(scores.dtype)
-    del output, log_sum_exp
-    needs_query, needs_key, needs_value, needs_bias = needs_grad
-    needs_scores = needs_query or needs_key or needs_bias
-    # dP = dO . V and dV = P^T dO
-    grad_weights, grad_value = functions["local_weighted_average_backward"](
-        grad_output, weights, value, window, key_lengths=key_lengths, needs_grad=(needs_scores, needs_value)
-    )
-    if not needs_scores:
-        return None, None, grad_value, None
-    # dS = P * (dP - rowsum(P * dP)), one kernel of torch. The row sum equals rowsum(dO * O), but cancels to the last bit.
-    grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, scores.dtype)
-    grad_query, grad_key, grad_bias = functions["local_dot_product_backward"](
-        grad_scores,
-        query,
-        key,
-        window,
-        bias=bias,
-        key_lengths=key_lengths,
-        scale=scale,
-        needs_grad=(needs_query, needs_key, needs_bias),
-    )
-    return grad_query, grad_key, grad_value, grad_bias
-
-
-def _softmax(scores: Tensor, every_row_sees_a_key: bool) -> tuple[Tensor, Tensor | None]:
-    """``softmax(S)`` in float32 or wider, 0 in a row without a visible key; and which rows these are, if there may be any."""
-    accumulator = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    if every_row_sees_a_key:
-        return scores.softmax(-1, dtype=accumulator), None
-    no_key = scores.amax(-1, keepdim=True) == -torch.inf
-    weights = scores.masked_fill(no_key, 0.0).softmax(-1, dtype=accumulator)
-    return weights.masked_fill(no_key, 0.0), no_key
-
-
-def _every_row_sees_a_key(
-    query: Tensor, key: Tensor, window: Window, bias: Tensor | None, key_lengths: Tensor | None
-) -> bool:
-    """Whether that is certain: nothing hides keys, and the first query, which may stand before all of them, sees one."""
-    return bias is None and key_lengths is None and key.shape[2] - query.shape[2] + window.right >= 0
-
-
-def _dot_product_backward_by_autograd(
-    forward: Function, grad_scores: Tensor, query: Tensor, key: Tensor, window: Window, **options: Any
-) -> tuple[Tensor | None, ...]:
-    needs_grad = options.pop("needs_grad")
-    bias = options.pop("bias")
-    return _gradients(
-        lambda query, key, bias: forward(query, key, window, bias=bias, **options),
-        (query, key, bias),
-        needs_grad,
-        grad_scores,
-    )
-
-
-def _weighted_average_backward_by_autograd(
-    forward: Function, grad_output: Tensor, weights: Tensor, value: Tensor, window: Window, **options: Any
-) -> tuple[Tensor | None, ...]:
-    needs_grad = options.pop("needs_grad")
-    return _gradients(
-        lambda weights, value: forward(weights, value, window, **options), (weights, value), needs_grad, grad_output
-    )
-
-
-def _attention_backward_by_autograd(
-    forward: Function,
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    window: Window,
+    needs_grad: frozenset[str],
     **options: Any,
-) -> tuple[Tensor | None, ...]:
-    needs_grad = options.pop("needs_grad")
-    bias = options.pop("bias")
-    return _gradients(
-        lambda query, key, value, bias: forward(query, key, value, window, bias=bias, **options)[0],
-        (query, key, value, bias),
-        needs_grad,
-        grad_output,
-    )
+) -> dict[str, Tensor]:
+    del output, log_sum_exp  # The weights are made anew, at no more rounding than the forward's.
+    of = {"query": query, "key": key, "value": value}
+    gradients = {name: empty_like(of[name]) for name in needs_grad & of.keys()}
+    bias = options.get("bias")
+    if "bias" in needs_grad and bias is not None:
+        # What the parts give of one gradient is added up in fp32 or wider, and rounded once.
+        gradients["bias"] = torch.zeros(
+            bias.shape, dtype=torch.promote_types(torch.float32, bias.dtype), device=bias.device
+        )
+    for part in _parts(query, key, window):
+        call = _Call(
+            functions, part.of_queries(query), part.of_keys(key), part.of_keys(value), window, part.of(options)
+        )
+        for name, gradient in call.gradients(part.of_queries(grad_output), needs_grad).items():
+            if name == "bias":
+                total = part.share(gradients[name])
+                total += gradient
+            elif name == "query":
+                part.of_queries(gradients[name]).copy_(gradient)
+            else:
+                part.of_keys(gradients[name]).copy_(gradient)
+    if bias is not None and "bias" in gradients:
+        gradients["bias"] = gradients["bias"].to(bias.dtype)
+    return gradients
 
 
-_BACKWARD_BY_AUTOGRAD: dict[str, Function] = {
-    "local_dot_product": _dot_product_backward_by_autograd,
-    "local_weighted_average": _weighted_average_backward_by_autograd,
-    "local_attention": _attention_backward_by_autograd,
-}
+class _Call:
+    """Attention of one part, from its products.
 
-
-def _gradients(
-    forward: Function, inputs: tuple[Tensor | None, ...], needs_grad: tuple[bool, ...], grad_output: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of ``forward(*inputs)`` that are wanted; the forward is computed again to be differentiated."""
-    leaves = [
-        None if given is None else given.detach().requires_grad_(needed) for given, needed in zip(inputs, needs_grad)
-    ]
-    wanted = [leaf for leaf, needed in zip(leaves, needs_grad) if leaf is not None and needed]
-    with torch.enable_grad(), _autograd_included():
-        output = forward(*leaves)
-    found = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True, materialize_grads=True))
-    return tuple(next(found) if leaf is not None and needed else None for leaf, needed in zip(leaves, needs_grad))
-
-
-def below_autograd(function: Function) -> Function:
-    """``function`` run as torch runs its own kernels: its operations record nothing, and each costs a quarter less.
-
-    For a forward that autograd need not see, whose results are new tensors. There is no public name for it.
+    ``S = scale * Q K^T + bias``, ``P = softmax(S)``, ``O = P V``.
     """
 
-    def call(*arguments: Any, **options: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return function(*arguments, **options)
+    def __init__(
+        self,
+        functions: Mapping[str, Function],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: Window,
+        options: Mapping[str, Any],
+    ) -> None:
+        wide = _wide(query.dtype)
+        self.functions = functions
+        self.window = window
+        self.query, self.key, self.value = query.to(wide), key.to(wide), value.to(wide)
+        self.of_dot = _of(DOT_PRODUCT, options)
+        self.of_average = _of(WEIGHTED_AVERAGE, options)
+        bias = options.get("bias")
+        self.is_biased = bias is not None
+        if bias is not None and bias.dtype.itemsize < wide.itemsize:
+            self.of_dot["bias"] = bias.to(wide)
+        every_row_sees_a_key = (
+            bias is None and options.get("key_lengths") is None and (key.shape[2] - query.shape[2] + window.right >= 0)
+        )
+        self.scores: Tensor = functions[DOT_PRODUCT.name](self.query, self.key, window, **self.of_dot)
+        self.highest = self.scores.amax(-1, keepdim=True)
+        # A row without a visible key has scores of -inf alone, of which softmax would make NaN: its weights are 0.
+        self.unseeing = None if every_row_sees_a_key else self.highest == -torch.inf
+        if self.unseeing is None:
+            self.weights: Tensor = self.scores.softmax(-1)
+        else:
+            self.weights = self.scores.masked_fill(self.unseeing, 0.0).softmax(-1).masked_fill(self.unseeing, 0.0)
+        self.hidden = self.scores == -torch.inf if self.is_biased else None
+        if self.hidden is not None:
+            self.value = self._seen(self.value)
 
-    return call
+    def output(self) -> Tensor:
+        result: Tensor = self.functions[WEIGHTED_AVERAGE.name](self.weights, self.value, self.window, **self.of_average)
+        return result
+
+    def log_sum_exp(self) -> Tensor:
+        """The largest weight is ``exp(max(S) - log-sum-exp)``."""
+        log_sum_exp: Tensor = self.highest - self.weights.amax(-1, keepdim=True).log()
+        if self.unseeing is not None:
+            log_sum_exp = log_sum_exp.masked_fill(self.unseeing, -torch.inf)
+        return log_sum_exp.squeeze(-1)
+
+    def gradients(self, grad_output: Tensor, needs_grad: frozenset[str]) -> dict[str, Tensor]:
+        grad_output = grad_output.to(self.weights.dtype)
+        if self.unseeing is not None:
+            grad_output = grad_output.masked_fill(self.unseeing, 0.0)
+        of_dot = needs_grad & frozenset(DOT_PRODUCT.differentiable)
+        # dP = dO . V and dV = P^T dO
+        found = dict(
+            self.functions[WEIGHTED_AVERAGE.backward](
+                grad_output,
+                self.weights,
+                self.value,
+                self.window,
+                **self.of_average,
+                needs_grad=(needs_grad & {"value"}) | ({"weights"} if of_dot else frozenset()),
+            )
+        )
+        if not of_dot:
+            return found
+        grad_weights = found.pop("weights")
+        if self.hidden is not None:
+            grad_weights = grad_weights.masked_fill(self.hidden, 0.0)
+        # dS = P * (dP - rowsum(P * dP)), one kernel of torch. The row sum equals rowsum(dO * O), but cancels to the last bit.
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, self.weights, -1, self.weights.dtype)
+        return found | dict(
+            self.functions[DOT_PRODUCT.backward](
+                grad_scores, self.query, self.key, self.window, **self.of_dot, needs_grad=of_dot
+            )
+        )
+
+    def _seen(self, value: Tensor) -> Tensor:
+        """``value`` with zeros where the bias hides a key from every row: the average does not know of the bias.
+
+        How many rows see a key is ``A^T 1``, with A = 1 in visible slots.
+        """
+        assert self.hidden is not None
+        visible = (~self.hidden).to(value.dtype)
+        one = value.new_ones(()).expand(*visible.shape[:3], 1).contiguous()
+        width = value[..., :1].contiguous()
+        count = self.functions[WEIGHTED_AVERAGE.backward](
+            one, visible, width, self.window, **self.of_average, needs_grad=frozenset({"value"})
+        )["value"]
+        return value.where(count > 0, 0.0)
+
+
+def _of(op: Op, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are arguments of ``op``."""
+    return {argument.name: options[argument.name] for argument in op.arguments if argument.name in options}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
+
+
+def _backward_by_autograd(op: Op, forward: Function, *inputs: Any, needs_grad: frozenset[str], **options: Any) -> Any:
+    """The gradients that are wanted; the forward is computed again to be differentiated."""
+    count = len(op.tensors)
+    grads, tensors, window = inputs[:1], inputs[1 : 1 + count], inputs[-1]
+    leaves = dict(zip(op.tensors, tensors)) | {
+        name: options.pop(name) for name in op.differentiable[count:] if name in options
+    }
+    leaves = {
+        name: None if given is None else given.detach().requires_grad_(name in needs_grad)
+        for name, given in leaves.items()
+    }
+    positional = [leaves[name] for name in op.tensors]
+    named = {name: leaf for name, leaf in leaves.items() if name not in op.tensors}
+    with torch.enable_grad(), _autograd_included():
+        results = forward(*positional, window, **named, **options)
+        result = results[0] if isinstance(results, tuple) else results
+    names = sorted(needs_grad)
+    wanted = [leaves[name] for name in names]
+    found = torch.autograd.grad(result, wanted, grads, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found))
 
 
 def _autograd_included() -> AbstractContextManager[None]:
     """Let autograd record here although this code runs inside an op, below the layer at which torch records.
 
-    Torch has no public way to include that layer again where a dispatch mode or ``below_autograd`` excludes it.
+    Torch has no public way to include that layer again where a dispatch mode or a plan excludes it.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(

@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from attnreg.backend import Backend, BackendError, option_values, refusals
+from attnreg.backend import BackendError, Entry, Fault, option_values, passes, refusals
 from attnreg.measured import Figure, Measured
 from attnreg.problem import Problem
 from attnreg.request import Request
 
 # Times within this part of the shorter one may be a tie.
 TIE = 0.03
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A registered backend, and where it comes from.
-
-    Attributes:
-        backend: the backend.
-        distribution: the distribution whose plug-in offered it, or where it was registered from.
-    """
-
-    backend: Backend
-    distribution: str
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A plug-in that could not be used, or not wholly.
-
-    Attributes:
-        plugin: the entry point's name.
-        distribution: the distribution that published it.
-        error: what went wrong.
-    """
-
-    plugin: str
-    distribution: str
-    error: str
-
-    def __str__(self) -> str:
-        return f"plug-in {self.plugin!r} of {self.distribution}: {self.error}"
-
-
-@dataclass(frozen=True)
-class Forced:
-    """A backend that somebody asked for, and by which means."""
-
-    request: Request
-    by: str
 
 
 @dataclass(frozen=True)
@@ -129,11 +91,12 @@ def choose(
     problem: Problem,
     entries: Sequence[Entry],
     *,
-    forced: Forced | None = None,
+    request: Request | None = None,
     failed: Mapping[str, str] | None = None,
     faults: Sequence[Fault] = (),
     measured: Sequence[Measured] = (),
     remarks: Sequence[str] = (),
+    brief: bool = False,
 ) -> Decision:
     """The decision for ``problem`` among ``entries``.
 
@@ -145,17 +108,28 @@ def choose(
     Args:
         problem: the call.
         entries: the registered backends.
-        forced: the backend that was asked for, if any.
+        request: the backend that was asked for, if any.
         failed: for backends whose preparation failed, by name, the reason.
         faults: plug-ins that could not be used, kept for the trace.
         measured: what tables say of such a problem, those to be believed first.
         remarks: what is to be said of the tables.
+        brief: leave out the candidates that are refused, as a plan needs none of their reasons.
 
     Raises:
         BackendError: the forced backend is unknown or refuses, or every backend does; lists every reason.
     """
-    candidates = sorted((_candidate(entry, problem, failed or {}) for entry in entries), key=_order)
-    if forced is None:
+    full = functools.partial(
+        choose, problem, entries, request=request, failed=failed, faults=faults, measured=measured, remarks=remarks
+    )
+    asked = [entry for entry in entries if request is None or entry.backend.name == request.name]
+    if brief:
+        candidates = [_candidate(entry, problem) for entry in asked if _passes(entry, problem, failed or {})]
+        if not candidates:
+            return full()
+    else:
+        candidates = [_candidate(entry, problem, _reasons(entry, problem, failed or {})) for entry in entries]
+    candidates.sort(key=_order)
+    if request is None:
         for each in measured:
             timed = [replace(candidate, figure=each.figures.get(candidate.name)) for candidate in candidates]
             fastest = _fastest(timed)
@@ -172,6 +146,8 @@ def choose(
                 source=each.source,
                 remarks=(*each.remarks, *remarks),
             )
+        if brief and candidates[0].refusals:
+            return full()
         if not candidates or candidates[0].refusals:
             raise BackendError(_nobody(problem, candidates, faults))
         first = candidates[0]
@@ -179,21 +155,20 @@ def choose(
         others = "the only one that can run it" if not rivals else f"the lowest of {rivals + 1} that can run it"
         reason = f"heuristic, rank {first.rank:g}, {others}; nothing was measured"
         return Decision(problem, first.name, reason, tuple(candidates), tuple(faults), remarks=tuple(remarks))
-    request = forced.request
-    backend = next((entry.backend for entry in entries if entry.backend.name == request.name), None)
-    if backend is None:
-        raise BackendError(unknown_backend(forced, entries, faults))
+    if not asked:
+        raise BackendError(unknown_backend(request, entries, faults))
+    backend = asked[0].backend
     candidates.sort(key=lambda candidate: candidate.name != request.name)
     refused = (*candidates[0].refusals, *option_values(backend, request.options)[1])
     if refused:
         reasons = "".join(f"\n  - {reason}" for reason in refused)
-        raise BackendError(f"backend {str(request)!r}, asked for by {forced.by}, cannot run {problem}:{reasons}")
+        raise BackendError(f"backend {str(request)!r}, asked for by {request.by}, cannot run {problem}:{reasons}")
     figures = measured[0].figures if measured else {}
     candidates = [replace(candidate, figure=figures.get(candidate.name)) for candidate in candidates]
     return Decision(
         problem,
         request.name,
-        f"forced by {forced.by}",
+        f"forced by {request.by}",
         tuple(candidates),
         tuple(faults),
         request.options,
@@ -202,18 +177,25 @@ def choose(
     )
 
 
-def unknown_backend(forced: Forced, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
+def unknown_backend(request: Request, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
     """The message for a name that no registered backend has."""
     names = ", ".join(sorted(entry.backend.name for entry in entries)) or "none"
     broken = "".join(f"\n  {fault}" for fault in faults)
-    return f"no backend is called {forced.request.name!r}, asked for by {forced.by}; registered: {names}{broken}"
+    return f"no backend is called {request.name!r}, asked for by {request.by}; registered: {names}{broken}"
 
 
-def _candidate(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> Candidate:
+def _passes(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> bool:
+    return entry.backend.name not in failed and passes(entry.backend, problem)
+
+
+def _reasons(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> tuple[str, ...]:
+    reasons = refusals(entry.backend, problem)
+    name = entry.backend.name
+    return (*reasons, failed[name]) if name in failed else reasons
+
+
+def _candidate(entry: Entry, problem: Problem, reasons: tuple[str, ...] = ()) -> Candidate:
     backend = entry.backend
-    reasons = refusals(backend, problem)
-    if backend.name in failed:
-        reasons += (failed[backend.name],)
     rank: float | None = None
     if not reasons:
         try:

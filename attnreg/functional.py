@@ -1,35 +1,47 @@
 """Local attention: the three public functions. Read this file first.
 
 A call becomes a plan, found by the call's bare facts in ``registry.plans`` or else made by ``attnreg.plan``. The plan names
-the backend, and the op in ``attnreg.ops`` runs it. On a call whose kind was seen before, nothing else happens.
+the backend and runs the call. On a call whose kind was seen before, nothing else happens. Where somebody watches, a tracer
+or a dispatch mode, the op of ``attnreg.ops`` is called instead, which finds its plan when it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from attnreg import ops
-from attnreg.ops import is_plain, rows
-from attnreg.plan import ENVIRONMENT_KEY, TABLE_KEY, Plan, environment, remember, requested
-from attnreg.problem import (
-    attention_problem,
-    check_scale,
-    check_window,
-    dot_product_problem,
-    prepare_key_lengths,
-    weighted_average_problem,
+from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
+from attnreg.ops import (
+    PLAIN_TYPES,
+    Direct,
+    are_transformed,
+    call_op,
+    differentiated,
+    find_plan,
+    is_plain,
+    is_watched,
+    refuse_transforms,
+    refuse_watchers,
+    run,
 )
+from attnreg.plan import REQUEST_KEY, TABLE_KEY, Plan, environment, remember, requests
+from attnreg.problem import check, check_number, problem_of
 from attnreg.registry import registry
 from attnreg.window import Window
 
 # Bound once: an attribute look-up on torch at each call would be a tenth of what the look-up of a plan costs.
 _is_tracing = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
-# What a look-up raises for a kind of call not seen yet, or for bad arguments, which the checks then name.
-_NOT_KNOWN = (KeyError, TypeError, AttributeError)
+_STRIDED = torch.strided
+
+# What a look-up raises for bad arguments, which the checks then name.
+_BAD = (TypeError, AttributeError, RuntimeError)
 
 
 def local_dot_product(
@@ -65,56 +77,9 @@ def local_dot_product(
         TypeError, ValueError: an argument is bad; the message names it, what it was and what was expected.
         BackendError: the backend asked for cannot run this call, or none can; a ValueError that lists every reason.
     """
-    if _is_tracing():
-        return _traced_dot_product(query, key, window, bias, key_lengths, scale, backend)
-    plan: Plan | None = None
-    try:
-        call = (
-            query.shape,
-            key.shape,
-            query.dtype,
-            query.device,
-            window.left,
-            window.right,
-            None if bias is None and key_lengths is None else _extras(bias, key_lengths),
-            backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
-            environment.get(TABLE_KEY),
-            (query.requires_grad or key.requires_grad or (bias is not None and bias.requires_grad))
-            and _is_grad_enabled(),
-        )
-        plan = registry.plans[call]
-    except _NOT_KNOWN:
-        pass
-    if plan is None or not _agree(plan, key, key, bias, key_lengths):
-        cast = _autocast(query, key)
-        if cast is not None:
-            query, key = cast
-            return local_dot_product(
-                query, key, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend
-            )
-        needs_grad = _needs_grad(query, key, bias)
-        problem = dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad)
-        if plan is None:
-            plan = remember(call, problem, backend)
-    if scale != 1.0:
-        scale = check_scale(scale)
-    if bias is not None:
-        bias = _four_dimensional(bias)
-    if key_lengths is not None:
-        key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
-    scores: Tensor
-    run = plan.forward if plan.differentiable or is_plain(query, key) else None
-    if run is not None and plan.needs_grad and not plan.differentiable:
-        return ops.run_dot_product(
-            query, key, bias, key_lengths, run, (window.left, window.right, scale, plan.backend, True)
-        )
-    if run is not None:
-        scores = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
-        return scores
-    scores = ops.local_dot_product(
-        query, key, bias, key_lengths, window.left, window.right, scale, plan.backend, True, plan.needs_grad
-    )
-    return scores
+    if scale is None:
+        check_number("scale", scale)
+    return _call(DOT_PRODUCT, (query, key), window, (bias, key_lengths, scale), backend)[0]
 
 
 def local_weighted_average(
@@ -142,50 +107,7 @@ def local_weighted_average(
     Raises:
         TypeError, ValueError, BackendError: as ``local_dot_product``.
     """
-    if _is_tracing():
-        return _traced_weighted_average(weights, value, window, key_lengths, backend)
-    plan: Plan | None = None
-    try:
-        call = (
-            weights.shape,
-            value.shape,
-            weights.dtype,
-            weights.device,
-            window.left,
-            window.right,
-            None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
-            "average",
-            backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
-            environment.get(TABLE_KEY),
-            (weights.requires_grad or value.requires_grad) and _is_grad_enabled(),
-        )
-        plan = registry.plans[call]
-    except _NOT_KNOWN:
-        pass
-    if plan is None or not _agree(plan, value, value, None, key_lengths):
-        cast = _autocast(weights, value)
-        if cast is not None:
-            weights, value = cast
-            return local_weighted_average(weights, value, window, key_lengths=key_lengths, backend=backend)
-        needs_grad = _needs_grad(weights, value)
-        problem = weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=needs_grad)
-        if plan is None:
-            plan = remember(call, problem, backend)
-    if key_lengths is not None:
-        key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
-    output: Tensor
-    run = plan.forward if plan.differentiable or is_plain(weights, value) else None
-    if run is not None and plan.needs_grad and not plan.differentiable:
-        return ops.run_weighted_average(
-            weights, value, key_lengths, run, (window.left, window.right, plan.backend, True)
-        )
-    if run is not None:
-        output = run(rows(weights), rows(value), window, key_lengths=key_lengths)
-        return output
-    output = ops.local_weighted_average(
-        weights, value, key_lengths, window.left, window.right, plan.backend, True, plan.needs_grad
-    )
-    return output
+    return _call(WEIGHTED_AVERAGE, (weights, value), window, (key_lengths,), backend)[0]
 
 
 def local_attention(
@@ -221,159 +143,147 @@ def local_attention(
     Raises:
         TypeError, ValueError, BackendError: as ``local_dot_product``.
     """
+    return _call(ATTENTION, (query, key, value), window, (bias, key_lengths, scale), backend)[0]
+
+
+def _call(
+    op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | None
+) -> tuple[Tensor, ...]:
+    """The results of a call."""
     if _is_tracing():
-        return _traced_attention(query, key, value, window, bias, key_lengths, scale, backend)
-    plan: Plan | None = None
+        return _watched(op, tensors, window, arguments, backend)
+    if monotonic() > registry.next_look:
+        registry.look_at_tables()
+    call, plan = None, None
     try:
         call = (
-            query.shape,
-            key.shape,
-            value.shape,
-            query.dtype,
-            query.device,
+            op,
             window.left,
             window.right,
-            None if bias is None and key_lengths is None else _extras(bias, key_lengths),
-            backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY),
+            window.__class__,
+            backend,
+            None if backend is not None else requests.get() or environment.get(REQUEST_KEY),
             environment.get(TABLE_KEY),
-            (
-                query.requires_grad
-                or key.requires_grad
-                or value.requires_grad
-                or (bias is not None and bias.requires_grad)
-            )
-            and _is_grad_enabled(),
+            _is_grad_enabled(),
+            _FACTS[len(tensors)](*tensors),
+            *[value if value is None else _facts_of_argument(value) for value in arguments],
         )
-        plan = registry.plans[call]
-    except _NOT_KNOWN:
+        plan = registry.plans.get(call)
+    except _BAD:
         pass
-    if plan is None or not _agree(plan, key, value, bias, key_lengths):
-        cast = _autocast(query, key, value)
+    casts = _is_any_autocast_enabled()
+    if plan is None or casts or not _ARE_ALIKE[len(tensors)](plan, *tensors):
+        cast = _autocast(tensors)
         if cast is not None:
-            query, key, value = cast
-            return local_attention(
-                query, key, value, window, bias=bias, key_lengths=key_lengths, scale=scale, backend=backend
-            )
-        needs_grad = _needs_grad(query, key, value, bias)
-        problem = attention_problem(
-            query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad
-        )
+            return _call(op, cast, window, arguments, backend)
+        check(op, tensors, window, arguments, backend)
+        given = (*tensors, *[value for value in arguments if isinstance(value, Tensor)])
+        if not is_plain(given):
+            return _watched(op, tensors, window, arguments, backend)
         if plan is None:
-            plan = remember(call, problem, backend)
-    scale = plan.scale if scale is None else check_scale(scale)
-    window = plan.window
-    if bias is not None:
-        bias = _four_dimensional(bias)
-    if key_lengths is not None:
-        key_lengths = prepare_key_lengths(key_lengths, plan.problem.key_length)
-    output: Tensor
-    run = plan.forward if plan.differentiable or is_plain(query, key, value) else None
-    if run is not None and plan.needs_grad and not plan.differentiable:
-        return ops.run_attention(
-            query, key, value, bias, key_lengths, run, (window.left, window.right, scale, plan.backend, True)
-        )
-    if run is not None:
-        output, _ = run(rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale)
-        return output
-    output, _ = ops.local_attention(
-        query, key, value, bias, key_lengths, window.left, window.right, scale, plan.backend, True, plan.needs_grad
-    )
-    return output
+            problem = problem_of(op, tensors, window, arguments, needs_grad=_needs_grad(given))
+            plan = remember(call, problem, backend, arguments)
+    elif is_watched():
+        return _watched(op, tensors, window, arguments, backend)
+    if plan.is_recorded:
+        inputs = (*tensors, *[arguments[place] for place in plan.places]) if plan.places else tensors
+        return (differentiated(Direct(plan, tensors, arguments), inputs),)
+    return run(plan, tensors, arguments) if casts else plan.run(tensors, plan.options_of(arguments))
 
 
-# Under torch.compile a call is traced once for many: the op itself chooses the backend when the graph runs.
+# What is asked of an op's tensors at every call, by their number: written out, as loops would cost half as much again.
 
 
-def _traced_dot_product(
-    query: Tensor,
-    key: Tensor,
-    window: Window,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
-    backend: str | None,
-) -> Tensor:
-    check_window(window)
-    query, key = _autocast(query, key) or (query, key)
-    needs_grad = _needs_grad(query, key, bias)
-    if bias is not None:
-        bias = _four_dimensional(bias)
-    return ops.local_dot_product(
-        query, key, bias, key_lengths, window.left, window.right, scale, backend, False, needs_grad
-    )
-
-
-def _traced_weighted_average(
-    weights: Tensor, value: Tensor, window: Window, key_lengths: Tensor | None, backend: str | None
-) -> Tensor:
-    check_window(window)
-    weights, value = _autocast(weights, value) or (weights, value)
-    needs_grad = _needs_grad(weights, value)
-    return ops.local_weighted_average(
-        weights, value, key_lengths, window.left, window.right, backend, False, needs_grad
-    )
-
-
-def _traced_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float | None,
-    backend: str | None,
-) -> Tensor:
-    check_window(window)
-    query, key, value = _autocast(query, key, value) or (query, key, value)
-    needs_grad = _needs_grad(query, key, value, bias)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if bias is not None:
-        bias = _four_dimensional(bias)
-    output, _ = ops.local_attention(
-        query, key, value, bias, key_lengths, window.left, window.right, scale, backend, False, needs_grad
-    )
-    return output
-
-
-def _extras(bias: Tensor | None, key_lengths: Tensor | None) -> tuple[object, ...]:
-    """What a plan is found by of the tensors that few calls give."""
+def _facts_of_two(first: Tensor, second: Tensor) -> tuple[object, ...]:
     return (
-        None if bias is None else (bias.shape, bias.dtype),
-        None if key_lengths is None else (key_lengths.shape, key_lengths.dtype),
+        first.shape,
+        second.shape,
+        first.dtype,
+        first.device,
+        first.requires_grad or second.requires_grad,
     )
 
 
-def _agree(plan: Plan, key: Tensor, value: Tensor, bias: Tensor | None, key_lengths: Tensor | None) -> bool:
-    """Whether what a plan is not found by is as it was when the plan was made: one dtype, one device, no autocast."""
-    dtype, device = plan.problem.dtype, plan.problem.device
+def _facts_of_three(first: Tensor, second: Tensor, third: Tensor) -> tuple[object, ...]:
     return (
-        key.dtype is dtype
-        and value.dtype is dtype
-        and key.device == device
-        and value.device == device
-        and (bias is None or bias.device == device)
-        and (key_lengths is None or key_lengths.device == device)
-        and not _is_autocast_enabled(plan.device_type)
+        first.shape,
+        second.shape,
+        third.shape,
+        first.dtype,
+        first.device,
+        first.requires_grad or second.requires_grad or third.requires_grad,
     )
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return _is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+def _are_alike_two(plan: Plan, first: Tensor, second: Tensor) -> bool:
+    dtype, plain = plan.dtype, PLAIN_TYPES
+    return (
+        second.dtype is dtype
+        and second.device == plan.device
+        and first.layout is second.layout is _STRIDED
+        and first.__class__ in plain
+        and second.__class__ in plain
+        and not (first.is_neg() or second.is_neg())
+    )
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+def _are_alike_three(plan: Plan, first: Tensor, second: Tensor, third: Tensor) -> bool:
+    dtype, device, plain = plan.dtype, plan.device, PLAIN_TYPES
+    return (
+        second.dtype is dtype
+        and third.dtype is dtype
+        and second.device == device
+        and third.device == device
+        and first.layout is second.layout is third.layout is _STRIDED
+        and first.__class__ in plain
+        and second.__class__ in plain
+        and third.__class__ in plain
+        and not (first.is_neg() or second.is_neg() or third.is_neg())
+    )
+
+
+# What a plan is found by.
+_FACTS: dict[int, Callable[..., tuple[object, ...]]] = {2: _facts_of_two, 3: _facts_of_three}
+# Whether the tensors have the first one's dtype and device, by which the plan was found, and are plain as `are_plain` says.
+_ARE_ALIKE: dict[int, Callable[..., bool]] = {2: _are_alike_two, 3: _are_alike_three}
+
+
+def _facts_of_argument(value: Any) -> object:
+    """What a plan is found by of an optional argument: of a number only that it is one, of a tensor all that makes it plain."""
+    kind = value.__class__
+    if kind is float:
+        return float
+    return kind, value.shape, value.dtype, value.device, value.requires_grad, value.layout, value.is_neg()
+
+
+def _watched(
+    op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | None
+) -> tuple[Tensor, ...]:
+    """The results of a call that somebody watches: a tracer, a mode, a transform, a subclass of tensors."""
+    if not _is_tracing():
+        refuse_watchers(op, (*tensors, *arguments))
+    tensors = _autocast(tensors) or tensors
+    check(op, tensors, window, arguments, backend)
+    needs_grad = _needs_grad((*tensors, *[each for each in arguments if isinstance(each, Tensor)]))
+    if not _is_tracing() and are_transformed((*tensors, *arguments)):
+        plan = find_plan(op, tensors, window, arguments, backend, needs_grad)
+        if plan.differentiable:
+            return run(plan, tensors, arguments)
+        refuse_transforms(op, (*tensors, *arguments))
+    return call_op(op, tensors, window, arguments, backend, needs_grad)
+
+
+def _needs_grad(tensors: Iterable[Tensor]) -> bool:
+    return _is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _autocast(tensors: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
     """The tensors in autocast's dtype; None where there is nothing to cast. Like torch, it leaves float64 alone."""
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
     device_type = tensors[0].device.type
-    if not _is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     dtype = torch.get_autocast_dtype(device_type)
     cast = [tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64) for tensor in tensors]
     return tuple(tensor.to(dtype) if due else tensor for tensor, due in zip(tensors, cast)) if any(cast) else None
-
-
-def _four_dimensional(bias: Tensor) -> Tensor:
-    return bias if bias.dim() == 4 else bias.reshape((1,) * (4 - bias.dim()) + bias.shape)

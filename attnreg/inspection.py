@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +13,11 @@ from torch import Tensor
 from attnreg.backend import Backend, has_backward, has_op, why_unavailable
 from attnreg.dispatch import Decision
 from attnreg.functional import local_attention, local_dot_product, local_weighted_average
+from attnreg.op import OPS, ROWS
 from attnreg.plan import explain_problem
-from attnreg.problem import (
-    OPS,
-    Problem,
-    attention_problem,
-    check_scale,
-    dot_product_problem,
-    weighted_average_problem,
-)
+from attnreg.problem import check, problem_of
 from attnreg.registry import registry
 
-_PROBLEMS: dict[str, Callable[..., Problem]] = {
-    "local_dot_product": dot_product_problem,
-    "local_weighted_average": weighted_average_problem,
-    "local_attention": attention_problem,
-}
 _FUNCTIONS = (local_dot_product, local_weighted_average, local_attention)
 
 
@@ -65,8 +55,8 @@ def backends() -> tuple[BackendStatus, ...]:
             entry.backend.name,
             entry.distribution,
             entry.backend,
-            tuple(op for op in OPS if has_op(entry.backend, op)),
-            tuple(op for op in OPS if has_backward(entry.backend, op)),
+            tuple(op.name for op in ROWS.values() if has_op(entry.backend, op)),
+            tuple(op.name for op in ROWS.values() if has_backward(entry.backend, op)),
             failed.get(entry.backend.name) or why_unavailable(entry.backend),
         )
         for entry in registry.entries
@@ -95,13 +85,16 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
     Raises:
         TypeError, ValueError, BackendError: as the op itself.
     """
-    name = _op_name(op, args, kwargs)
-    backend = kwargs.pop("backend", None)
-    scale = kwargs.pop("scale", None)
-    if scale is not None and name != "local_weighted_average":
-        check_scale(scale)
-    problem = _PROBLEMS[name](*args, **kwargs, needs_grad=_needs_grad((*args, *kwargs.values())))
-    return explain_problem(problem, backend)
+    row = ROWS[_op_name(op, args, kwargs)]
+    given = inspect.signature(_FUNCTIONS[OPS.index(row.name)]).bind(*args, **kwargs).arguments
+    tensors = tuple(given[name] for name in row.tensors)
+    arguments = tuple(given.get(argument.name) for argument in row.arguments)
+    backend, window = given.get("backend"), given["window"]
+    check(row, tensors, window, arguments, backend)
+    needs_grad = torch.is_grad_enabled() and any(
+        isinstance(each, Tensor) and each.requires_grad for each in (*tensors, *arguments)
+    )
+    return explain_problem(problem_of(row, tensors, window, arguments, needs_grad=needs_grad), backend)
 
 
 def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -119,10 +112,4 @@ def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwar
         return "local_dot_product"
     raise TypeError(
         "explain cannot tell local_dot_product from local_weighted_average by two tensors; say which with op="
-    )
-
-
-def _needs_grad(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from attnreg.functional import local_attention
-from attnreg.problem import check_scale, check_window
+from attnreg.problem import check_backend, check_number, check_window
 from attnreg.window import Window
 
 
@@ -27,10 +27,9 @@ class LocalAttention(nn.Module):
     def __init__(self, window: Window, *, scale: float | None = None, backend: str | None = None) -> None:
         super().__init__()
         check_window(window)
-        if backend is not None and not isinstance(backend, str):
-            raise TypeError(f"backend must be a backend's name or None, got {backend!r} ({type(backend).__name__})")
+        check_backend(backend)
         self.window = window
-        self.scale = None if scale is None else check_scale(scale)
+        self.scale = None if scale is None else check_number("scale", scale)
         self.backend = backend
 
     def forward(

@@ -1,421 +1,429 @@
-"""The three ops for torch: torch.library ops with fake kernels, and their autograd.
+"""The ops for torch, made from their rows: torch.library ops with fake kernels, and their autograd.
 
-Each op has a ``_backward`` op beside it, which is its registered autograd formula. In plain eager work, where nobody
-watches (see ``is_plain``), the op is not called at all: the autograd functions at the end call the backend's function
-themselves, at a third of the cost.
+Each op has a ``_backward`` op beside it. In plain eager work, where nobody watches (see ``is_plain``), no op is called at
+all: the autograd function calls the backend's function itself, at a third of the cost. Both paths share that function, and
+the plan that runs a call.
 
-Every op takes ``backend`` and ``chosen``. ``chosen`` says that the backend's filter has passed this very call;
-otherwise the op chooses here, ``backend`` being the name asked for, or None. That is how a compiled graph, whose calls
-never pass the plan cache, still gets a backend for the tensors that it really runs on.
+An op takes its tensors, its arguments, the window, the backend that was asked for and whether gradients may be asked for;
+it chooses when it runs, on the machine where it runs. Beside its results it returns a *ticket*, by which the backward finds
+the backend of its forward: an empty tensor in a storage of as many bytes as the number of the implementation in this
+process. A compiled graph carries that along on any device, and nothing has to be read from one.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from time import monotonic
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from attnreg.composition import Function
-from attnreg.plan import chosen_backend
-from attnreg.problem import attention_problem, dot_product_problem, prepare_key_lengths, weighted_average_problem
+from attnreg.backend import Function
+from attnreg.memory import strides_like
+from attnreg.op import ROWS, Op
+from attnreg.plan import (
+    REQUEST_KEY,
+    TABLE_KEY,
+    Plan,
+    empty_result,
+    environment,
+    in_order,
+    plan_for,
+    remember,
+    requests,
+)
+from attnreg.problem import check, problem_of
 from attnreg.registry import registry
 from attnreg.window import Window
 
-_library = torch.library.Library("attnreg", "DEF")
+WHAT_TO_DO = 'backend="torch" has it in eager calls: attnreg.use_backend("torch"), or backend="torch" in the call'
 
-_COMMON = "str? backend, bool chosen"
-_BAND = "Tensor? key_lengths, SymInt left, SymInt right"
-for schema in (
-    f"local_dot_product(Tensor query, Tensor key, Tensor? bias, {_BAND}, float scale, {_COMMON}, bool needs_grad) -> Tensor",
-    f"local_dot_product_backward(Tensor grad_scores, Tensor query, Tensor key, Tensor? bias, {_BAND}, float scale, "
-    f"{_COMMON}, bool[] needs_grad) -> Tensor[]",
-    f"local_weighted_average(Tensor weights, Tensor value, {_BAND}, {_COMMON}, bool needs_grad) -> Tensor",
-    f"local_weighted_average_backward(Tensor grad_output, Tensor weights, Tensor value, {_BAND}, {_COMMON}, "
-    f"bool[] needs_grad) -> Tensor[]",
-    f"local_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, {_BAND}, float scale, {_COMMON}, "
-    f"bool needs_grad) -> (Tensor, Tensor)",
-    f"local_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, "
-    f"Tensor log_sum_exp, Tensor? bias, {_BAND}, float scale, {_COMMON}, bool[] needs_grad) -> Tensor[]",
-):
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
 
 
-def _local_dot_product(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    backend: str | None,
-    chosen: bool,
-    needs_grad: bool,
-) -> Tensor:
-    window = _window(left, right)
-    if not chosen:
-        backend = chosen_backend(
-            dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad), backend
-        )
-        key_lengths = _prepared(key_lengths, key)
-    if not query.numel() or not key.numel():
-        return query.new_full((*query.shape[:3], window.size), -torch.inf)
-    scores: Tensor = _function(backend, "local_dot_product")(
-        rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale
-    )
-    return scores
+class NotDifferentiable(NotImplementedError, RuntimeError):
+    """A derivative or a transform was asked for that the backend of a call does not have; the message says which one does."""
 
 
-def _local_dot_product_backward(
-    grad_scores: Tensor,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    backend: str | None,
-    chosen: bool,
-    needs_grad: Sequence[bool],
+# Running a plan
+
+
+def find_plan(
+    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[Any], backend: str | None, needs_grad: bool
+) -> Plan:
+    """The plan of a call that may come from anywhere: checked, and remembered by its problem.
+
+    Raises:
+        TypeError, ValueError, BackendError: as the op's public function.
+    """
+    check(op, tensors, window, arguments, backend)
+    problem = problem_of(op, tensors, window, arguments, needs_grad=needs_grad)
+    if monotonic() > registry.next_look:
+        registry.look_at_tables()
+    asked = backend if backend is not None else (requests.get() or environment.get(REQUEST_KEY))
+    call = (problem, asked, environment.get(TABLE_KEY), *(value is None for value in arguments))
+    plan: Plan | None = registry.plans.get(call)
+    return plan or remember(call, problem, backend, arguments)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off: it would cast what a backend computes in fp32."""
+    if _is_any_autocast_enabled() and torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def run(plan: Plan, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The results of a call."""
+    if _is_any_autocast_enabled():
+        with without_autocast(plan.device_type):
+            return plan.run(tensors, plan.options_of(arguments))
+    return plan.run(tensors, plan.options_of(arguments))
+
+
+def run_backward(
+    plan: Plan,
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    arguments: Sequence[Any],
+    needs_grad: Sequence[str],
 ) -> list[Tensor]:
-    window = _window(left, right)
-    if not chosen:
-        backend = chosen_backend(
-            dot_product_problem(query, key, window, bias=bias, key_lengths=key_lengths, needs_grad=True), backend
-        )
-        key_lengths = _prepared(key_lengths, key)
-    if not query.numel() or not key.numel():
-        return _zeros((query, key, bias), needs_grad)
-    gradients = _function(backend, "local_dot_product_backward")(
-        rows(grad_scores),
-        rows(query),
-        rows(key),
-        window,
-        bias=bias,
-        key_lengths=key_lengths,
-        scale=scale,
-        needs_grad=tuple(needs_grad),
-    )
-    return _wanted(gradients, needs_grad)
+    """The wanted gradients in the order of ``needs_grad``, each of its input's shape and in its order in memory."""
+    op = plan.op
+    with without_autocast(plan.device_type):
+        gradients = plan.run_backward(grads, saved, plan.options_of(arguments), frozenset(needs_grad))
+    inputs = inputs_of(op, saved, arguments)
+    return [_like(inputs[name], gradients[name]) for name in needs_grad]
 
 
-def _local_weighted_average(
-    weights: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    left: int,
-    right: int,
-    backend: str | None,
-    chosen: bool,
-    needs_grad: bool,
-) -> Tensor:
-    window = _window(left, right)
-    if not chosen:
-        backend = chosen_backend(
-            weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=needs_grad), backend
-        )
-        key_lengths = _prepared(key_lengths, value)
-    if not weights.numel() or not value.numel():
-        return weights.new_zeros((*weights.shape[:3], value.shape[3]))
-    output: Tensor = _function(backend, "local_weighted_average")(
-        rows(weights), rows(value), window, key_lengths=key_lengths
-    )
-    return output
+def inputs_of(op: Op, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> dict[str, Any]:
+    """Tensors and arguments by name."""
+    named = {argument.name: value for argument, value in zip(op.arguments, arguments)}
+    return {**dict(zip(op.tensors, tensors)), **named}
 
 
-def _local_weighted_average_backward(
-    grad_output: Tensor,
-    weights: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    left: int,
-    right: int,
-    backend: str | None,
-    chosen: bool,
-    needs_grad: Sequence[bool],
-) -> list[Tensor]:
-    window = _window(left, right)
-    if not chosen:
-        backend = chosen_backend(
-            weighted_average_problem(weights, value, window, key_lengths=key_lengths, needs_grad=True), backend
-        )
-        key_lengths = _prepared(key_lengths, value)
-    if not weights.numel() or not value.numel():
-        return _zeros((weights, value), needs_grad)
-    gradients = _function(backend, "local_weighted_average_backward")(
-        rows(grad_output),
-        rows(weights),
-        rows(value),
-        window,
-        key_lengths=key_lengths,
-        needs_grad=tuple(needs_grad),
-    )
-    return _wanted(gradients, needs_grad)
+def _like(tensor: Tensor, gradient: Tensor) -> Tensor:
+    if gradient.shape != tensor.shape:
+        gradient = gradient.reshape(tensor.shape)
+    strides = strides_like(tensor)
+    return gradient if gradient.stride() == strides else in_order(gradient, strides)
 
 
-def _local_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    backend: str | None,
-    chosen: bool,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    window = _window(left, right)
-    if not chosen:
-        backend = chosen_backend(
-            attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=needs_grad),
-            backend,
-        )
-        key_lengths = _prepared(key_lengths, key)
-    if not query.numel() or not value.numel():
-        log_sum_exp = query.new_full(query.shape[:3], -torch.inf, dtype=_log_sum_exp_dtype(query))
-        return query.new_zeros((*query.shape[:3], value.shape[3])), log_sum_exp
-    result: tuple[Tensor, Tensor] = _function(backend, "local_attention")(
-        rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
-    )
-    return result
+# Who watches
 
 
-def _local_attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    backend: str | None,
-    chosen: bool,
-    needs_grad: Sequence[bool],
-) -> list[Tensor]:
-    window = _window(left, right)
-    if not chosen:
-        backend = chosen_backend(
-            attention_problem(query, key, value, window, bias=bias, key_lengths=key_lengths, needs_grad=True), backend
-        )
-        key_lengths = _prepared(key_lengths, key)
-    if not query.numel() or not value.numel():
-        return _zeros((query, key, value, bias), needs_grad)
-    gradients = _function(backend, "local_attention_backward")(
-        rows(grad_output),
-        rows(query),
-        rows(key),
-        rows(value),
-        output,
-        log_sum_exp,
-        window,
-        bias=bias,
-        key_lengths=key_lengths,
-        scale=scale,
-        needs_grad=tuple(needs_grad),
-    )
-    return _wanted(gradients, needs_grad)
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody but autograd watches a call of these tensors.
 
-
-def _fake_dot_product(
-    query: Tensor, key: Tensor, bias: Any, key_lengths: Any, left: int, right: int, *_: Any
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], left + right + 1))
-
-
-def _fake_dot_product_backward(_: Tensor, query: Tensor, key: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
-    return _zeros((query, key, bias), rest[-1])
-
-
-def _fake_weighted_average(weights: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return weights.new_empty((*weights.shape[:3], value.shape[3]))
-
-
-def _fake_weighted_average_backward(_: Tensor, weights: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
-    return _zeros((weights, value), rest[-1])
-
-
-def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    log_sum_exp = query.new_empty(query.shape[:3], dtype=_log_sum_exp_dtype(query))
-    return query.new_empty((*query.shape[:3], value.shape[3])), log_sum_exp
-
-
-def _fake_attention_backward(
-    _: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum_exp: Tensor, bias: Any, *rest: Any
-) -> list[Tensor]:
-    return _zeros((query, key, value, bias), rest[-1])
-
-
-for name, implementation, fake in (
-    ("local_dot_product", _local_dot_product, _fake_dot_product),
-    ("local_dot_product_backward", _local_dot_product_backward, _fake_dot_product_backward),
-    ("local_weighted_average", _local_weighted_average, _fake_weighted_average),
-    ("local_weighted_average_backward", _local_weighted_average_backward, _fake_weighted_average_backward),
-    ("local_attention", _local_attention, _fake_attention),
-    ("local_attention_backward", _local_attention_backward, _fake_attention_backward),
-):
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnreg::{name}", fake, lib=_library)
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether nobody but autograd watches these tensors: no subclass, no dispatch mode, no functorch transform.
-
-    Then the backend's function can be called as it is. The op, which all those watchers need to see, would cost as much as
+    Then the backend's function can be called as it is. The op, which all others need to see, would cost as much as
     all the rest of a call: about 3 us in a tight loop, and up to 20 where the caches hold other work.
     """
-    return not _dispatch_modes() and _functorch_transforms() is None and _PLAIN_TYPES.issuperset(map(type, tensors))
+    return not is_watched() and _jit_tracing() is None and are_plain(tensors)
 
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-# There is no public question for either.
+def is_watched() -> bool:
+    """Whether there is a dispatch mode, a transform of torch.func or a level of forward-mode AD.
+
+    A trace of torch.jit needs no question on a call whose plan is known: its sizes are tensors, by which none is found.
+    """
+    return bool(_dispatch_modes()) or _functorch_transforms() is not None or forward_ad._current_level >= 0
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are tensors of torch itself, none to be negated when it is read: torch's own ops see to that alone."""
+    return PLAIN_TYPES.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
+# There is no public question for any of these.
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch_transforms: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+_jit_tracing: Callable[[], object] = torch._C._get_tracing_state
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
-local_dot_product: Callable[..., Tensor] = torch.ops.attnreg.local_dot_product.default
-local_weighted_average: Callable[..., Tensor] = torch.ops.attnreg.local_weighted_average.default
-local_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.attnreg.local_attention.default
+def refuse_transforms(op: Op, tensors: Sequence[Any]) -> None:
+    """Raise where torch.func or forward-mode AD asks something of a call that its backend does not have.
+
+    For a backend whose forward consists of torch operations there is no need to ask.
+    """
+    if _functorch_transforms() is not None:
+        raise NotDifferentiable(
+            f"{op.name}: transforms of torch.func (grad, vjp, jvp, jacrev, jacfwd, vmap) do not reach into this call's backend; "
+            f"{WHAT_TO_DO}. For first derivatives torch.autograd.grad works with every backend"
+        )
+    if has_tangents(tensors):
+        _refuse_forward_mode(op)
 
 
-def _backward(name: str, implementation: Function, tensors: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    """The wanted gradients: by the op, or by what it is made of where nobody watches."""
-    function = implementation if is_plain(*tensors[:2]) else getattr(torch.ops.attnreg, name).default
-    gradients: list[Tensor] = function(*tensors, *arguments)
+def refuse_watchers(op: Op, tensors: Sequence[Any]) -> None:
+    """Raise where torch.jit or DTensor asks for a call, which no backend has."""
+    if _jit_tracing() is not None:
+        raise NotDifferentiable(f"{op.name}: torch.jit.trace is not supported; use torch.export or torch.compile")
+    for tensor in tensors:
+        if type(tensor).__module__.startswith("torch.distributed.tensor"):
+            raise NotDifferentiable(
+                f"{op.name}: a {type(tensor).__name__} is given; batch and heads are independent: shard by these, and call "
+                f"inside torch.distributed.tensor.experimental.local_map, or on tensor.to_local()"
+            )
+
+
+def are_transformed(tensors: Sequence[Any]) -> bool:
+    """Whether :func:`refuse_transforms` has something to say of a call whose backend is not made of torch operations."""
+    return _functorch_transforms() is not None or has_tangents(tensors)
+
+
+def has_tangents(tensors: Sequence[Any]) -> bool:
+    """Whether a tensor is a dual number of forward-mode AD."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def _refuse_forward_mode(op: Op) -> NoReturn:
+    raise NotDifferentiable(
+        f"{op.name}: forward-mode derivatives (jvp, jacfwd, make_dual) are not there for this call's backend; {WHAT_TO_DO}"
+    )
+
+
+def _refuse_second_derivative(op: Op) -> NoReturn:
+    raise NotDifferentiable(
+        f"{op.name}: second derivatives are not there for this call's backend (once_differentiable); {WHAT_TO_DO}"
+    )
+
+
+# Autograd
+
+
+class Differentiated(torch.autograd.Function):
+    """``apply(call, *inputs) -> results``: ``inputs`` are the op's tensors, then those among the arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Direct | Traced, *inputs: Tensor) -> Any:
+        ctx.call = call
+        returned, kept = call.forward(ctx, inputs)
+        ctx.save_for_backward(*inputs, *kept)
+        return returned
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        call: Direct | Traced = ctx.call
+        needed = ctx.needs_input_grad[1:]
+        needs_grad = [name for name, wanted in zip((*call.op.tensors, *call.given), needed) if wanted]
+        count = len(call.op.tensors) + len(call.given)
+        held = ctx.saved_tensors
+        gradients = iter(call.backward(grads[0], held[:count], held[count:], needs_grad))
+        return (None, *[next(gradients) if wanted else None for wanted in needed])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode(ctx.call.op)
+
+
+def differentiated(call: Direct | Traced, inputs: Sequence[Tensor]) -> Any:
+    """What ``call`` returns, with its gradients."""
+    return Differentiated.apply(call, *inputs)  # type: ignore[no-untyped-call]
+
+
+class _Call:
+    """One call's arguments, without the tensors among them, which autograd keeps.
+
+    Attributes:
+        op: the op.
+        given: the names of the arguments that are tensors.
+    """
+
+    __slots__ = ("_places", "_rest", "given", "op")
+
+    def __init__(self, op: Op, arguments: Sequence[Any], places: Sequence[int]) -> None:
+        self.op, self._places, self._rest = op, places, arguments
+        self.given: Sequence[str] = ()
+        if places:
+            self.given = [op.arguments[place].name for place in places]
+            self._rest = [None if place in places else value for place, value in enumerate(arguments)]
+
+    def split(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        """The op's tensors, and all arguments as they were given."""
+        if not self._places:
+            return inputs, self._rest
+        count = len(self.op.tensors)
+        arguments = [*self._rest]
+        for place, tensor in zip(self._places, inputs[count:]):
+            arguments[place] = tensor
+        return inputs[:count], arguments
+
+
+class Direct(_Call):
+    """A call by its plan, where nobody watches."""
+
+    __slots__ = ("_now", "plan")
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+        super().__init__(plan.op, arguments, plan.places)
+        self.plan = plan
+        self._now: tuple[Sequence[Tensor], Sequence[Any]] | None = (tensors, arguments)
+
+    def forward(self, ctx: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        assert self._now is not None
+        results = run(self.plan, *self._now)
+        self._now = None
+        return results[0], results if self.op.keeps_results else ()
+
+    def backward(
+        self, grad: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]
+    ) -> list[Tensor]:
+        tensors, arguments = self.split(inputs)
+        # Where grad mode is on, somebody means to differentiate the gradients: the op's own autograd refuses that.
+        if not _is_grad_enabled() and is_plain((grad, *inputs, *kept)):
+            return run_backward(self.plan, (grad,), (*tensors, *kept), arguments, needs_grad)
+        plan, window = self.plan, self.plan.problem.window
+        rest = (window.left, window.right, str(plan.implementation.request), _ticket(tensors[0], plan), needs_grad)
+        gradients: list[Tensor] = _OVERLOADS[self.op.backward](grad, *tensors, *kept, *arguments, *rest)
+        return gradients
+
+
+class Traced(_Call):
+    """A call of the op, for whoever watches."""
+
+    __slots__ = ("rest",)
+
+    def __init__(self, op: Op, arguments: Sequence[Any], rest: tuple[Any, ...]) -> None:
+        super().__init__(op, arguments, [place for place, each in enumerate(arguments) if isinstance(each, Tensor)])
+        self.rest = rest
+
+    def forward(self, ctx: Any, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+        tensors, arguments = self.split(inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            results: tuple[Tensor, ...] = _OVERLOADS[self.op.name](*tensors, *arguments, *self.rest)
+        # Only the first result has a gradient; the last one is the ticket.
+        ctx.mark_non_differentiable(*results[1:])
+        return results, results if self.op.keeps_results else results[-1:]
+
+    def backward(
+        self, grad: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]
+    ) -> list[Tensor]:
+        tensors, arguments = self.split(inputs)
+        left, right, backend, _ = self.rest
+        *results, ticket = kept
+        gradients: list[Tensor] = _OVERLOADS[self.op.backward](
+            grad, *tensors, *results, *arguments, left, right, backend, ticket, needs_grad
+        )
+        return gradients
+
+
+class _Once(torch.autograd.Function):
+    """The backward op, whose results cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.op = op
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_OVERLOADS[op.backward](*inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        _refuse_second_derivative(ctx.op)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode(ctx.op)
+
+
+# The ops
+
+
+# By name.
+_OVERLOADS: dict[str, Callable[..., Any]] = {}
+
+
+def call_op(
+    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[Any], backend: str | None, needs_grad: bool
+) -> tuple[Tensor, ...]:
+    """The op's results, by way of torch's dispatcher."""
+    results: tuple[Tensor, ...] = _OVERLOADS[op.name](
+        *tensors, *arguments, window.left, window.right, backend, needs_grad
+    )
+    return results[: len(op.results)]
+
+
+def _ticket(like: Tensor, plan: Plan | None) -> Tensor:
+    number = 0 if plan is None else plan.implementation.ticket
+    return like.new_empty(number, dtype=torch.uint8)[:0]
+
+
+def _kernel(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
+    tensors, arguments, (left, right, backend, needs_grad) = _split(op, inputs)
+    plan = find_plan(op, tensors, _window(left, right), arguments, backend, needs_grad)
+    return (*run(plan, tensors, arguments), _ticket(tensors[0], plan))
+
+
+def _backward_kernel(op: Op, *inputs: Any) -> list[Tensor]:
+    kept = len(op.tensors) + (len(op.results) if op.keeps_results else 0)
+    grads, saved = inputs[:1], inputs[1 : 1 + kept]
+    arguments, rest = inputs[1 + kept : 1 + kept + len(op.arguments)], inputs[1 + kept + len(op.arguments) :]
+    left, right, backend, ticket, needs_grad = rest
+    tensors, window = saved[: len(op.tensors)], _window(left, right)
+    implementation = registry.by_ticket(ticket.untyped_storage().nbytes())
+    if implementation is None:
+        plan = find_plan(op, tensors, window, arguments, backend, True)
+    else:
+        plan = plan_for(problem_of(op, tensors, window, arguments, needs_grad=True), implementation, arguments)
+    return run_backward(plan, grads, saved, arguments, needs_grad)
+
+
+def _fake(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
+    tensors, _, (left, right, *_) = _split(op, inputs)
+    size = left + right + 1
+    return (*(empty_result(op, name, tensors, size) for name in op.results), tensors[0].new_empty(0, dtype=torch.uint8))
+
+
+def _fake_backward(op: Op, *inputs: Any) -> list[Tensor]:
+    kept = len(op.tensors) + (len(op.results) if op.keeps_results else 0)
+    named = inputs_of(op, inputs[1:], inputs[1 + kept :])
+    return [_empty_gradient(named[name]) for name in inputs[-1]]
+
+
+def _empty_gradient(tensor: Tensor) -> Tensor:
+    strides = strides_like(tensor)
+    return tensor.new_empty_strided(tensor.shape, strides)
+
+
+def _autograd(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
+    _refuse_here(op, inputs)
+    if _is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
+        tensors, arguments, rest = _split(op, inputs)
+        given = [each for each in arguments if isinstance(each, Tensor)]
+        return differentiated(Traced(op, arguments, tuple(rest)), (*tensors, *given))  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OVERLOADS[op.name](*inputs)  # type: ignore[no-any-return]
+
+
+def _autograd_of_backward(op: Op, *inputs: Any) -> list[Tensor]:
+    _refuse_here(op, inputs)
+    if _is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
+        return list(_Once.apply(op, *inputs))  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        gradients: list[Tensor] = _OVERLOADS[op.backward](*inputs)
     return gradients
 
 
-def _differentiate_dot_product(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-    needs_grad = ctx.needs_input_grad[:3]
-    tensors = (grad_outputs[0], *ctx.saved_tensors)
-    gradients = _backward("local_dot_product_backward", _local_dot_product_backward, tensors, *ctx.rest, needs_grad)
-    return _in_place(gradients, needs_grad, ctx)
+def _refuse_here(op: Op, inputs: Sequence[Any]) -> None:
+    if torch._C._are_functorch_transforms_active() or has_tangents(inputs):
+        refuse_transforms(op, inputs)
 
 
-def _differentiate_weighted_average(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-    needs_grad = ctx.needs_input_grad[:2]
-    tensors = (grad_outputs[0], *ctx.saved_tensors)
-    gradients = _backward(
-        "local_weighted_average_backward", _local_weighted_average_backward, tensors, *ctx.rest, needs_grad
-    )
-    return _in_place(gradients, needs_grad, ctx)
+def _batched(op: Op, *inputs: Any) -> NoReturn:
+    raise NotDifferentiable(f"{op.name}: vmap does not reach into this call's backend; {WHAT_TO_DO}")
 
 
-def _differentiate_attention(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-    needs_grad = ctx.needs_input_grad[:4]
-    tensors = (grad_outputs[0], *ctx.saved_tensors)
-    gradients = _backward("local_attention_backward", _local_attention_backward, tensors, *ctx.rest, needs_grad)
-    return _in_place(gradients, needs_grad, ctx)
-
-
-def _remember_dot_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:-1]
-
-
-def _remember_weighted_average(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.rest = inputs[3:-1]
-
-
-def _remember_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, key_lengths, *rest, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, bias, key_lengths)
-    ctx.rest = rest
-
-
-for name, differentiate, remember in (
-    ("local_dot_product", _differentiate_dot_product, _remember_dot_product),
-    ("local_weighted_average", _differentiate_weighted_average, _remember_weighted_average),
-    ("local_attention", _differentiate_attention, _remember_attention),
-):
-    torch.library.register_autograd(
-        f"attnreg::{name}", once_differentiable(differentiate), setup_context=remember, lib=_library
-    )
-
-
-class LocalDotProduct(torch.autograd.Function):
-    """``apply(query, key, bias, key_lengths, run, (left, right, scale, backend, True)) -> scores``, ``run`` computing them.
-
-    The numbers are one argument because torch looks at each: in five they would cost another microsecond.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        bias: Tensor | None,
-        key_lengths: Tensor | None,
-        run: Function,
-        rest: tuple[Any, ...],
-    ) -> Tensor:
-        left, right, scale, *_ = rest
-        window = _window(left, right)
-        scores: Tensor = run(rows(query), rows(key), window, bias=bias, key_lengths=key_lengths, scale=scale)
-        ctx.save_for_backward(query, key, bias, key_lengths)
-        ctx.rest = rest
-        return scores
-
-    backward: Any = staticmethod(once_differentiable(_differentiate_dot_product))
-
-
-class LocalWeightedAverage(torch.autograd.Function):
-    """``apply(weights, value, key_lengths, run, (left, right, backend, True)) -> output``, ``run`` computing it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weights: Tensor, value: Tensor, key_lengths: Tensor | None, run: Function, rest: tuple[Any, ...]
-    ) -> Tensor:
-        output: Tensor = run(rows(weights), rows(value), _window(*rest[:2]), key_lengths=key_lengths)
-        ctx.save_for_backward(weights, value, key_lengths)
-        ctx.rest = rest
-        return output
-
-    backward: Any = staticmethod(once_differentiable(_differentiate_weighted_average))
-
-
-class LocalAttention(torch.autograd.Function):
-    """``apply(query, key, value, bias, key_lengths, run, (left, right, scale, backend, True)) -> output``, by ``run``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        key_lengths: Tensor | None,
-        run: Function,
-        rest: tuple[Any, ...],
-    ) -> Tensor:
-        left, right, scale, *_ = rest
-        window = _window(left, right)
-        output: Tensor
-        output, log_sum_exp = run(
-            rows(query), rows(key), rows(value), window, bias=bias, key_lengths=key_lengths, scale=scale
-        )
-        ctx.save_for_backward(query, key, value, output, log_sum_exp, bias, key_lengths)
-        ctx.rest = rest
-        return output
-
-    backward: Any = staticmethod(once_differentiable(_differentiate_attention))
-
-
-run_dot_product: Callable[..., Tensor] = LocalDotProduct.apply
-run_weighted_average: Callable[..., Tensor] = LocalWeightedAverage.apply
-run_attention: Callable[..., Tensor] = LocalAttention.apply
+def _split(op: Op, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Any], Sequence[Any]]:
+    count = len(op.tensors)
+    end = count + len(op.arguments)
+    return inputs[:count], inputs[count:end], inputs[end:]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -423,41 +431,35 @@ def _window(left: int, right: int) -> Window:
     return Window(left, right)
 
 
-def _prepared(key_lengths: Tensor | None, key: Tensor) -> Tensor | None:
-    return None if key_lengths is None else prepare_key_lengths(key_lengths, key.shape[2])
+def _schemas(op: Op) -> Iterator[str]:
+    tensors = [f"Tensor {name}" for name in op.tensors]
+    arguments = [f"{argument.schema} {argument.name}" for argument in op.arguments]
+    window = ["SymInt left", "SymInt right", "str? backend"]
+    results = ", ".join(["Tensor"] * (len(op.results) + 1))
+    yield f"{op.name}({', '.join([*tensors, *arguments, *window, 'bool needs_grad'])}) -> ({results})"
+    kept = [f"Tensor {name}" for name in op.results] if op.keeps_results else []
+    grad = f"Tensor grad_{next(iter(op.results))}"
+    inputs = [grad, *tensors, *kept, *arguments, *window, "Tensor ticket", "str[] needs_grad"]
+    yield f"{op.backward}({', '.join(inputs)}) -> Tensor[]"
 
 
-def _function(backend: str | None, name: str) -> Function:
-    assert backend is not None
-    return registry.functions(backend)[name]
+_library = torch.library.Library("attnreg", "DEF")
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """``tensor`` with a contiguous last dimension, as the contract promises to backends."""
-    if tensor.is_contiguous() or tensor.stride()[-1] == 1:
-        return tensor
-    if tensor.layout is not torch.strided:  # a dense call of the same shapes has passed the checks before
-        raise TypeError(f"every tensor must be a dense (strided) one, got layout {tensor.layout}")
-    return tensor.contiguous()
+def _define(op: Op) -> None:
+    for schema in _schemas(op):
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    kernels: Mapping[str, tuple[Function, Function, Function]] = {
+        op.name: (_kernel, _fake, _autograd),
+        op.backward: (_backward_kernel, _fake_backward, _autograd_of_backward),
+    }
+    for name, (kernel, fake, autograd) in kernels.items():
+        _library.impl(name, functools.partial(kernel, op), "CompositeExplicitAutograd")
+        _library.impl(name, functools.partial(autograd, op), "Autograd")
+        _library.impl(name, functools.partial(_batched, op), "FuncTorchBatched")
+        torch.library.register_fake(f"attnreg::{name}", functools.partial(fake, op), lib=_library)
+        _OVERLOADS[name] = getattr(torch.ops.attnreg, name).default
 
 
-def _log_sum_exp_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def _zeros(inputs: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
-    return [given.new_zeros(given.shape) for given, needed in zip(inputs, needs_grad) if given is not None and needed]
-
-
-def _wanted(gradients: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
-    wanted = [gradient for gradient, needed in zip(gradients, needs_grad) if needed and gradient is not None]
-    if len(wanted) != sum(needs_grad):
-        raise RuntimeError(f"a backend's backward function left out a gradient that was asked for: {needs_grad}")
-    return wanted
-
-
-def _in_place(gradients: Sequence[Tensor], needs_grad: Sequence[bool], ctx: Any) -> tuple[Tensor | None, ...]:
-    """The wanted gradients, each in the place of its input; None elsewhere."""
-    remaining = iter(gradients)
-    found = (next(remaining) if needed else None for needed in needs_grad)
-    return (*found, *(None,) * (len(ctx.needs_input_grad) - len(needs_grad)))
+for row in ROWS.values():
+    _define(row)

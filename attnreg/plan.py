@@ -1,4 +1,4 @@
-"""From a problem to a plan: who asked for which backend, the choice, and what a call needs to run it.
+"""From a problem to a plan: who asks for which backend, the choice, and what a call needs to run it.
 
 Functions in ``attnreg.functional`` keep plans by the bare facts of a call; this module makes those that are missing.
 """
@@ -8,60 +8,141 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import isfinite
 from types import TracebackType
 from typing import Any, TypeVar
 
-from attnreg.backend import BackendError, option_values
-from attnreg.composition import Function, below_autograd
-from attnreg.dispatch import Decision, Entry, Forced, choose, unknown_backend
-from attnreg.measured import Measured
-from attnreg.problem import Problem
-from attnreg.registry import registry
+import torch
+from torch import Tensor
+
+from attnreg.backend import BackendError, Entry, Function, option_values
+from attnreg.dispatch import Decision, choose, unknown_backend
+from attnreg.memory import empty_like, strides_like
+from attnreg.op import ROWS, Argument, Op, default_scale
+from attnreg.problem import Problem, check_backend, check_number, prepared_integers
+from attnreg.registry import Implementation, registry
 from attnreg.request import Request, parse_request
 from attnreg.window import Window
 
-# What the enclosing `use_backend` blocks ask for, innermost last.
-requested: ContextVar[tuple[str, ...] | None] = ContextVar("attnreg_backend", default=None)
+# What the enclosing `use_backend` blocks ask for, innermost last, each with the object that asks.
+requests: ContextVar[tuple[tuple[str, use_backend], ...] | None] = ContextVar("attnreg_requests", default=None)
 
 # os.environ.get() encodes and decodes at every call, 0.7 us. The dictionary under it answers in 0.02 us and sees every
 # change that is made through os.environ; on POSIX its keys are bytes.
 environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
-ENVIRONMENT_KEY = b"ATTNREG_BACKEND"
+REQUEST_KEY = b"ATTNREG_BACKEND"
 TABLE_KEY = b"ATTNREG_TABLE"
 
 # A program whose lengths never repeat must not fill the memory with plans.
 MOST_PLANS = 16384
 
+# A function is run as torch runs its own kernels, for its results are new tensors and autograd need not see it: its operations
+# record nothing, and each costs a quarter less. There is no public name for that.
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """What one kind of call needs to know to run.
 
     Attributes:
-        backend: the chosen backend, as its request says.
-        forward: the backend's forward function; None where a tensor of the call has no element, which the op settles.
-        differentiable: whether the forward function consists of torch operations that autograd differentiates.
-        needs_grad: whether any gradient may be asked for.
-        window: the window, without what lies outside the sequence on either side where nothing depends on it.
-        scale: the op's default scale.
+        op: the op.
         problem: the call.
+        implementation: the chosen backend with its options.
+        forward: its forward function; what to return where a tensor of the call has no element.
+        backward: its backward function, likewise; None where it has none.
+        differentiable: whether the forward function consists of torch operations that autograd differentiates.
+        window: the window, without what lies outside the sequence on either side where nothing depends on it.
+        options: the arguments that the functions get where the call gives none.
+        given: of the arguments that the call gives, the place in the op's row, the name, and what prepares one.
         device_type: of the problem's device, which makes the string anew each time it is asked.
+        dtype, device: of every tensor.
+        is_recorded: whether the backward function has to be recorded for autograd.
+        places: of the arguments that the call gives, those of tensors in the op's row.
     """
 
-    backend: str
-    forward: Function | None
-    differentiable: bool
-    needs_grad: bool
-    window: Window
-    scale: float
+    op: Op
     problem: Problem
+    implementation: Implementation
+    forward: Function
+    backward: Function | None
+    differentiable: bool
+    window: Window
+    options: Mapping[str, Any]
+    given: tuple[tuple[int, str, Callable[[Any], Any]], ...]
     device_type: str
+    dtype: torch.dtype
+    device: torch.device
+    is_recorded: bool
+    places: tuple[int, ...]
+
+    def options_of(self, arguments: Sequence[Any]) -> Mapping[str, Any]:
+        """The arguments that the functions get for a call with these."""
+        if not self.given:
+            return self.options
+        options = {**self.options}
+        for index, name, prepare in self.given:
+            options[name] = prepare(arguments[index])
+        return options
+
+    def run(self, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The op's results, each in its order in memory."""
+        # As `rows` does, without its call.
+        given = [each if each.is_contiguous() or each.stride()[-1] == 1 else each.contiguous() for each in tensors]
+        if self.differentiable:
+            results = self.forward(*given, self.window, **options)
+        else:
+            with _below_autograd():
+                results = self.forward(*given, self.window, **options)
+        if results.__class__ is not tuple:
+            results = (results,)
+        output, first = results[0], tensors[0]
+        if output.is_contiguous() and first.is_contiguous():
+            return results  # type: ignore[no-any-return]
+        strides, wanted = output.stride(), strides_like(first, output.shape[-1])
+        return results if strides == wanted else (in_order(output, wanted), *results[1:])
+
+    def run_backward(
+        self, grads: Sequence[Tensor], saved: Sequence[Tensor], options: Mapping[str, Any], needs_grad: frozenset[str]
+    ) -> Mapping[str, Tensor]:
+        """The gradients that are wanted, by name.
+
+        Args:
+            grads: the incoming gradients.
+            saved: the op's tensors, and its results where its backward gets them.
+            options: as for :meth:`run`.
+            needs_grad: what has to be differentiated.
+        """
+        assert self.backward is not None
+        gradients: Mapping[str, Tensor] = self.backward(
+            *map(rows, grads), *map(rows, saved), self.window, **options, needs_grad=needs_grad
+        )
+        missing = needs_grad - gradients.keys()
+        if missing:
+            raise RuntimeError(
+                f"backend {self.implementation.backend.name!r}: {self.op.backward} left out the gradient of "
+                f"{', '.join(sorted(missing))}"
+            )
+        return gradients
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``tensor`` with a contiguous last dimension, as the contract promises to backends."""
+    return tensor if tensor.is_contiguous() or tensor.stride()[-1] == 1 else tensor.contiguous()
+
+
+def in_order(result: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``result`` with these strides, copied only where a dimension of more than one element is elsewhere."""
+    same = all(own == wanted or size == 1 for own, wanted, size in zip(result.stride(), strides, result.shape))
+    if same:
+        return result.as_strided(result.shape, strides)
+    return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
 
 
 class use_backend:
@@ -83,24 +164,29 @@ class use_backend:
             raise TypeError(f"use_backend: the backend's name must be a string, got {name!r} ({type(name).__name__})")
         request = parse_request(name)
         given = tuple((option, str(value)) for option, value in options.items())
-        self.request = parse_request(str(Request(request.name, (*request.options, *given))))
+        self.request = parse_request(str(Request(request.name, (*request.options, *given))), "use_backend")
         self.name = str(self.request)
 
     def __enter__(self) -> use_backend:
         entries = registry.entries
         backend = next((entry.backend for entry in entries if entry.backend.name == self.request.name), None)
         if backend is None:
-            raise BackendError(unknown_backend(Forced(self.request, "use_backend"), entries, registry.faults))
+            raise BackendError(unknown_backend(self.request, entries, registry.faults))
         _, wrong = option_values(backend, self.request.options)
         if wrong:
             raise BackendError(f"backend {self.name!r}, asked for by use_backend: {'; '.join(wrong)}")
-        requested.set((*(requested.get() or ()), self.name))
+        requests.set((*(requests.get() or ()), (self.name, self)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        requested.set((requested.get() or ())[:-1] or None)
+        # Its own request, the last one: blocks may be closed in another order than they were opened in.
+        held = requests.get() or ()
+        for place in range(len(held) - 1, -1, -1):
+            if held[place][1] is self:
+                requests.set((*held[:place], *held[place + 1 :]) or None)
+                return
 
     def __call__(self, function: Decorated) -> Decorated:
         """Decorate a function or coroutine function: its body runs inside the block."""
@@ -123,126 +209,174 @@ class use_backend:
         return await_call if inspect.iscoroutinefunction(function) else call  # type: ignore[return-value]
 
 
-def forced(selector: object) -> Forced | None:
-    """Who asks for which backend: ``selector`` is the argument's string, the context's tuple or the environment's bytes."""
-    if selector is None or selector == b"":
-        return None
-    if isinstance(selector, tuple):
-        return _forced(selector[-1], "use_backend")
-    if isinstance(selector, bytes):
-        return _forced(os.fsdecode(selector), "the environment variable ATTNREG_BACKEND")
-    if not isinstance(selector, str):
-        raise TypeError(f"backend must be a backend's name or None, got {selector!r} ({type(selector).__name__})")
-    return _forced(selector, "the argument backend=")
+def request_of(backend: str | None) -> Request | None:
+    """What is asked for, first come first: the argument, the context, the environment; or None.
 
-
-def _forced(text: str, by: str) -> Forced:
+    Raises:
+        TypeError, BackendError: it is no request.
+    """
+    check_backend(backend)
+    held = requests.get()
+    if backend is not None:
+        text, by = backend, "the argument backend="
+    elif held:
+        text, by = held[-1][0], "use_backend"
+    else:
+        text, by = os.fsdecode(environment.get(REQUEST_KEY, b"")), "the environment variable ATTNREG_BACKEND"
+        if not text:
+            return None
     try:
-        return Forced(parse_request(text), by)
+        return parse_request(text, by)
     except ValueError as error:
         raise BackendError(f"{by}: {error}") from None
 
 
-def selector(backend: str | None) -> object:
-    """What asks for a backend, first come first: the argument, the context, the environment; or None."""
-    return backend if backend is not None else requested.get() or environment.get(ENVIRONMENT_KEY)
-
-
 def explain_problem(problem: Problem, backend: str | None) -> Decision:
     """The decision for ``problem``; nothing is prepared or run."""
-    entries = registry.entries
-    measured, remarks = _measured(problem, entries)
+    stamp = registry.look_at_tables()
+    return _decide(problem, request_of(backend), registry.entries, stamp)
+
+
+def _decide(
+    problem: Problem, request: Request | None, entries: Sequence[Entry], stamp: Hashable, *, brief: bool = False
+) -> Decision:
+    measured, remarks = registry.tables.measured(problem, entries, stamp)
     return choose(
         problem,
         entries,
-        forced=forced(selector(backend)),
+        request=request,
         failed=registry.failed,
         faults=registry.faults,
         measured=measured,
         remarks=remarks,
+        brief=brief,
     )
 
 
-def _measured(problem: Problem, entries: Sequence[Entry]) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
-    """What the tables say of ``problem``, and what is wrong with them."""
-    # Tables are looked at when a plan is made, and then only: importing attnreg does not pay for them.
-    from attnreg.tuning.environment import environment as describe
-    from attnreg.tuning.lookup import measured
-    from attnreg.tuning.store import report, stamp, tables
-
-    registry.tables_are(stamp())
-    here = describe(problem.device, entries)
-    stored, wrong = tables(here)
-    report(wrong)
-    return measured(problem, stored), wrong
-
-
-def make_plan(problem: Problem, backend: str | None) -> Plan:
-    """Choose and prepare a backend for ``problem``.
+def make_plan(problem: Problem, backend: str | None, arguments: Sequence[object], stamp: Hashable) -> Plan:
+    """Choose and prepare a backend for ``problem``, and for calls that give the same of the optional arguments.
 
     Raises:
         BackendError: the backend that was asked for cannot run it, or none can.
     """
+    request = request_of(backend)
     while True:
-        decision = explain_problem(problem, backend)
-        if registry.prepare(decision.backend):
-            break
-    (chosen,) = (entry.backend for entry in registry.entries if entry.backend.name == decision.backend)
-    request = str(decision.request)
-    forward = registry.functions(request)[problem.op]
-    if not chosen.differentiable:
-        forward = below_autograd(forward)
+        entries = registry.entries
+        decision = _decide(problem, request, entries, stamp, brief=True)
+        (chosen,) = (entry.backend for entry in entries if entry.backend.name == decision.backend)
+        if registry.prepare(chosen):
+            return plan_for(problem, registry.implementation(chosen, decision.request), arguments)
+
+
+def plan_for(problem: Problem, implementation: Implementation, arguments: Sequence[object]) -> Plan:
+    """The plan that runs ``problem``, with these arguments given, by an implementation that can."""
+    op, backend = ROWS[problem.op], implementation.backend
+    forward, backward = implementation.functions[op.name], implementation.functions.get(op.backward)
+    differentiable = backend.differentiable and not problem.is_empty
+    if problem.is_empty:
+        forward, backward = functools.partial(_nothing, op), functools.partial(_no_gradients, op)
+    taken = backend.taken[op.name]
+    options: dict[str, Any] = {
+        argument.name: None for argument in op.arguments if argument.name in taken or argument.for_all
+    }
+    if "scale" in options:
+        options["scale"] = default_scale(op, problem.head_dim)
     return Plan(
-        backend=request,
-        forward=None if is_empty(problem) else forward,
-        differentiable=chosen.differentiable,
-        needs_grad=problem.needs_grad,
-        window=_visible_part(problem),
-        scale=problem.head_dim**-0.5 if problem.op == "local_attention" else 1.0,
+        op=op,
         problem=problem,
+        implementation=implementation,
+        forward=forward,
+        backward=backward,
+        differentiable=differentiable,
+        window=_visible_part(op, problem),
+        options=options,
+        given=tuple(
+            (index, argument.name, _preparation(argument, problem))
+            for index, argument in enumerate(op.arguments)
+            if arguments[index] is not None
+        ),
         device_type=problem.device.type,
+        dtype=problem.dtype,
+        device=problem.device,
+        is_recorded=problem.needs_grad and not differentiable,
+        places=tuple(
+            index for index, row in enumerate(op.arguments) if row.dims is not None and arguments[index] is not None
+        ),
     )
 
 
-def remember(call: Hashable, problem: Problem, backend: str | None) -> Plan:
-    """Make the plan for ``problem`` and keep it under the bare facts of the call; see :func:`make_plan` for errors."""
-    if registry.autotunes and selector(backend) in (None, b"") and not is_empty(problem):
-        from attnreg.tuning.autotune import tune_on_first_use
+def _preparation(argument: Argument, problem: Problem) -> Callable[[Any], Any]:
+    """What makes an argument, as it is given in such a call, what backends get."""
+    if argument.dims is None:
+        return functools.partial(_finite, argument.name)
+    if argument.kind == "integer":
+        readable = argument.at_most is not None and problem.device.type == "cpu"
+        largest = problem.size(argument.at_most) if readable and argument.at_most is not None else None
+        return functools.partial(prepared_integers, argument, largest)
+    given = problem.gives(argument.name)
+    assert given is not None
+    return functools.partial(_broadcastable, given.shape, len(given.shape))
 
-        if not tune_on_first_use(problem):
-            return make_plan(problem, backend)
-    return _keep(call, make_plan(problem, backend))
+
+def _finite(name: str, value: Any) -> float:
+    if value.__class__ is float and isfinite(value):
+        return value
+    return check_number(name, value)
 
 
-def _keep(call: Hashable, plan: Plan) -> Plan:
+def _broadcastable(shape: tuple[int, ...], dimensions: int, value: Tensor) -> Tensor:
+    """With all its dimensions."""
+    return value if value.dim() == dimensions else value.view(shape)
+
+
+def remember(call: Hashable, problem: Problem, backend: str | None, arguments: Sequence[object]) -> Plan:
+    """Make the plan for ``problem`` and keep it under the facts of the call."""
+    stamp = registry.look_at_tables()
+    tuner = registry.tuner
+    settled = True
+    if tuner is not None and registry.autotunes and request_of(backend) is None and not problem.is_empty:
+        settled = tuner(problem)
+        stamp = registry.look_at_tables()
+    # Taken before the backends are looked at: one that comes meanwhile replaces it, and the plan serves this call alone.
     plans = registry.plans
+    plan = make_plan(problem, backend, arguments, stamp)
     if len(plans) >= MOST_PLANS:
         plans.clear()
-    with suppress(
-        TypeError
-    ):  # symbolic sizes, while a call is traced, have no hash: such a plan serves this call alone
-        plans[call] = plan
+    if settled:
+        with suppress(TypeError):  # symbolic sizes, while a call is traced, have no hash
+            plans[call] = plan
     return plan
 
 
-def chosen_backend(problem: Problem, backend: str | None) -> str:
-    """The request of the backend for ``problem``, remembered by the problem itself."""
-    call = (problem, selector(backend), environment.get(TABLE_KEY))
-    plan: Plan | None = registry.plans.get(call)
-    # Nothing is tuned here: what asks for a backend by its problem is a compiled graph, or one that is traced.
-    return (plan or _keep(call, make_plan(problem, backend))).backend
-
-
-def is_empty(problem: Problem) -> bool:
-    """Whether a tensor of the call has no element: the result then holds no number that a backend would compute."""
-    sizes = (problem.batch, problem.heads, problem.query_length, problem.key_length)
-    return 0 in sizes or (problem.value_dim == 0 and problem.op != "local_dot_product")
-
-
-def _visible_part(problem: Problem) -> Window:
+def _visible_part(op: Op, problem: Problem) -> Window:
     """The window cut to what a sequence of this length can show; only where no tensor has a column per offset."""
     window = problem.window
-    if problem.op != "local_attention" or (problem.bias_shape is not None and problem.bias_shape[3] != 1):
+    if any("W" in result.dims for result in op.results.values()) or any("W" in dims for dims in op.tensors.values()):
         return window
+    for argument in op.arguments:
+        given, dims = problem.gives(argument.name), argument.dims or ""
+        if given is not None and "W" in dims and given.shape[dims.index("W")] != 1:
+            return window
     # The last query stands at the last key and sees Lk - 1 keys before it; the first one sees Lq - 1 keys after it.
     return Window(min(window.left, max(problem.key_length - 1, 0)), min(window.right, max(problem.query_length - 1, 0)))
+
+
+def _nothing(op: Op, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    """The results of a call in which a tensor has no element: no key is visible."""
+    tensors, window = inputs[:-1], inputs[-1]
+    return tuple(empty_result(op, name, tensors, window.size).fill_(row.fill) for name, row in op.results.items())
+
+
+def _no_gradients(op: Op, *inputs: Any, needs_grad: frozenset[str], **options: Any) -> dict[str, Tensor]:
+    """Its gradients: zeros."""
+    tensors = dict(zip(op.tensors, inputs[1:]))
+    return {name: torch.zeros_like(tensors[name] if name in tensors else options[name]) for name in needs_grad}
+
+
+def empty_result(op: Op, name: str, tensors: Sequence[Tensor], window_size: Any) -> Tensor:
+    """A result of ``op`` by its row, not initialised."""
+    row, first = op.results[name], tensors[0]
+    if row.of_rows:
+        return first.new_empty(first.shape[:3], dtype=row.dtype(first.dtype))
+    last = window_size if row.dims[-1] == "W" else tensors[list(op.tensors.values()).index("NGKD")].shape[-1]
+    return empty_like(first, last)

@@ -1,12 +1,11 @@
-"""One call, described once: what the dispatcher chooses by. No tensor is kept.
+"""One call, described once: what a backend is chosen by. No tensor is kept.
 
-The ``*_problem`` functions are the only place where a call's arguments are checked. Whatever they let pass, every
-backend may rely on.
+:func:`check` is the only place where a call's arguments are checked. Whatever it lets pass, every backend may rely on.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.op import ROWS, SIZES, Argument, Op
 from attnreg.window import Window
 
-OPS = ("local_dot_product", "local_weighted_average", "local_attention")
+_LARGEST = sys.float_info.max
 
-KEY_LENGTH_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -26,12 +26,32 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An optional argument that a call gives: of a tensor its shape and dtype, of a number nothing.
+
+    Attributes:
+        shape: of all dimensions that the op has for it, 1 where it broadcasts.
+        dtype: its own.
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        return (
+            ""
+            if self.dtype is None or not self.dtype.is_floating_point
+            else f" {_sizes(self.shape)} {dtype_name(self.dtype)}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """The facts of one call that a backend can be chosen by; hashable.
 
     Attributes:
-        op: one of ``attnreg.problem.OPS``.
+        op: the op's name, one of ``attnreg.op.OPS``.
         device: where the tensors are.
         dtype: of query, key, value and weights.
         batch, heads, kv_heads: N, H and Hkv.
@@ -39,9 +59,8 @@ class Problem:
         head_dim: E, the last dimension of query and key; 0 for ``local_weighted_average``.
         value_dim: D, the last dimension of value; 0 for ``local_dot_product``.
         window: the window of keys.
-        bias_shape: None without a bias, else its four dimensions, 1 where it broadcasts.
-        bias_dtype: None without a bias.
-        has_key_lengths: whether the call gives key lengths.
+        given: the optional arguments that the call gives, by name, in the order of the op's row; not those that every
+            backend takes.
         needs_grad: whether any gradient may be asked for.
     """
 
@@ -56,99 +75,121 @@ class Problem:
     head_dim: int
     value_dim: int
     window: Window
-    bias_shape: tuple[int, ...] | None = None
-    bias_dtype: torch.dtype | None = None
-    has_key_lengths: bool = False
+    given: tuple[tuple[str, Given], ...] = ()
     needs_grad: bool = False
 
+    def gives(self, name: str) -> Given | None:
+        """The optional argument of this name; None where the call does not give it."""
+        return next((given for each, given in self.given if each == name), None)
+
+    def size(self, letter: str) -> int:
+        """A size by its letter in ``attnreg.op``."""
+        return self.window.size if letter == "W" else int(getattr(self, _FIELDS[letter]))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a tensor of the call has no element: there is then nothing that a backend would compute."""
+        return any(self.size(letter) == 0 for dims in ROWS[self.op].tensors.values() for letter in dims)
+
     def __str__(self) -> str:
-        sizes = {
-            "N": self.batch,
-            "H": self.heads,
-            "Hkv": self.kv_heads,
-            "Lq": self.query_length,
-            "Lk": self.key_length,
-            "E": self.head_dim,
-            "D": self.value_dim,
-        }
-        parts = [
-            f"{self.op} on {self.device}, {dtype_name(self.dtype)}",
-            " ".join(f"{name}={size}" for name, size in sizes.items() if (name, size) not in (("E", 0), ("D", 0))),
-            f"{self.window}, W={self.window.size}",
-        ]
-        if self.bias_shape is not None and self.bias_dtype is not None:
-            parts.append(f"bias {tuple(self.bias_shape)} {dtype_name(self.bias_dtype)}")
-        if self.has_key_lengths:
-            parts.append("key_lengths")
+        letters = "".join(ROWS[self.op].tensors.values())
+        sizes = " ".join(
+            f"{SIZE_NAMES.get(letter, letter)}={self.size(letter)}" for letter in _FIELDS if letter in letters
+        )
+        parts = [f"{self.op} on {self.device}, {dtype_name(self.dtype)}", sizes, f"{self.window}, W={self.window.size}"]
+        parts += [f"{name}{given}" for name, given in self.given]
         parts.append("with gradients" if self.needs_grad else "forward only")
         return "; ".join(parts)
 
 
-def dot_product_problem(
-    query: Tensor,
-    key: Tensor,
-    window: Window,
-    *,
-    bias: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    needs_grad: bool = False,
+_FIELDS = {
+    "N": "batch",
+    "H": "heads",
+    "G": "kv_heads",
+    "Q": "query_length",
+    "K": "key_length",
+    "E": "head_dim",
+    "D": "value_dim",
+}
+# Sizes that messages call otherwise than by their letter.
+SIZE_NAMES = {"G": "Hkv", "Q": "Lq", "K": "Lk"}
+
+
+def problem_of(
+    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[object], *, needs_grad: bool
 ) -> Problem:
-    """Check the arguments of ``local_dot_product`` and describe the call.
+    """Describe a call that :func:`check` has let pass."""
+    sizes = {
+        letter: size for tensor, dims in zip(tensors, op.tensors.values()) for letter, size in zip(dims, tensor.shape)
+    }
+    given = tuple(
+        (argument.name, _given(argument, value))
+        for argument, value in zip(op.arguments, arguments)
+        if value is not None and not argument.for_all
+    )
+    return Problem(
+        op=op.name,
+        device=tensors[0].device,
+        dtype=tensors[0].dtype,
+        window=window,
+        given=given,
+        needs_grad=needs_grad,
+        **{field: sizes.get(letter, 0) for letter, field in _FIELDS.items()},
+    )
+
+
+def _given(argument: Argument, value: Any) -> Given:
+    if argument.dims is None:
+        return Given()
+    return Given((1,) * (len(argument.dims) - value.dim()) + tuple(value.shape), value.dtype)
+
+
+def check(
+    op: Op, tensors: Sequence[object], window: object, arguments: Sequence[object], backend: object = None
+) -> None:
+    """Check a call.
 
     Raises:
         TypeError, ValueError: an argument is bad; the message names it, what it was and what was expected.
     """
-    return _problem("local_dot_product", query, key, None, window, bias, key_lengths, needs_grad)
-
-
-def weighted_average_problem(
-    weights: Tensor,
-    value: Tensor,
-    window: Window,
-    *,
-    key_lengths: Tensor | None = None,
-    needs_grad: bool = False,
-) -> Problem:
-    """Check the arguments of ``local_weighted_average`` and describe the call. Raises as ``dot_product_problem``."""
     check_window(window)
-    _check_tensors(weights=weights, value=value)
-    if weights.shape[3] != window.size:
+    assert isinstance(window, Window)
+    first_name = next(iter(op.tensors))
+    first: Any = tensors[0]
+    owners: dict[str, str] = {}
+    sizes: dict[str, Any] = {"W": window.size}
+    for (name, dims), tensor in zip(op.tensors.items(), tensors):
+        _check_tensor(name, dims, tensor, first_name, first)
+        assert isinstance(tensor, Tensor)
+        for letter, size in zip(dims, tensor.shape):
+            if letter == "W":
+                if size != window.size:
+                    raise ValueError(
+                        f"{name}: the last dimension must be the window's size, {window.size} for {window}; got shape "
+                        f"{_shape(tensor)}, expected (N, H, Lq, {window.size})"
+                    )
+            elif letter not in sizes:
+                sizes[letter], owners[letter] = size, name
+            elif size != sizes[letter]:
+                owner = owners[letter]
+                raise _mismatch(op, name, tensor, letter, owner, tensors[list(op.tensors).index(owner)])
+    if sizes.get("E") == 0:
+        raise ValueError(f"{first_name}: head_dim must be at least 1, got shape {_shape(first)}")
+    heads, kv_heads = sizes["H"], sizes["G"]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        second_name, second = list(op.tensors)[1], tensors[1]
         raise ValueError(
-            f"weights: the last dimension must be the window's size, {window.size} for {window}, got shape "
-            f"{_shape(weights)}; expected (N, H, Lq, {window.size})"
+            f"{second_name}: the number of query heads (H = {heads}) must be a multiple of the number of key/value heads "
+            f"(Hkv = {kv_heads}); got {first_name} {_shape(first)} and {second_name} {_shape(second)}"
         )
-    _check_batch_and_heads("weights", weights, "value", value)
-    _check_key_lengths(key_lengths, weights.shape[0], weights.device)
-    batch, heads, query_length, _ = weights.shape
-    return Problem(
-        op="local_weighted_average",
-        device=weights.device,
-        dtype=weights.dtype,
-        batch=batch,
-        heads=heads,
-        kv_heads=value.shape[1],
-        query_length=query_length,
-        key_length=value.shape[2],
-        head_dim=0,
-        value_dim=value.shape[3],
-        window=window,
-        has_key_lengths=key_lengths is not None,
-        needs_grad=needs_grad,
-    )
-
-
-def attention_problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    *,
-    bias: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    needs_grad: bool = False,
-) -> Problem:
-    """Check the arguments of ``local_attention`` and describe the call. Raises as ``dot_product_problem``."""
-    return _problem("local_attention", query, key, value, window, bias, key_lengths, needs_grad)
+    for argument, value in zip(op.arguments, arguments):
+        if value is None:
+            continue
+        if argument.dims is None:
+            check_number(argument.name, value)
+        else:
+            _check_argument(argument, argument.dims, value, sizes, first_name, first)
+    check_backend(backend)
 
 
 def check_window(window: object) -> None:
@@ -164,148 +205,123 @@ def check_window(window: object) -> None:
     raise TypeError(f"window must be an attnreg.Window, got {window!r} ({type(window).__name__})")
 
 
-def check_scale(scale: object) -> float:
-    """``scale`` as a float; a TypeError unless it is a real number, a ValueError unless it is finite."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a float, got {scale!r} ({type(scale).__name__})")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+def check_number(name: str, value: object) -> float:
+    """A number as a float; a TypeError unless it is a real number, a ValueError unless a finite float holds it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {_text(value)} ({type(value).__name__})")
+    # Compared rather than converted: an int may be too large for a float.
+    if not -_LARGEST <= value <= _LARGEST:
+        given = "an int too large for a float" if isinstance(value, int) else value
+        raise ValueError(f"{name} must be finite, got {given}")
+    return float(value)
 
 
-def prepare_key_lengths(key_lengths: Tensor, key_length: int) -> Tensor:
-    """Key lengths as backends get them: contiguous, int32 or int64, and in range where that can be told.
+def check_backend(backend: object) -> None:
+    """Raise a TypeError unless ``backend`` can be a request: a string or None."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a backend's name or None, got {backend!r} ({type(backend).__name__})")
+
+
+def prepared_integers(argument: Argument, largest: int | None, value: Tensor) -> Tensor:
+    """An argument of integers as backends get it: contiguous, int32 or int64, and in range where that can be told.
+
+    Args:
+        argument: its row.
+        largest: what no number may exceed; None where reading the numbers would synchronise.
+        value: as it was given.
 
     Raises:
-        ValueError: a length lies outside 0..Lk; on an accelerator, where reading them would synchronise, none is read.
+        ValueError: a number lies outside 0 to ``largest``.
     """
     # A subclass may have no values: a fake tensor has none.
-    if type(key_lengths) is Tensor and key_lengths.device.type == "cpu" and key_lengths.numel():
-        lowest, highest = (int(bound) for bound in key_lengths.aminmax())
-        if lowest < 0 or highest > key_length:
+    count = value.numel() if largest is not None and value.__class__ is Tensor else 0
+    if largest is not None and count:
+        # A few numbers are read sooner one by one.
+        bounds = value.tolist() if count <= 64 else [int(bound) for bound in value.aminmax()]
+        lowest, highest = min(bounds), max(bounds)
+        if lowest < 0 or highest > largest:
             at_fault = lowest if lowest < 0 else highest
-            raise ValueError(f"key_lengths: every length must lie in 0..{key_length} (Lk), got {at_fault}")
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        key_lengths = key_lengths.long()
-    return key_lengths.contiguous()
+            what = SIZE_NAMES[argument.at_most or ""]
+            raise ValueError(f"{argument.name}: every length must lie in 0..{largest} ({what}), got {at_fault}")
+    if value.dtype not in (torch.int32, torch.int64):
+        value = value.long()
+    return value if value.is_contiguous() else value.contiguous()
 
 
-def _problem(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    window: Window,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    needs_grad: bool,
-) -> Problem:
-    check_window(window)
-    if op == "local_dot_product":
-        _check_tensors(query=query, key=key)
-    else:
-        _check_tensors(query=query, key=key, value=value)
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"key: its head_dim must be query's, {query.shape[3]}; got query {_shape(query)} and key {_shape(key)}"
+def _mismatch(op: Op, name: str, tensor: Any, letter: str, owner: str, theirs: Any) -> ValueError:
+    dims = op.tensors[name]
+    if dims[:3] == op.tensors[owner][:3]:
+        letters = ", ".join(SIZE_NAMES.get(each, each) for each in dims[:3])
+        return ValueError(
+            f"{name}: must agree with {owner} in ({letters}), {_sizes(theirs.shape[:3])}; got shape {_shape(tensor)}"
         )
-    if query.shape[3] == 0:
-        raise ValueError(f"query: head_dim must be at least 1, got shape {_shape(query)}")
-    _check_batch_and_heads("query", query, "key", key)
-    if value is not None and value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value: must agree with key in (N, Hkv, Lk), {_sizes(key.shape[:3])}; got shape {_shape(value)}"
-        )
-    batch, heads, query_length, head_dim = query.shape
-    _check_bias(bias, (batch, heads, query_length, window.size), query.device)
-    _check_key_lengths(key_lengths, batch, query.device)
-    return Problem(
-        op=op,
-        device=query.device,
-        dtype=query.dtype,
-        batch=batch,
-        heads=heads,
-        kv_heads=key.shape[1],
-        query_length=query_length,
-        key_length=key.shape[2],
-        head_dim=head_dim,
-        value_dim=0 if value is None else value.shape[3],
-        window=window,
-        bias_shape=None if bias is None else (1,) * (4 - bias.dim()) + tuple(bias.shape),
-        bias_dtype=None if bias is None else bias.dtype,
-        has_key_lengths=key_lengths is not None,
-        needs_grad=needs_grad,
+    size = theirs.shape[op.tensors[owner].index(letter)]
+    return ValueError(
+        f"{name}: its {SIZES[letter]} must be {owner}'s, {size}; got {owner} {_shape(theirs)} and {name} {_shape(tensor)}"
     )
 
 
-def _check_tensors(**tensors: Any) -> None:
-    (first_name, first), *_ = tensors.items()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must have four dimensions, (batch, heads, length, "
-                f"{'window.size' if name == 'weights' else 'head_dim'}); got shape {_shape(tensor)}"
-            )
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have {first_name}'s dtype, {first.dtype}; got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on {first_name}'s device, {first.device}; got {tensor.device}")
-
-
-def _check_batch_and_heads(first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
-    if tensor.shape[0] != first.shape[0]:
+def _check_tensor(name: str, dims: str, tensor: object, first_name: str, first: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    _check_dense(name, tensor)
+    if tensor.dim() != 4:
+        last = "window.size" if dims[-1] == "W" else "head_dim"
         raise ValueError(
-            f"{name}: its batch size must be {first_name}'s, {first.shape[0]}; got {first_name} {_shape(first)} "
-            f"and {name} {_shape(tensor)}"
+            f"{name} must have four dimensions, (batch, heads, length, {last}); got shape {_shape(tensor)}"
         )
-    heads, kv_heads = first.shape[1], tensor.shape[1]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(
-            f"{name}: the number of query heads (H = {heads}) must be a multiple of the number of key/value heads "
-            f"(Hkv = {kv_heads}); got {first_name} {_shape(first)} and {name} {_shape(tensor)}"
-        )
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    if tensor.dtype != first.dtype:
+        raise TypeError(f"{name} must have {first_name}'s dtype, {first.dtype}; got {tensor.dtype}")
+    if tensor.device != first.device:
+        raise ValueError(f"{name} must be on {first_name}'s device, {first.device}; got {tensor.device}")
 
 
-def _check_bias(bias: Tensor | None, band: tuple[int, ...], device: torch.device) -> None:
-    if bias is None:
-        return
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}")
-    if not bias.dtype.is_floating_point:
-        hint = "; band_from_dense(mask, window) makes a bias of a boolean mask" if bias.dtype is torch.bool else ""
-        raise TypeError(f"bias is added to the scores and must have a floating-point dtype, got {bias.dtype}{hint}")
-    if bias.layout is not torch.strided:
-        raise TypeError(f"bias must be a dense (strided) tensor, got layout {bias.layout}")
-    if bias.device != device:
-        raise ValueError(f"bias must be on query's device, {device}; got {bias.device}")
-    shape = tuple(bias.shape)
-    if len(shape) > 4 or any(size not in (1, full) for size, full in zip(reversed(shape), reversed(band))):
+def _check_argument(
+    argument: Argument, dims: str, value: object, sizes: dict[str, Any], first_name: str, first: Tensor
+) -> None:
+    name = argument.name
+    if not isinstance(value, Tensor):
+        kind = "an integer torch.Tensor" if argument.kind == "integer" else "a torch.Tensor"
+        raise TypeError(f"{name} must be {kind} or None, got {type(value).__name__}")
+    _check_dense(name, value)
+    if argument.kind == "integer" and value.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
+    if argument.kind == "floating" and not value.dtype.is_floating_point:
+        hint = "; band_from_dense(mask, window) makes a bias of a boolean mask" if value.dtype is torch.bool else ""
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}{hint}")
+    if value.device != first.device:
+        raise ValueError(f"{name} must be on {first_name}'s device, {first.device}; got {value.device}")
+    full = [sizes[letter] for letter in dims]
+    letters = ", ".join(SIZE_NAMES.get(letter, letter) for letter in dims) + ("," if len(dims) == 1 else "")
+    if not argument.broadcasts:
+        if list(value.shape) != full:
+            raise ValueError(f"{name} must have shape ({letters}) = {_sizes(full)}, got {_shape(value)}")
+    elif value.dim() > len(full) or any(
+        size != 1 and size != whole for size, whole in zip(reversed(value.shape), reversed(full))
+    ):
         raise ValueError(
-            f"bias: shape {_shape(bias)} does not broadcast to (N, H, Lq, W) = {_sizes(band)}; each of its dimensions, "
+            f"{name}: shape {_shape(value)} does not broadcast to ({letters}) = {_sizes(full)}; each of its dimensions, "
             f"counted from the last, must be 1 or that size"
         )
 
 
-def _check_key_lengths(key_lengths: Tensor | None, batch: int, device: torch.device) -> None:
-    if key_lengths is None:
-        return
-    if not isinstance(key_lengths, Tensor):
-        raise TypeError(f"key_lengths must be an integer torch.Tensor or None, got {type(key_lengths).__name__}")
-    if key_lengths.dtype not in KEY_LENGTH_DTYPES:
-        raise TypeError(f"key_lengths must have an integer dtype, got {key_lengths.dtype}")
-    if tuple(key_lengths.shape) != (batch,):
-        raise ValueError(f"key_lengths must have shape (N,) = ({batch},), got {_shape(key_lengths)}")
-    if key_lengths.device != device:
-        raise ValueError(f"key_lengths must be on query's device, {device}; got {key_lengths.device}")
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one; pad it, and give key_lengths")
+    if tensor.is_quantized:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a quantized one")
 
 
-def _shape(tensor: Tensor) -> str:
+def _text(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _shape(tensor: Any) -> str:
     return _sizes(tensor.shape)
 
 

@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from attnreg.backend import Backend, why_not_prepared, with_options
-from attnreg.composition import Function, complete
-from attnreg.dispatch import Entry, Fault
-from attnreg.request import parse_request
+from attnreg.backend import Backend, Entry, Fault, Function, why_not_prepared, with_options
+from attnreg.composition import complete
+from attnreg.entry_points import entry_points
+from attnreg.problem import Problem
+from attnreg.request import Request, parse_request
+from attnreg.tables.store import Tables
+
+# A table that another process writes is noticed so much later at most.
+SECONDS_BETWEEN_LOOKS = 0.25
+# Where a backend that was registered at run time comes from.
+THIS_PROCESS = "this process"
+
+
+@dataclass(frozen=True, eq=False)
+class Implementation:
+    """A backend with the options that were asked for, ready to be called.
+
+    Attributes:
+        backend: the backend.
+        request: what asks for it.
+        functions: by name (``op`` and ``op_backward``), composed ones included, with the options given to each.
+        ticket: its number in this process, by which a compiled graph's backward finds the backend of its forward.
+    """
+
+    backend: Backend
+    request: Request
+    functions: Mapping[str, Function]
+    ticket: int
 
 
 class Registry:
     """Backends by name, and the plug-ins that could not be used.
 
     Discovery runs once, at the first need. Every change replaces ``plans``, the dispatcher's memory of what it chose,
-    so that no stale choice outlives it; a plan worked out meanwhile lands in the dictionary that was replaced.
+    so that no stale choice outlives it: who makes a plan takes that dictionary first and looks at the backends then.
     """
 
     def __init__(self) -> None:
+        # What measures a call that was never measured, and says whether the matter is settled; set by the package, above.
+        self.tuner: Callable[[Problem], bool] | None = None
+        # What was measured.
+        self.tables = Tables()
         self._lock = threading.RLock()
+        self._tickets = itertools.count(1)
         self.reset()
 
     def reset(self) -> None:
         """Forget every backend, fault and plan; plug-ins are discovered anew at the next need."""
         with self._lock:
-            self._discovery = "due"
-            self._tables: object = None
+            self.tables.forget()
+            self._discovered = False
+            self._discovering: int | None = None
+            self._stamp: Hashable = None
+            # When a call by a plan that is there looks at the tables again, by the monotonic clock.
+            self.next_look = 0.0
             self._autotune: bool | None = None
-            self._prepared: set[str] = set()
             self._entries: dict[str, Entry] = {}
             self._faults: list[Fault] = []
-            self._failed: dict[str, str] = {}
-            self._functions: dict[str, dict[str, Function]] = {}
+            self._prepared: set[Backend] = set()
+            self._failed: dict[Backend, str] = {}
+            self._implementations: dict[tuple[Backend, Request], Implementation] = {}
+            self._by_ticket: dict[int, Implementation] = {}
             self._changed()
 
     @property
@@ -53,28 +90,43 @@ class Registry:
 
     @property
     def failed(self) -> dict[str, str]:
-        """The backends whose preparation failed, by name, with the reason."""
-        return dict(self._failed)
+        """The registered backends whose preparation failed, by name, with the reason."""
+        return {backend.name: reason for backend, reason in tuple(self._failed.items())}
 
-    def functions(self, request: str) -> dict[str, Function]:
-        """The functions of a backend by name (``op`` and ``op_backward``), composed ones included, with its options.
+    def functions(self, text: str) -> Mapping[str, Function]:
+        """The functions of a registered backend by name (``op`` and ``op_backward``), composed ones included.
 
         Raises:
-            LookupError: no such backend is registered any more.
+            LookupError: no such backend is registered.
+            ValueError: it does not take the options, or the text is no request.
+        """
+        request = parse_request(text)
+        for entry in self.entries:
+            if entry.backend.name == request.name:
+                return self.implementation(entry.backend, request).functions
+        raise LookupError(f"backend {request.name!r} is not registered")
+
+    def implementation(self, backend: Backend, request: Request) -> Implementation:
+        """``backend`` with the options of ``request``, made once.
+
+        Raises:
             ValueError: it does not take the options.
         """
         try:
-            return self._functions[request]
+            return self._implementations[backend, request]
         except KeyError:
-            self._discover()
-        asked = parse_request(request)
+            pass
         with self._lock:
-            entry = self._entries.get(asked.name)
-            if entry is None:
-                raise LookupError(f"backend {asked.name!r} is not registered (any more)")
-            if request not in self._functions:
-                self._functions[request] = complete(with_options(entry.backend, asked.options))
-            return self._functions[request]
+            found = self._implementations.get((backend, request))
+            if found is None:
+                functions = complete(with_options(backend, request.options))
+                found = Implementation(backend, request, functions, next(self._tickets))
+                self._implementations[backend, request] = self._by_ticket[found.ticket] = found
+            return found
+
+    def by_ticket(self, ticket: int) -> Implementation | None:
+        """The implementation of that number, registered still or not; None where it was forgotten."""
+        return self._by_ticket.get(ticket)
 
     def add(self, backend: Backend, distribution: str) -> None:
         """Register ``backend``.
@@ -89,47 +141,48 @@ class Registry:
             taken = self._entries.get(backend.name)
             if taken is not None:
                 raise ValueError(f"the name {backend.name!r} is taken by the backend of {taken.distribution}")
-            self._entries[backend.name] = Entry(backend, distribution)
+            self._entries = {**self._entries, backend.name: Entry(backend, distribution)}
             self._changed()
 
     def remove(self, backend: Backend) -> None:
-        """Take ``backend`` out again; nothing happens where it is not registered."""
+        """Take ``backend`` out again; nothing happens where it is not registered.
+
+        A backward whose forward it ran still finds it.
+        """
         with self._lock:
             entry = self._entries.get(backend.name)
             if entry is not None and entry.backend is backend:
-                del self._entries[backend.name]
-                self._functions = {
-                    request: functions
-                    for request, functions in self._functions.items()
-                    if parse_request(request).name != backend.name
-                }
-                self._failed.pop(backend.name, None)
-                self._prepared.discard(backend.name)
+                self._entries = {name: each for name, each in self._entries.items() if name != backend.name}
+                self._failed.pop(backend, None)
+                self._prepared.discard(backend)
                 self._changed()
 
-    def prepare(self, name: str) -> bool:
+    def prepare(self, backend: Backend) -> bool:
         """Prepare a backend for its first use. Where that fails it is refused, with the reason, from here on."""
-        if name in self._prepared:
+        if backend in self._prepared:
             return True
         # Under the lock: two threads must not build the same extension at once.
         with self._lock:
-            entry = self._entries.get(name)
-            if entry is None or name in self._failed:
+            entry = self._entries.get(backend.name)
+            if entry is None or entry.backend is not backend or backend in self._failed:
                 return False
-            reason = why_not_prepared(entry.backend)
+            reason = why_not_prepared(backend)
             if reason is not None:
-                self._failed[name] = reason
+                self._failed = {**self._failed, backend: reason}
                 self._changed()
                 return False
-            self._prepared.add(name)
+            self._prepared.add(backend)
             return True
 
-    def tables_are(self, stamp: object) -> None:
-        """Drop every plan where the tables of measured times are not those that the plans were made by."""
-        if stamp != self._tables:
+    def look_at_tables(self) -> Hashable:
+        """Drop every plan where a table has changed since the plans were made; what the tables are now."""
+        stamp = self.tables.stamp()
+        self.next_look = monotonic() + SECONDS_BETWEEN_LOOKS
+        if stamp != self._stamp:
             with self._lock:
-                self._tables = stamp
+                self._stamp = stamp
                 self._changed()
+        return stamp
 
     @property
     def autotunes(self) -> bool:
@@ -144,28 +197,38 @@ class Registry:
             self._autotune = on
             self._changed()
 
-    def _renew_lock(self) -> None:
-        """In a forked child: the thread that held the lock is not there to let it go."""
+    def _after_fork(self) -> None:
+        """In a forked child: a thread that held the lock, or was discovering, is not there to finish."""
         self._lock = threading.RLock()
+        if self._discovering is not None and self._discovering != threading.get_ident():
+            self._forget_discovery()
 
     def _changed(self) -> None:
         self.plans: dict[Any, Any] = {}
 
     def _discover(self) -> None:
-        if self._discovery == "done":
+        if self._discovered:
             return
         with self._lock:
-            # "running" is seen only by a plug-in that asks for backends while it is loaded: it gets those found so far.
-            if self._discovery != "due":
+            # A plug-in that asks for backends while it is loaded gets those found so far.
+            if self._discovered or self._discovering is not None:
                 return
-            self._discovery = "running"
-            for entry_point in sorted(metadata.entry_points(group="attnreg"), key=_order):
-                self._load(entry_point)
-            self._discovery = "done"
+            self._discovering = threading.get_ident()
+            try:
+                for entry_point, distribution in entry_points("attnreg"):
+                    self._load(entry_point, distribution)
+            except BaseException:  # Ctrl-C: the next need begins anew
+                self._forget_discovery()
+                raise
+            self._discovered, self._discovering = True, None
 
-    def _load(self, entry_point: metadata.EntryPoint) -> None:
-        distribution = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "unknown"
+    def _forget_discovery(self) -> None:
+        self._discovering = None
+        self._faults = []
+        self._entries = {name: each for name, each in self._entries.items() if each.distribution == THIS_PROCESS}
+        self._changed()
 
+    def _load(self, entry_point: metadata.EntryPoint, distribution: str) -> None:
         def keep_fault(error: BaseException) -> None:
             self._faults.append(Fault(entry_point.name, distribution, f"{type(error).__name__}: {error}"))
 
@@ -181,12 +244,6 @@ class Registry:
                 raise ValueError("attnreg_backends() yielded no backend")
         except (Exception, SystemExit) as error:
             keep_fault(error)
-
-
-def _order(entry_point: metadata.EntryPoint) -> tuple[bool, str, str]:
-    """Attnreg's own plug-ins first, so that nobody takes their names; the rest in an order that no file system decides."""
-    distribution = entry_point.dist.name if entry_point.dist else ""
-    return distribution != "attnreg", distribution, entry_point.name
 
 
 def _offer(plugin: object, name: str) -> Iterable[Backend]:
@@ -232,7 +289,7 @@ class Registration:
 
 
 registry = Registry()
-os.register_at_fork(after_in_child=registry._renew_lock)
+os.register_at_fork(after_in_child=registry._after_fork)
 
 
 def register(backend: Backend) -> Registration:
@@ -243,5 +300,5 @@ def register(backend: Backend) -> Registration:
         ValueError: its name is taken.
     """
     registry.entries  # noqa: B018 - discovery first: a plug-in's name is taken, whoever asks first
-    registry.add(backend, "this process")
+    registry.add(backend, THIS_PROCESS)
     return Registration(registry, backend)

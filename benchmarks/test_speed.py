@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ CONTENDERS = (*backends(), *PEERS)
 ROUNDS = 3
 
 limits = functools.cache(lambda: ceilings(DEVICE))
-stage_of = functools.lru_cache(maxsize=1)(functools.partial(set_stage, device=DEVICE))
+stage_of = functools.lru_cache(maxsize=1)(set_stage)
 
 
 class MeasuredTime:
@@ -35,24 +36,23 @@ class MeasuredTime:
 
 
 def parameters():
-    for workload in select(DEVICE.type):
+    for name, problem in select(DEVICE.type).items():
         for direction in DIRECTIONS:
             for contender in CONTENDERS:
-                if workload.op in contender.ops:
-                    name = f"{workload.name}-{direction}-{contender.name}"
-                    yield pytest.param(workload, direction, contender, id=name)
+                if problem.op in contender.ops:
+                    yield pytest.param(name, problem, direction, contender, id=f"{name}-{direction}-{contender.name}")
 
 
 TIMER = MeasuredTime()
 
 
 @pytest.mark.benchmark(timer=TIMER, disable_gc=False)
-@pytest.mark.parametrize(("workload", "direction", "contender"), parameters())
-def test_speed(benchmark, workload, direction, contender):
-    reason = contender.refuse(workload, direction, DEVICE)
+@pytest.mark.parametrize(("name", "problem", "direction", "contender"), parameters())
+def test_speed(benchmark, name, problem, direction, contender):
+    reason = contender.refuse(replace(problem, needs_grad=direction == "backward"))
     if reason is not None:
         pytest.skip(f"{contender.name}: {reason}")
-    stage = stage_of(workload)
+    stage = stage_of(problem)
     verdict = verify(stage, contender, direction)
     if verdict.fault is not None:
         pytest.fail(f"{contender.name} is wrong: {verdict.fault}")
@@ -62,9 +62,9 @@ def test_speed(benchmark, workload, direction, contender):
         TIMER.now += timing.median
         return timing
 
-    benchmark.group = f"{workload.name} {direction}"
+    benchmark.group = f"{name} {direction}"
     timing = benchmark.pedantic(measure, rounds=ROUNDS)
-    floor = floor_seconds(workload, direction, limits())
+    floor = floor_seconds(problem, direction, limits())
     benchmark.extra_info.update(
         contender=contender.name,
         floor=floor,

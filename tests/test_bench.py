@@ -7,31 +7,36 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from attnreg_benchmarks import results as stored
 from attnreg_benchmarks.backends import backends
 from attnreg_benchmarks.contender import Contender
-from attnreg_benchmarks.floor import Ceilings, floor_seconds, visible_pairs
+from attnreg_benchmarks.floor import Ceilings, floor_seconds, flops, visible_pairs
 from attnreg_benchmarks.peers import PEERS
 from attnreg_benchmarks.plot import plot_results
 from attnreg_benchmarks.run import merge, run, set_stage, verify
-from attnreg_benchmarks.workloads import DIRECTIONS, WORKLOADS, Workload, select
-from attnreg_benchmarks.workloads import workload as table_row
+from attnreg_benchmarks.workloads import AVERAGE, DIRECTIONS, DOT, FUSED, ON_REQUEST, WORKLOADS, select, series_of
 from reference import brute_force_visible
 from typer.testing import CliRunner
 
-from attnreg import Window
+from attnreg import Problem, Window
 from attnreg.cli import app
-from attnreg.measuring.inputs import Calls
-from attnreg.measuring.task import AVERAGE, DOT, FUSED, bytes_moved
+from attnreg.measuring.sizes import bytes_moved, square_problem, tensor_shapes
 from attnreg.measuring.timing import measure, measuring_stream, sets_for_cold_cache
-from attnreg.problem import OPS
+from attnreg.op import OPS
+from attnreg.problem import Given
+from attnreg.testing.inputs import Calls
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+RECORDED = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "benchmarks" / "results").glob("*/*.json")
+    if "workloads" in json.loads(path.read_text())
+)
 H200 = Ceilings(4.26e12, {"bf16": 790e12, "tf32": 355e12, "fp32": 51e12})
-BY_NAME = {workload.name: workload for workload in WORKLOADS}
 
 # Measured figures are compared with these: forward and backward floor in ms on an H200.
 FUSED_FLOORS = {16: (0.063, 0.126), 64: (0.063, 0.126), 128: (0.063, 0.126), 256: (0.063, 0.126), 512: (0.084, 0.211),
@@ -44,8 +49,11 @@ AVERAGE_FLOORS = {8: (0.031, 0.048), 32: (0.037, 0.059), 64: (0.044, 0.073), 128
                   512: (0.146, 0.278)}  # fmt: skip
 
 
-def small(op: str, **changes: object) -> Workload:
-    return replace(table_row("small", op, 2, 4, 2, 300, 8, Window(5, 3), torch.float32, "cpu"), **changes)
+SMALL = Window(5, 3)
+
+
+def small(op: str, length=300, device=CPU, window=SMALL, dtype=torch.float32, width=8, **changes) -> Problem:
+    return replace(square_problem(op, device, dtype, (2, 4, 2, length, width), window), **changes)
 
 
 def contender(name: str) -> Contender:
@@ -72,14 +80,16 @@ def bench(*arguments: str):
 )
 def test_the_floor_is_that_of_the_published_tables(group, floors):
     for size, expected in floors.items():
-        found = [1e3 * floor_seconds(BY_NAME[f"{group}/w{size}"], way, H200) for way in DIRECTIONS]
+        found = [1e3 * floor_seconds(WORKLOADS[f"{group}/w{size}"], way, H200) for way in DIRECTIONS]
         assert found == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("window", [Window(0, 0), Window(3, 0), Window(2, 5), Window(0, 40), Window(99, 99)])
 @pytest.mark.parametrize("length", [1, 2, 9, 20])
 def test_visible_pairs_are_counted_at_the_borders_too(length, window):
-    assert visible_pairs(length, window) == len(brute_force_visible(length, length, window.left, window.right))
+    for keys in (length, 1, length + 7):
+        seen = brute_force_visible(length, keys, window.left, window.right)
+        assert visible_pairs(length, keys, window) == len(seen)
 
 
 def test_grouped_heads_read_their_keys_once():
@@ -87,24 +97,45 @@ def test_grouped_heads_read_their_keys_once():
     assert bytes_moved(small(FUSED), "backward") == 4 * 2 * 300 * 8 * 2 * (4 + 2 + 2 + 4)
 
 
+def test_what_a_call_gives_is_moved_too_and_a_gradient_of_what_has_one():
+    given = (
+        ("bias", Given((1, 4, 1, 9), torch.float32)),
+        ("key_lengths", Given((2,), torch.int64)),
+        ("scale", Given()),
+    )
+    plain, call = small(FUSED), small(FUSED, given=given)
+    assert bytes_moved(call, "forward") - bytes_moved(plain, "forward") == 4 * 4 * 9 + 8 * 2
+    assert bytes_moved(call, "backward") - bytes_moved(plain, "backward") == 2 * 4 * 4 * 9 + 8 * 2
+
+
+def test_the_operations_of_values_of_another_width_and_of_fewer_queries():
+    wide = small(FUSED, value_dim=24)
+    assert flops(wide, "forward") == 2 * flops(small(FUSED), "forward")
+    assert flops(wide, "backward") == flops(small(DOT), "backward") + flops(small(AVERAGE), "backward") * 3 + flops(
+        small(DOT), "forward"
+    )
+    assert flops(small(DOT, query_length=1), "forward") == 2 * 8 * 2 * 4 * 6
+
+
 # The table of workloads
 
 
-def test_names_are_unique_and_every_workload_is_a_valid_problem():
-    assert len(BY_NAME) == len(WORKLOADS)
-    for workload in WORKLOADS:
+def test_every_workload_is_a_valid_problem_named_by_what_differs_in_its_series():
+    for name, workload in WORKLOADS.items():
         assert workload.op in OPS
         assert workload.heads % workload.kv_heads == 0
-        device = torch.device(workload.device_type)
-        assert workload.problem(device, needs_grad=True).window == workload.window
-    assert {workload.op for workload in select("cpu")} == {workload.op for workload in select("cuda")} == set(OPS)
+        assert workload.device.type in ("cpu", "cuda")
+        assert name.split("/")[1] in (f"w{workload.window.size}", f"l{workload.key_length}")
+    assert set(ON_REQUEST) < set(map(series_of, WORKLOADS))
+    for device_type in ("cpu", "cuda"):
+        assert {workload.op for workload in select(device_type).values()} == set(OPS)
 
 
 def test_workloads_are_selected_by_name_group_pattern_and_op():
-    assert [each.name for each in select("cuda", ["gpt-oss", "*-e64/w64"])] == ["fused-e64/w64", "gpt-oss/w128"]
-    assert {each.group for each in select("cuda", op=DOT)} == {"dot-fp32", "dot-bf16"}
-    assert not any(each.group == "long" for each in select("cuda"))
-    assert select("cuda", ["long"])[-1].length == 2**20
+    assert list(select("cuda", ["gpt-oss", "*-e64/w64"])) == ["fused-e64/w64", "gpt-oss/w128"]
+    assert {series_of(name) for name in select("cuda", op=DOT)} == {"dot-fp32", "dot-bf16"}
+    assert not any(series_of(name) == "long" for name in select("cuda"))
+    assert list(select("cuda", ["long"]).values())[-1].key_length == 2**20
     with pytest.raises(ValueError, match=r"no workload here fits 'gpt-oss'; the groups are cpu-fused"):
         select("cpu", ["gpt-oss"])
 
@@ -149,14 +180,14 @@ def test_a_gpu_is_timed_by_graph_replay_and_by_events_where_that_fails():
 @pytest.mark.parametrize("window", [Window(63, 0), Window(20, 20)])
 @pytest.mark.parametrize("name", ["triton", "cublas_block", *(peer.name for peer in PEERS)])
 def test_everybody_is_right_and_timed_on_a_gpu(name, window, direction):
-    changes = {"head_dim": 64, "length": 1000, "dtype": torch.bfloat16, "device_type": "cuda"}
+    changes = {"width": 64, "length": 1000, "dtype": torch.bfloat16, "device": CUDA}
     workload = small(FUSED, window=window, **changes)
     everybody = [*backends(["triton", "cublas_block"]), *PEERS]
     (chosen,) = (each for each in everybody if each.name == name)
-    reason = chosen.refuse(workload, direction, CUDA)
+    reason = chosen.refuse(replace(workload, needs_grad=direction == "backward"))
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
-    (record,) = run([workload], [chosen], [direction], CUDA, H200)
+    (record,) = run({"small": workload}, [chosen], [direction], CUDA, H200)
     assert record.reason is None
     assert record.method == "graph"
     assert 0 < record.fraction < 1
@@ -179,11 +210,11 @@ def test_everybody_is_right_and_timed_on_a_gpu(name, window, direction):
     ids=str,
 )
 def test_the_definition_passes_the_check(op, changes):
-    stage = set_stage(small(op, **changes), CPU)
+    stage = set_stage(small(op, **changes))
     for direction in DIRECTIONS:
         verdict = verify(stage, contender("torch"), direction)
         assert verdict.fault is None
-        names = {"output"} if direction == "forward" else set(stage.workload.inputs)
+        names = {"output"} if direction == "forward" else set(tensor_shapes(stage.problem))
         assert set(verdict.errors) == names
 
 
@@ -194,8 +225,8 @@ def altered(change) -> Contender:
     """The definition with ``change(tensor)`` made to its output, and to each gradient."""
     right = contender("torch")
 
-    def prepare(workload, inputs):
-        calls = right.prepare(workload, inputs)
+    def prepare(problem, inputs):
+        calls = right.prepare(problem, inputs)
 
         def make_backward():
             backward = calls.make_backward()
@@ -213,7 +244,7 @@ def altered(change) -> Contender:
 )
 def test_gradients_that_vanish_may_keep_a_few_rounding_steps_of_the_others(right):
     """With one key a row, the weights are 1 whatever query and key are."""
-    stage = set_stage(small(FUSED, **ONE_KEY), CPU)
+    stage = set_stage(small(FUSED, **ONE_KEY))
     verdict = verify(stage, right, "backward")
     assert verdict.fault is None
     assert verdict.errors["query"] < 1e-6
@@ -221,7 +252,7 @@ def test_gradients_that_vanish_may_keep_a_few_rounding_steps_of_the_others(right
 
 @pytest.mark.parametrize("left_over", [1e-4, torch.inf])
 def test_more_than_that_is_wrong(left_over):
-    stage = set_stage(small(FUSED, **ONE_KEY), CPU)
+    stage = set_stage(small(FUSED, **ONE_KEY))
     verdict = verify(stage, altered(lambda tensor: tensor + left_over), "backward")
     assert verdict.fault.startswith("query: relative error")
 
@@ -252,7 +283,7 @@ def not_a_number(tensor):
     ids=["scaled", "row_lost", "row_lost_average", "nan", "shape", "flipped"],
 )
 def test_a_wrong_result_is_not_timed(op, change, fault, direction):
-    (record,) = run([small(op)], [altered(change)], [direction], CPU, H200)
+    (record,) = run({"small": small(op)}, [altered(change)], [direction], CPU, H200)
     assert record.seconds is None
     assert record.fraction is None
     assert record.reason.startswith("wrong: ")
@@ -260,12 +291,12 @@ def test_a_wrong_result_is_not_timed(op, change, fault, direction):
 
 
 def test_a_failure_costs_only_itself():
-    def fail(workload, inputs):
+    def fail(problem, inputs):
         raise RuntimeError("no such kernel\nand much more")
 
     broken = replace(contender("torch"), name="broken", prepare=fail)
-    workload = small(DOT)
-    records = merge(run([workload], [broken, contender("torch_block")], DIRECTIONS, CPU, H200, repeat=3))
+    workloads = {"small": small(DOT)}
+    records = merge(run(workloads, [broken, contender("torch_block")], DIRECTIONS, CPU, H200, repeat=3))
     assert [record.reason for record in records] == ["RuntimeError: no such kernel"] * 2 + [None] * 2
     for record in records[2:]:
         assert len(record.runs) == 3
@@ -282,24 +313,24 @@ def test_no_peer_has_the_name_of_a_backend_by_which_results_are_kept_apart():
 
 def test_peers_refuse_with_a_reason_what_they_cannot_run():
     assert {peer.name for peer in PEERS} == {"flash2-torch", "cudnn", "sdpa-dense", "seed-design"}
-    half, single = BY_NAME["fused-e64/w64"], small(FUSED)
+    half, single = WORKLOADS["fused-e64/w64"], small(FUSED, needs_grad=True)
     for peer in PEERS:
         if peer.name == "seed-design":
             assert peer.ops == (DOT, AVERAGE)
-            assert "grouped heads" in peer.refuse(small(DOT, heads=4, kv_heads=2), "forward", CPU)
+            assert "grouped heads" in peer.refuse(small(DOT, heads=4, kv_heads=2))
             continue
         assert peer.ops == (FUSED,)
         if peer.name == "sdpa-dense":
-            assert "a dense mask is tried up to" in peer.refuse(half, "forward", CUDA)
-            assert peer.refuse(single, "backward", CPU) is None
+            assert "a dense mask is tried up to" in peer.refuse(half)
+            assert peer.refuse(single) is None
         else:
-            reason = peer.refuse(half, "forward", CPU)
+            reason = peer.refuse(replace(half, device=CPU))
             assert "the device is cpu" in reason or "not installed" in reason
 
 
 @pytest.mark.parametrize("window", [Window(5, 3), Window(64, 0), Window(0, 2)])
 def test_the_dense_peer_is_right(window):
-    stage = set_stage(small(FUSED, window=window), CPU)
+    stage = set_stage(small(FUSED, window=window))
     (dense,) = (peer for peer in PEERS if peer.name == "sdpa-dense")
     for direction in DIRECTIONS:
         assert verify(stage, dense, direction).fault is None
@@ -308,7 +339,7 @@ def test_the_dense_peer_is_right(window):
 @pytest.mark.parametrize("op", [DOT, AVERAGE])
 @pytest.mark.parametrize("window", [Window(5, 3), Window(64, 0), Window(0, 2), Window(0, 0)])
 def test_the_seeds_design_is_right(op, window):
-    stage = set_stage(small(op, window=window, length=150, kv_heads=4), CPU)
+    stage = set_stage(small(op, window=window, length=150, kv_heads=4))
     (seed,) = (peer for peer in PEERS if peer.name == "seed-design")
     for direction in DIRECTIONS:
         assert verify(stage, seed, direction).fault is None
@@ -346,7 +377,7 @@ def test_results_survive_the_file(measured, tmp_path):
     _, path, _ = measured
     content = json.loads(path.read_text())
     found = stored.load(path)
-    assert [each.name for each in found.workloads] == [each["name"] for each in content["workloads"]]
+    assert list(found.workloads) == [each["name"] for each in content["workloads"]]
     timed = [record for record in found.records if record.seconds is not None]
     assert {record.contender for record in timed} == {"torch_block", "sdpa-dense", "seed-design"}
     assert all(record.errors and record.method == "clock" for record in timed)
@@ -357,10 +388,18 @@ def test_results_survive_the_file(measured, tmp_path):
     assert (tmp_path / "again.json").read_text() == path.read_text()
 
 
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_earlier_results_are_read(path, tmp_path):
+    found = stored.load(path)
+    assert {record.workload for record in found.records} <= found.workloads.keys()
+    assert all(WORKLOADS[name] == problem for name, problem in found.workloads.items() if name in WORKLOADS)
+    stored.save(found, tmp_path / "again.json")
+    assert stored.load(tmp_path / "again.json") == found
+
+
 def test_the_file_says_nothing_of_whose_machine_it_is(measured):
     import getpass
     import platform
-    from pathlib import Path
 
     text = measured[1].read_text()
     for private in (platform.node(), str(Path.home()), str(Path(__file__).parents[1])):
@@ -390,7 +429,7 @@ def test_without_matplotlib_the_plot_is_refused_before_anything_is_measured(monk
 
 def test_bench_lists_the_workloads():
     result = bench("--list", "--device", "cpu")
-    assert [line.split()[0] for line in result.output.splitlines()] == [each.name for each in select("cpu")]
+    assert [line.split()[0] for line in result.output.splitlines()] == list(select("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,18 @@ from attnreg_benchmarks import regret
 from typer.testing import CliRunner
 
 import attnreg
+from attnreg import Window
 from attnreg.measured import Figure
-from attnreg.problem import OPS
-from attnreg.tuning import store
-from attnreg.tuning.environment import environment
-from attnreg.tuning.table import Key, Table, problem_of
+from attnreg.measuring.sizes import square_problem
+from attnreg.op import OPS
+from attnreg.tables import store
+from attnreg.tables.environment import environment
+from attnreg.tables.table import Table
 from attnreg.tuning.tune import Step, grid
 
 SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from them
 RECORDED = sorted((Path(regret.__file__).parents[1] / "results").glob("*/*-regret.json"))
+CPU = torch.device("cpu")
 SMALL = {"batch": 1, "windows": (4,), "head_dims": (8,), "lengths": (64,), "heads": ((2, 1),)}
 
 
@@ -32,14 +35,13 @@ def measured(monkeypatch):
     (block,) = (status.backend for status in attnreg.backends() if status.name == "torch_block")
     turns = []
 
-    def measure_all(tasks, gradients, device, **options):
-        (needs_grad,) = gradients
+    def measure_all(problems, **options):
         found = turns.pop(0)
-        for task in tasks:
+        for problem in problems:
             # Where the wider window is measured, something else uses the device.
-            copying = 2.0 if task.window.size == 8 else 1.0
+            copying = 2.0 if problem.window.size == 8 else 1.0
             for name, seconds in found.items():
-                yield Step(task, needs_grad, name, Figure(seconds=seconds), copying, 1, 1)
+                yield Step(problem, name, Figure(seconds=seconds), copying, 1, 1)
 
     monkeypatch.setattr(regret, "measure_all", measure_all)
     with attnreg.register(replace(block, name="slow", rank=1)):
@@ -47,8 +49,9 @@ def measured(monkeypatch):
 
 
 def regrets(repeat, **sizes):
-    tasks = grid(ops=["local_attention"], dtypes=[torch.float32], **{**SMALL, **sizes})
-    return regret.regrets(tasks, (False,), torch.device("cpu"), None, 0.01, repeat)
+    options = {"ops": ["local_attention"], "dtypes": [torch.float32], "gradients": (False,)}
+    problems = grid(device=CPU, **{**options, **SMALL, **sizes})
+    return regret.regrets(problems, None, 0.01, repeat)
 
 
 def test_the_regret_is_the_time_of_the_choice_over_the_best_and_the_least_of_all_turns_counts(measured):
@@ -89,16 +92,18 @@ def test_the_command_stores_every_call_and_a_summary_of_every_op(tmp_path, monke
 
 
 def test_an_entry_that_is_left_out_is_chosen_for_by_the_others():
-    problem = {"op": "local_attention", "dtype": "float32", "head_dim": 8, "value_dim": 8, "group": 1}
-    keys = [Key(**problem, window=w, queries=64, keys=64, sequences=4, gradients=False) for w in (2, 8, 32)]
+    calls = [
+        square_problem("local_attention", CPU, torch.float32, (1, 4, 4, 64, 8), Window.causal(size))
+        for size in (2, 8, 32, 4)
+    ]
     seconds = [
         {"torch": 1.0, "torch_block": 2.0},
         {"torch": 1.0, "torch_block": 3.0},
         {"torch": 2.0, "torch_block": 1.0},
     ]
-    rows = {key: {name: Figure(seconds=t) for name, t in each.items()} for key, each in zip(keys, seconds)}
-    alone = {replace(keys[0], window=4): {"torch": Figure(seconds=1.0)}}
-    here = environment(torch.device("cpu"), ())
+    rows = {call: {name: Figure(seconds=t) for name, t in each.items()} for call, each in zip(calls, seconds)}
+    alone = {calls[3]: {"torch": Figure(seconds=1.0)}}
+    here = environment(CPU, ())
     found = regret.left_out(Table(here, {**rows, **alone}))
     assert [(each.chosen, each.best, each.regret) for each in found] == [
         ("torch", "torch", 1.0),
@@ -135,9 +140,9 @@ def test_shipped_tables_choose_nearly_the_best_for_calls_that_were_measured_betw
 )
 def test_where_nothing_was_measured_ranks_choose_as_a_gpus_table_would(path):
     ratios = []
-    for key, figures in store.load(path).rows.items():
+    for call, figures in store.load(path).rows.items():
         times = {name: figure.seconds for name, figure in figures.items() if figure.seconds}
-        decision = regret._choice(problem_of(key, torch.device("cuda")), times)
+        decision = regret._choice(call, times)
         ratios.append(times[decision.backend] / min(times.values()))
     assert statistics.geometric_mean(ratios) < 1.01
     assert max(ratios) < 1.25
@@ -218,6 +223,6 @@ def test_nothing_in_the_grid_is_a_size_of_a_shipped_table(device):
     assert tables
     for table in tables:
         for part in regret.GRIDS[device]:
-            assert not {key.window for key in table.rows} & set(part["windows"])
-            assert not {key.keys for key in table.rows} & set(part["lengths"])
-            assert not {key.head_dim or key.value_dim for key in table.rows} & set(part["head_dims"])
+            assert not {call.window.size for call in table.rows} & set(part["windows"])
+            assert not {call.key_length for call in table.rows} & set(part["lengths"])
+            assert not {call.head_dim or call.value_dim for call in table.rows} & set(part["head_dims"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 
 import pytest
@@ -18,18 +19,23 @@ from typer.testing import CliRunner
 
 import attnreg
 from attnreg import Backend, Capability, Window
+from attnreg.backend import Entry
 from attnreg.cli import app
-from attnreg.dispatch import TIE, Entry, choose
+from attnreg.dispatch import TIE, choose
 from attnreg.measured import Figure, Measured
 from attnreg.measuring import steadiness
 from attnreg.measuring.timing import cache_bytes
-from attnreg.problem import OPS, attention_problem
+from attnreg.op import OPS
+from attnreg.problem import Given, Problem
 from attnreg.registry import registry
-from attnreg.tuning import command, store
+from attnreg.tables import store
+from attnreg.tables.call import as_measured, call_from_json, call_to_json
+from attnreg.tables.environment import Device, Environment, environment
+from attnreg.tables.lookup import FAR, MOST_ENTRIES, NEAR, Stored, distance, measured, same_class
+from attnreg.tables.table import Table, TableError, TableText, from_json, to_json
+from attnreg.testing import oracle
+from attnreg.tuning import command, writing
 from attnreg.tuning.candidate import Measurement
-from attnreg.tuning.environment import Device, Environment, environment
-from attnreg.tuning.lookup import FAR, NEAR, distance, measured, same_class
-from attnreg.tuning.table import Table, TableError, from_json, key_of, problem_of, to_json
 from attnreg.tuning.worker import Worker
 
 CPU = torch.device("cpu")
@@ -37,15 +43,33 @@ SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from
 SMALL = {"ops": ["local_attention"], "dtypes": [torch.float32], "head_dims": [8], "lengths": [64], "heads": [(2, 1)]}
 
 
-def problem(window=8, length=64, head_dim=8, heads=2, kv_heads=1, dtype=torch.float32, grad=False):
-    query = torch.empty(1, heads, length, head_dim, dtype=dtype)
-    key = torch.empty(1, kv_heads, length, head_dim, dtype=dtype)
-    return attention_problem(query, key, key, Window.causal(window), bias=None, key_lengths=None, needs_grad=grad)
+def problem(window=8, length=64, head_dim=8, heads=2, kv_heads=1, dtype=torch.float32, grad=False, **changes):
+    plain = Problem(
+        op="local_attention",
+        device=CPU,
+        dtype=dtype,
+        batch=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        query_length=length,
+        key_length=length,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        window=Window.causal(window),
+        needs_grad=grad,
+    )
+    return replace(plain, **changes)
 
 
 def call(window=8, length=64, **options):
     query, key = torch.ones(1, 2, length, 8), torch.ones(1, 1, length, 8)
     return attnreg.local_attention(query, key, key, Window.causal(window), **options)
+
+
+BIAS = (("bias", Given((1, 2, 1, 8), torch.float32)),)
+HARDLY_A_BIAS = (("bias", Given((1, 1, 1, 1), torch.float32)),)
+LENGTHS = (("key_lengths", Given((1,), torch.int64)),)
+SCALE = (("scale", Given()),)
 
 
 def here():
@@ -57,7 +81,7 @@ def table_of(times, **sizes):
         name: Figure(seconds=time, spread=time / 1000, measured="2026-01-01T00:00:00+00:00")
         for name, time in times.items()
     }
-    return Table(here(), {key_of(problem(**sizes)): figures})
+    return Table(here(), {as_measured(problem(**sizes)): figures})
 
 
 def as_torch_block(name, **changes):
@@ -70,7 +94,7 @@ def folder(tmp_path, monkeypatch, no_interpreter):
     """The user's tables lie here, and none is shipped."""
     monkeypatch.setattr(store, "table_dir", lambda: tmp_path / "tables")
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    store.forget()
+    attnreg.reset()
     return tmp_path / "tables"
 
 
@@ -79,7 +103,7 @@ def folder(tmp_path, monkeypatch, no_interpreter):
 
 def test_the_fastest_measured_backend_is_chosen_whatever_its_rank(folder):
     assert attnreg.explain(*_tensors(), Window.causal(8)).backend == "torch_block"
-    store.save(table_of({"torch": 1e-3, "torch_block": 2e-3}))
+    writing.save(table_of({"torch": 1e-3, "torch_block": 2e-3}))
     decision = attnreg.explain(*_tensors(), Window.causal(8))
     assert (decision.backend, decision.source) == ("torch", "tuned")
     assert "1 ms" in decision.reason
@@ -133,7 +157,7 @@ def test_a_figure_of_one_candidate_alone_compares_nothing():
 
 
 def test_a_forced_backend_goes_before_any_table(folder):
-    store.save(table_of({"torch": 1e-3, "torch_block": 2e-3}))
+    writing.save(table_of({"torch": 1e-3, "torch_block": 2e-3}))
     assert attnreg.explain(*_tensors(), Window.causal(8), backend="torch_block").source == "forced"
 
 
@@ -150,11 +174,11 @@ def test_a_failed_candidate_has_no_time_and_its_reason_is_shown():
 
 @pytest.mark.parametrize("changes", [{"grad": True}, {"dtype": torch.float64}])
 def test_another_direction_or_dtype_says_nothing(changes):
-    assert distance(key_of(problem(**changes)), key_of(problem())) == float("inf")
+    assert distance(as_measured(problem(**changes)), as_measured(problem())) == float("inf")
 
 
 def test_half_precisions_stand_in_for_each_other():
-    ours, theirs = key_of(problem(dtype=torch.float16)), key_of(problem(dtype=torch.bfloat16))
+    ours, theirs = as_measured(problem(dtype=torch.float16)), as_measured(problem(dtype=torch.bfloat16))
     assert 0 < distance(theirs, ours) < NEAR
     assert not same_class(theirs, ours)
 
@@ -163,34 +187,34 @@ def test_the_nearest_entry_by_logarithm_serves_a_call(folder):
     table = table_of({"torch": 1.0, "torch_block": 2.0}, window=8).merged(
         table_of({"torch": 2.0, "torch_block": 1.0}, window=32)
     )
-    store.save(table)
+    writing.save(table)
     found = {window: attnreg.explain(*_tensors(), Window.causal(window)).backend for window in (4, 8, 15, 17, 32, 60)}
     assert found == {4: "torch", 8: "torch", 15: "torch", 17: "torch_block", 32: "torch_block", 60: "torch_block"}
 
 
 def test_an_entry_of_the_same_head_dim_goes_before_one_of_the_same_window():
-    ours, other_window, other_head_dim = (key_of(problem(w, head_dim=e)) for w, e in ((8, 64), (64, 64), (8, 128)))
+    ours, other_window, other_head_dim = (as_measured(problem(w, head_dim=e)) for w, e in ((8, 64), (64, 64), (8, 128)))
     assert distance(other_window, ours) < distance(other_head_dim, ours)
 
 
 def test_an_entry_that_compares_nothing_leaves_the_call_to_the_next_one(folder):
     table = table_of({"torch": 1.0, "torch_block": 2.0}, window=8)
-    store.save(table.merged(table_of({"torch_block": 1.0}, window=10)))
+    writing.save(table.merged(table_of({"torch_block": 1.0}, window=10)))
     decision = attnreg.explain(*_tensors(), Window.causal(10))
     assert (decision.backend, decision.source) == ("torch", "tuned")
     assert "the nearest entry, W=8" in decision.reason
 
 
 def test_a_call_further_off_than_the_rule_allows_is_left_to_the_heuristic(folder):
-    store.save(table_of({"torch": 1.0, "torch_block": 2.0}, window=2))
+    writing.save(table_of({"torch": 1.0, "torch_block": 2.0}, window=2))
     tensors = _tensors(4096)
     assert attnreg.explain(*tensors, Window.causal(2)).source == "tuned"
-    assert distance(key_of(problem(2)), key_of(problem(512, length=4096))) > FAR
+    assert distance(as_measured(problem(2)), as_measured(problem(512, length=4096))) > FAR
     assert attnreg.explain(*tensors, Window.causal(512)).source == "heuristic"
 
 
 def test_a_window_beyond_the_sequence_counts_as_far_as_it_reaches():
-    assert key_of(problem(window=5000)).window == key_of(problem(window=64)).window == 64
+    assert as_measured(problem(window=5000)).window == as_measured(problem(window=64)).window == Window.causal(64)
 
 
 def test_a_users_table_goes_before_a_shipped_one_even_if_less_near_as_long_as_it_is_near(folder):
@@ -198,27 +222,112 @@ def test_a_users_table_goes_before_a_shipped_one_even_if_less_near_as_long_as_it
         table_of({"torch": 1.0, "torch_block": 2.0}, window=8),
         table_of({"torch": 2.0, "torch_block": 1.0}, window=12),
     )
-    stored = [store.Stored(shipped, "shipped", "s", ()), store.Stored(tuned, "tuned", "t", ())]
+    stored = [Stored(shipped, "shipped", "s", ()), Stored(tuned, "tuned", "t", ())]
     assert [each.source for each in measured(problem(12), stored)] == ["tuned", "shipped"]
     assert next(each.source for each in measured(problem(64), stored)) == "tuned"
     far = table_of({"torch": 1.0, "torch_block": 2.0}, window=1)
-    stored[1] = store.Stored(far, "tuned", "t", ())
+    stored[1] = Stored(far, "tuned", "t", ())
     assert [each.source for each in measured(problem(12), stored)] == ["shipped", "tuned"]
 
 
 def test_sizes_within_a_quarter_of_an_octave_are_of_one_class():
-    assert same_class(key_of(problem(32)), key_of(problem(36)))
-    assert not same_class(key_of(problem(32)), key_of(problem(44)))
+    assert same_class(as_measured(problem(32)), as_measured(problem(36)))
+    assert not same_class(as_measured(problem(32)), as_measured(problem(44)))
+
+
+def test_calls_with_a_bias_go_by_entries_with_a_bias_where_there_are_any_and_others_never_do():
+    plain, biased = {"x": Figure(seconds=1.0)}, {"x": Figure(seconds=2.0)}
+    rows = {as_measured(problem(8)): plain, as_measured(problem(16, given=BIAS)): biased}
+    stored = [Stored(Table(here(), rows), "tuned", "t", ())]
+
+    def served_by(**changes):
+        return [each.figures for each in measured(problem(**changes), stored)]
+
+    assert served_by() == served_by(given=SCALE) == served_by(window=16) == [plain]
+    assert served_by(given=BIAS) == served_by(given=HARDLY_A_BIAS) == served_by(given=BIAS + SCALE) == [biased]
+    assert served_by(given=LENGTHS) == served_by(given=BIAS + LENGTHS) == [plain]  # nothing of its own was measured
+    assert served_by(given=BIAS, window=1, heads=64, kv_heads=32) == [plain]  # nor within reach
+    assert distance(as_measured(problem(given=BIAS)), problem()) == float("inf")
+    assert not same_class(as_measured(problem()), problem(given=BIAS))
+    assert same_class(as_measured(problem(given=HARDLY_A_BIAS)), problem(given=BIAS))
+
+
+def test_an_entry_without_the_bias_is_not_called_the_call_itself():
+    stored = [Stored(table_of({"x": 1.0}), "tuned", "t", ())]
+    (itself,) = measured(problem(), stored)
+    (other,) = measured(problem(given=BIAS), stored)
+    (scaled,) = measured(problem(given=SCALE), stored)
+    assert "nearest" not in itself.text
+    assert "the nearest entry, W=8" in other.text
+    assert scaled is itself
+
+
+def calls_around_a_table(table, count, seed):
+    """Calls of every kind that a table has, of its sizes and of others, so that many entries are as near as another."""
+    generator = random.Random(seed)
+    calls = list(table.rows)
+    for _ in range(count):
+        call = generator.choice(calls)
+        power = 2 ** generator.choice((0, 0, 1, 2))
+        length = generator.choice((call.key_length, call.key_length * power, generator.randint(1, 9000)))
+        width = generator.choice((max(call.head_dim, call.value_dim), generator.randint(1, 300)))
+        window = generator.choice((call.window.size, call.window.size * power, generator.randint(1, 2000)))
+        yield replace(
+            call,
+            dtype=generator.choice((call.dtype, torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+            batch=generator.choice((1, power, generator.randint(1, 9))),
+            query_length=generator.choice((length, length, 1)),
+            key_length=length,
+            head_dim=width if call.head_dim else 0,
+            value_dim=width if call.value_dim else 0,
+            window=generator.choice((Window.causal, Window.centered))(window),
+        )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_entries_that_are_found_are_those_of_least_distance_in_the_order_of_the_file(path):
+    table = store.load(path)
+    (stored,) = (Stored(table, "shipped", path.name, ()),)
+    for call in calls_around_a_table(table, 1500, seed=len(path.name)):
+        all_of_them = sorted((distance(row, call), place, row) for place, row in enumerate(table.rows))
+        expected = [(octaves, row) for octaves, _, row in all_of_them[:MOST_ENTRIES] if octaves <= FAR]
+        assert [(octaves, entry.call) for octaves, entry in stored.nearest(call)] == expected, call
 
 
 # Files
 
 
+def test_a_call_survives_its_text():
+    for call in (problem(), problem(9, grad=True, batch=3), problem(given=BIAS + LENGTHS + SCALE)):
+        assert call_from_json(json.loads(json.dumps(call_to_json(call))), CPU) == call
+
+
+FIRST_FORM = """{"format": 1, "environment": %s, "rows": [
+{"call": {"op": "local_attention", "dtype": "float32", "head_dim": 8, "value_dim": 8, "group": 2, "window": 8, "queries": 64,
+ "keys": 64, "sequences": 2, "gradients": false}, "candidates": {"torch": {"seconds": 1.0, "spread": 0.1, "measured": "2026"}}}]}"""
+
+
+def test_a_table_in_the_first_form_is_read():
+    text = FIRST_FORM % json.dumps(asdict(here()))
+    figure = Figure(seconds=1.0, spread=0.1, measured="2026")
+    assert from_json(text) == Table(here(), {as_measured(problem()): {"torch": figure}})
+
+
 def test_a_table_survives_its_file():
     table = table_of({"torch": 1.0}).merged(
-        Table(here(), {key_of(problem(9)): {"x": Figure(reason="no", measured="m")}})
+        Table(here(), {as_measured(problem(9)): {"x": Figure(reason="no", measured="m")}})
     )
     assert from_json(to_json(table)) == table
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"sort_keys": True}], ids=str)
+def test_a_table_is_read_however_its_text_is_laid_out(layout):
+    table = table_of({"torch": 1.0}).merged(table_of({"torch": 2.0}, grad=True)).merged(table_of({"x": 3.0}, window=9))
+    text = json.dumps(json.loads(to_json(table)), **layout)
+    assert from_json(text) == table
+    kind = ("local_attention", frozenset((torch.float32,)), False)
+    assert len(TableText(text).of_kind(*kind)) == 2
+    assert TableText(text).of_kind(*kind) == TableText(to_json(table)).of_kind(*kind) == table.of_kind(*kind)
 
 
 BROKEN = {
@@ -240,7 +349,7 @@ def broken_text(kind):
     if kind == "bad_time":
         return text.replace('"seconds": 1.0', '"seconds": "fast"')
     if kind == "bad_key":
-        return text.replace('"window": 8', '"window": -8')
+        return text.replace('"window": [7, 0]', '"window": [-7, 0]')
     return BROKEN[kind]
 
 
@@ -253,7 +362,7 @@ def test_a_broken_table_breaks_no_call_is_reported_and_left_alone(folder, kind):
     decision = attnreg.explain(*_tensors(), Window.causal(8))
     assert any(name in remark and "is not used" in remark for remark in decision.remarks)
     assert name in str(decision)
-    path = store.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    path = writing.save(table_of({"torch": 1.0, "torch_block": 2.0}))
     assert path.name != name
     assert (folder / name).read_text() == broken_text(kind)
     assert attnreg.explain(*_tensors(), Window.causal(8)).source == "tuned"
@@ -289,7 +398,7 @@ def test_nothing_is_measured_where_it_cannot_be_written(folder):
 
 def test_what_cannot_be_written_serves_the_process_alone(folder):
     folder.write_text("a file where the folder should be")
-    assert store.keep(table_of({"torch": 1.0, "torch_block": 2.0})) is not None
+    assert writing.keep(table_of({"torch": 1.0, "torch_block": 2.0})) is not None
     assert attnreg.explain(*_tensors(), Window.causal(8)).backend == "torch"
     attnreg.reset()
     assert attnreg.explain(*_tensors(), Window.causal(8)).source == "heuristic"
@@ -307,7 +416,7 @@ def test_what_cannot_be_written_serves_the_process_alone(folder):
 )
 def test_a_hard_mismatch_is_not_used_and_a_soft_one_is_and_is_said(folder, changes, used):
     table = table_of({"torch": 1.0, "torch_block": 2.0})
-    store.save(Table(replace(table.environment, **changes), table.rows))
+    writing.save(Table(replace(table.environment, **changes), table.rows))
     decision = attnreg.explain(*_tensors(), Window.causal(8))
     assert decision.source == ("tuned" if used else "heuristic")
     if used:
@@ -319,16 +428,16 @@ def test_a_hard_mismatch_is_not_used_and_a_soft_one_is_and_is_said(folder, chang
 def test_merging_keeps_both_and_of_the_same_the_one_measured_last():
     old = Figure(seconds=1.0, measured="2026-01-01")
     new = Figure(seconds=2.0, measured="2026-02-01")
-    key = key_of(problem())
-    first, second = Table(here(), {key: {"a": new, "b": old}}), Table(here(), {key: {"a": old, "c": old}})
+    call = as_measured(problem())
+    first, second = Table(here(), {call: {"a": new, "b": old}}), Table(here(), {call: {"a": old, "c": old}})
     for merged in (first.merged(second), second.merged(first)):
-        assert merged.rows == {key: {"a": new, "b": old, "c": old}}
+        assert merged.rows == {call: {"a": new, "b": old, "c": old}}
 
 
 def _save_many(folder, first):
     store.table_dir = lambda: folder
     for window in range(first, first + 12):
-        store.save(table_of({"torch": 1.0}, window=window))
+        writing.save(table_of({"torch": 1.0}, window=window))
 
 
 def test_two_processes_that_save_at_once_lose_nothing(folder):
@@ -343,7 +452,35 @@ def test_two_processes_that_save_at_once_lose_nothing(folder):
     assert len(store.load(path).rows) == 36
 
 
+def test_of_the_table_of_another_device_only_that_is_read(folder, monkeypatch):
+    table = table_of({"torch": 1.0, "torch_block": 2.0})
+    writing.save(table)
+    foreign = Table(replace(table.environment, device=Device("cpu", "Another CPU", "AVX9")), table.rows)
+    path = folder / foreign.environment.file_name
+    # Nobody gets so far in the text as to see that it is broken.
+    path.write_text(to_json(foreign)[:-100])
+    decision = attnreg.explain(*_tensors(), Window.causal(8))
+    assert (decision.source, decision.remarks) == ("tuned", ())
+    with pytest.raises(TableError, match="it is not JSON"):
+        store.load(path)
+
+
 # A stale plan is a bug
+
+
+def test_an_edited_table_serves_the_next_new_call(folder):
+    path = writing.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    before = registry.tables.stamp()
+    assert attnreg.explain(*_tensors(), Window.causal(8)).backend == "torch"
+    assert registry.tables.stamp() == before
+    with path.open("r+") as file:  # in place: neither the folder nor the inode changes
+        text = file.read().replace('"seconds": 1.0,', '"seconds": 3.00,')
+        file.seek(0)
+        file.write(text)
+    assert registry.tables.stamp() != before
+    assert attnreg.explain(*_tensors(), Window.causal(8)).backend == "torch_block"
+    path.unlink()
+    assert attnreg.explain(*_tensors(), Window.causal(8)).source == "heuristic"
 
 
 def test_a_changed_table_takes_effect_on_the_next_call_in_every_thread_and_after_fork(folder):
@@ -357,9 +494,9 @@ def test_a_changed_table_takes_effect_on_the_next_call_in_every_thread_and_after
         return as_torch_block(name, local_attention=forward, rank=1)
 
     with attnreg.register(spy("one")), attnreg.register(spy("two")):
-        store.save(table_of({"one": 1.0, "two": 2.0}))
+        writing.save(table_of({"one": 1.0, "two": 2.0}))
         call()
-        store.save(Table(here(), {key_of(problem()): {"two": Figure(seconds=0.1, measured="2027")}}))
+        writing.save(Table(here(), {as_measured(problem()): {"two": Figure(seconds=0.1, measured="2027")}}))
         call()
         thread = threading.Thread(target=call)
         thread.start()
@@ -368,7 +505,7 @@ def test_a_changed_table_takes_effect_on_the_next_call_in_every_thread_and_after
         child = os.fork()
         if child == 0:
             try:
-                store.save(Table(here(), {key_of(problem()): {"one": Figure(seconds=0.01, measured="2028")}}))
+                writing.save(Table(here(), {as_measured(problem()): {"one": Figure(seconds=0.01, measured="2028")}}))
                 call()
                 os._exit(0 if ran[-1] == "one" else 1)
             finally:
@@ -377,14 +514,14 @@ def test_a_changed_table_takes_effect_on_the_next_call_in_every_thread_and_after
 
 
 def test_a_pinned_table_stands_for_all_of_the_users_and_takes_effect_at_once(folder, tmp_path, monkeypatch):
-    store.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    writing.save(table_of({"torch": 1.0, "torch_block": 2.0}))
     pin = tmp_path / "pinned.json"
-    store.write(table_of({"torch": 2.0, "torch_block": 1.0}), pin)
+    writing.write(table_of({"torch": 2.0, "torch_block": 1.0}), pin)
     tensors, window = _tensors(), Window.causal(8)
 
     def chosen():
         attnreg.local_attention(*tensors, window)
-        return list(registry.plans.values())[-1].backend
+        return list(registry.plans.values())[-1].implementation.backend.name
 
     assert chosen() == "torch"
     monkeypatch.setenv("ATTNREG_TABLE", str(pin))
@@ -401,7 +538,7 @@ def test_a_pinned_table_stands_for_all_of_the_users_and_takes_effect_at_once(fol
 def test_tuning_measures_every_candidate_and_the_next_call_goes_by_it(folder):
     seen = []
     found = attnreg.tune(**SMALL, device=CPU, windows=[4], gradients=[False, True], seconds=0.01, progress=seen.append)
-    assert {(step.backend, step.gradients) for step in seen} == {
+    assert {(step.backend, step.problem.needs_grad) for step in seen} == {
         (n, g) for n in ("torch", "torch_block") for g in (False, True)
     }
     assert [step.done for step in seen] == list(range(1, 5))
@@ -472,13 +609,13 @@ def bad_plugin(tmp_path, monkeypatch, folder):
 def test_a_candidate_that_dies_leaves_hangs_or_chats_takes_nothing_along(bad_plugin, name, reason):
     from attnreg.tuning.tune import grid
 
-    (task,) = grid(**{**SMALL, "batch": 1, "windows": [4]})
-    with Worker(CPU) as worker:
-        assert worker.measure(task, False, "torch", 0.01).figure.seconds
+    (call,) = grid(**{**SMALL, "batch": 1, "windows": [4], "device": CPU, "gradients": [False]})
+    with Worker() as worker:
+        assert worker.measure(call, "torch", 0.01).figure.seconds
         patient, worker.longest = worker.longest, 5  # now that the child has started
-        assert reason in worker.measure(task, False, name, 0.01).figure.reason
+        assert reason in worker.measure(call, name, 0.01).figure.reason
         worker.longest = patient
-        assert worker.measure(task, False, "torch_block", 0.01).figure.seconds
+        assert worker.measure(call, "torch_block", 0.01).figure.seconds
 
 
 @pytest.fixture
@@ -486,7 +623,7 @@ def copies(monkeypatch):
     """What the copies take that tell whether something else uses the device, one for each measurement in turn."""
     times = []
 
-    def measure(self, task, gradients, backend, seconds):
+    def measure(self, problem, backend, seconds):
         copying = times.pop(0)
         # A figure tells which copy it came with.
         return Measurement(Figure(seconds=copying, reason=None if copying else "boom"), copying)
@@ -517,7 +654,7 @@ def test_what_was_measured_beside_something_else_is_measured_again_and_named(fol
     found = attnreg.tune(**options, device=CPU)
     assert not copies
     assert [figure.seconds for row in found.table.rows.values() for figure in row.values()] == kept
-    assert [(key.window, name) for key, name in found.disturbed] == disturbed
+    assert [(call.window.size, name) for call, name in found.disturbed] == disturbed
 
 
 def test_the_command_says_that_something_else_used_the_device(folder, copies):
@@ -597,6 +734,38 @@ def test_autotune_measures_a_class_once_and_remembers(folder):
     assert len(store.load(path).rows) == 2
 
 
+def test_autotune_measures_calls_with_a_bias_of_fewer_queries_and_other_values_apart(folder):
+    attnreg.autotune(True)
+    query, key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 64, 8), torch.randn(1, 1, 64, 5)
+    options = {"bias": torch.randn(2, 1, 8), "key_lengths": torch.tensor([40])}
+    for _ in range(2):
+        attnreg.local_attention(query, key, value, Window.causal(8), **options)
+        attnreg.local_attention(query, key, value, Window.causal(8), scale=0.1)
+    (path,) = folder.glob("*.json")
+    calls = list(store.load(path).rows)
+    assert [[name for name, _ in call.given] for call in calls] == [[], ["bias", "key_lengths"]]
+    assert {(call.query_length, call.key_length, call.head_dim, call.value_dim) for call in calls} == {(3, 64, 8, 5)}
+    assert all(figure.seconds for row in store.load(path).rows.values() for figure in row.values())
+
+
+def test_a_broken_table_breaks_no_tuning_on_first_use(folder):
+    folder.mkdir()
+    (folder / here().file_name).write_text(broken_text("bad_time"))
+    attnreg.autotune(True)
+    call()
+    assert len(list(folder.glob("*.json"))) == 2
+    assert attnreg.explain(*_tensors(), Window.causal(8)).source == "tuned"
+
+
+def test_autotune_leaves_alone_what_it_cannot_judge(folder, monkeypatch):
+    monkeypatch.setattr(oracle, "KNOWN", ("key_lengths", "scale"))
+    attnreg.autotune(True)
+    call(bias=torch.ones(8))
+    assert not folder.exists()
+    call()
+    assert folder.exists()
+
+
 def test_autotune_by_the_environment_leaves_forced_and_deterministic_calls_alone(folder, monkeypatch):
     monkeypatch.setenv("ATTNREG_AUTOTUNE", "1")
     call(backend="torch")
@@ -643,7 +812,7 @@ def test_the_command_tunes_exports_imports_and_plots(folder, tmp_path):
 def test_an_imported_table_of_another_device_is_kept_and_said_not_to_count_here(folder, tmp_path):
     table = table_of({"torch": 1.0, "torch_block": 2.0})
     foreign = Table(replace(table.environment, device=Device("cpu", "Another CPU", "AVX9")), table.rows)
-    store.write(foreign, tmp_path / "foreign.json")
+    writing.write(foreign, tmp_path / "foreign.json")
     result = run("--import", str(tmp_path / "foreign.json"))
     assert result.exit_code == 0, result.output
     assert "calls on this machine do not go by it: it was measured on Another CPU (AVX9)" in result.output
@@ -655,8 +824,8 @@ def test_the_plot_marks_what_is_chosen_a_tie_by_rank(folder, tmp_path, monkeypat
     monkeypatch.setattr(command, "plot", lambda table, chosen, *_: marked.update(chosen))
     near = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.02, spread=0.1)}
     far = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.2, spread=0.1)}
-    keys = key_of(problem(4)), key_of(problem(8))
-    store.save(Table(here(), dict(zip(keys, (near, far)))))
+    keys = as_measured(problem(4)), as_measured(problem(8))
+    writing.save(Table(here(), dict(zip(keys, (near, far)))))
     command.plot_table(CPU, tmp_path / "p.png")
     assert marked == dict(zip(keys, ("torch_block", "torch")))
 
@@ -674,10 +843,10 @@ def test_the_plot_marks_what_is_chosen_a_tie_by_rank(folder, tmp_path, monkeypat
 )
 def test_the_plot_shows_the_calls_that_are_asked_for(folder, tmp_path, monkeypatch, asked, drawn):
     shown = []
-    monkeypatch.setattr(command, "plot", lambda table, *_: shown.extend(key.window for key in table.rows))
+    monkeypatch.setattr(command, "plot", lambda table, *_: shown.extend(call.window.size for call in table.rows))
     figures = {"torch": Figure(seconds=1.0), "torch_block": Figure(seconds=2.0)}
     problems = (problem(4), problem(8), problem(16, heads=4, kv_heads=4, grad=True))
-    store.save(Table(here(), {key_of(each): figures for each in problems}))
+    writing.save(Table(here(), {as_measured(each): figures for each in problems}))
     command.plot_table(CPU, tmp_path / "p.png", **asked)
     assert set(shown) == drawn
     with pytest.raises(ValueError, match="the table has none of these calls"):
@@ -685,16 +854,26 @@ def test_the_plot_shows_the_calls_that_are_asked_for(folder, tmp_path, monkeypat
 
 
 def test_whole_tables_are_exported_and_imported(folder, tmp_path):
-    store.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    writing.save(table_of({"torch": 1.0, "torch_block": 2.0}))
     result = run("--export", str(tmp_path / "x.json"), "--device", "cpu", "--window", "4")
     assert result.exit_code == 2
     assert "--export and --import take whole tables" in result.output
 
 
-@pytest.mark.parametrize("sizes", [{}, {"grad": True}, {"heads": 4, "kv_heads": 1}, {"window": 500}])
-def test_a_key_is_that_of_a_call(sizes):
-    key = key_of(problem(**sizes))
-    assert key_of(problem_of(key, CPU)) == key
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"grad": True},
+        {"heads": 4, "kv_heads": 1, "batch": 3},
+        {"window": 500},
+        {"window": 500, "query_length": 3},
+        {"batch": 3, "given": (("bias", Given((3, 2, 64, 8), torch.float32)), ("scale", Given()))},
+    ],
+)
+def test_the_form_of_a_call_in_tables_is_its_own(sizes):
+    call = as_measured(problem(**sizes))
+    assert as_measured(call) == call
 
 
 def test_the_command_refuses_what_is_no_table(folder, tmp_path):
@@ -720,7 +899,7 @@ def test_tables_are_shipped_for_the_h100_the_h200_and_cpus():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_table_covers_every_op_with_and_without_gradients(path):
     table = store.load(path)
-    assert {(key.op, key.gradients) for key in table.rows} == {(op, g) for op in OPS for g in (False, True)}
+    assert {(call.op, call.needs_grad) for call in table.rows} == {(op, g) for op in OPS for g in (False, True)}
     assert table.environment.attnreg.split(".")[:2] == attnreg.__version__.split(".")[:2]
     assert all(any(figure.seconds for figure in figures.values()) for figures in table.rows.values())
 
@@ -737,7 +916,7 @@ def test_a_shipped_table_serves_every_cpu_and_says_whose_it_is(monkeypatch):
 def test_importing_attnreg_and_a_first_call_load_no_measuring_and_no_plotting():
     code = (
         "import sys, torch, attnreg; q = torch.ones(1, 1, 8, 4); attnreg.local_attention(q, q, q, attnreg.Window.causal(2)); "
-        "print(*(name for name in sys.modules if name.startswith(('attnreg.measuring', 'attnreg.tuning.tune', 'matplotlib'))))"
+        "print(*(name for name in sys.modules if name.startswith(('attnreg.measuring', 'attnreg.testing', 'attnreg.tuning', 'matplotlib'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

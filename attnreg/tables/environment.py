@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 
-from attnreg.dispatch import Entry
+from attnreg.backend import Entry
 from attnreg.packages import package_version
+
+# Where a backend comes from that was registered in a process alone: it has no version.
+_THIS_PROCESS = "this process"
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def _sources(entries: Iterable[Entry]) -> dict[str, str]:
     for entry in sorted(entries, key=lambda entry: entry.backend.name):
         library = entry.backend.library
         version = None if library is None else package_version(library)
-        # One registered in a process alone has no version, and one without its library cannot run.
-        if entry.distribution != "this process" and (library is None or version is not None):
+        # One without its library cannot run.
+        if entry.distribution != _THIS_PROCESS and (library is None or version is not None):
             found[entry.backend.name] = (
                 entry.distribution if version is None else f"{entry.distribution}, {library} {version}"
             )
@@ -122,11 +125,11 @@ def describe(type: str, index: int | None) -> Device:
 def cpu_name() -> str:
     """The CPU's name, as Linux has it; the architecture where it has none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        with open("/proc/cpuinfo") as lines:  # a long file on a large machine: no further than needed
+            names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+            return next(names, platform.machine())
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return platform.machine()
 
 
 @functools.cache

@@ -5,51 +5,36 @@ A table that cannot be read never breaks a call: it is left as it is, and said.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from attnreg.backend import Entry
+from attnreg.measured import Measured
 from attnreg.paths import cache_dir
-from attnreg.registry import registry
-from attnreg.tuning.environment import Environment
-from attnreg.tuning.table import Table, TableError, from_json, to_json
+from attnreg.problem import Problem
+from attnreg.tables.environment import Environment, environment
+from attnreg.tables.lookup import Stored, measured
+from attnreg.tables.table import Table, TableError, TableText
 
 logger = logging.getLogger("attnreg")
 
-SHIPPED = Path(__file__).parents[1] / "tuned"
-# A process that died holding the lock has let go of it; one that writes needs milliseconds.
-LOCK_SECONDS = 60
+SHIPPED = Path(__file__).parent / "shipped"
+# What :func:`table_dir` hangs on. The dictionary under os.environ answers in 0.02 us, os.environ.get() in 0.7 us.
+_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_FOLDER_KEYS = (b"ATTNREG_CACHE_DIR", b"XDG_CACHE_HOME", b"HOME")
+_PIN_KEY = b"ATTNREG_TABLE"
+# A folder that was changed so recently may change once more without its time saying so.
+_SETTLED_NANOSECONDS = 10**9
 
-
-@dataclass(frozen=True)
-class Stored:
-    """A table, and what is to be said of it.
-
-    Attributes:
-        table: the table.
-        source: "tuned" or "shipped".
-        name: the file's name.
-        remarks: how its environment differs from this one.
-    """
-
-    table: Table
-    source: str
-    name: str
-    remarks: tuple[str, ...]
-
-
-# What could not be written, by the name of its file.
-_unwritten: dict[str, Table] = {}
-# How often this process has changed a table.
-_changes = 0
-_read: dict[Path, tuple[tuple[int, int, int], Table | TableError]] = {}
-# What was logged already.
-_reported: set[str] = set()
+# When a file was written, its size and its inode.
+_Status = tuple[int, int, int]
 
 
 def table_dir() -> Path:
@@ -63,191 +48,199 @@ def pinned() -> Path | None:
     return Path(given) if given else None
 
 
-def tables(here: Environment) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
-    """The tables that say something of this environment, best first, and what is wrong with the others.
-
-    The pinned one, or the user's own, those nearest in versions first; then those shipped for such a device.
-    """
-    found: list[Stored] = []
-    problems: list[str] = []
-    pin = pinned()
-    for path in [pin] if pin is not None else _files(table_dir(), problems):
-        try:
-            table = load(path)
-        except TableError as error:
-            problems.append(f"the table {path.name} is not used: {error}")
-            continue
-        hard = table.environment.hard_mismatches(here)
-        if hard:
-            # Tables of other devices lie in the same folder by right.
-            if pin is not None or table.environment.device == here.device:
-                problems.append(f"the table {path.name} is not used: {'; '.join(hard)}")
-            continue
-        found.append(Stored(table, "tuned", path.name, table.environment.soft_mismatches(here)))
-    if pin is None:
-        found += [
-            Stored(table, "tuned", f"{name} (in this process)", table.environment.soft_mismatches(here))
-            for name, table in _unwritten.items()
-            if not table.environment.hard_mismatches(here)
-        ]
-    found.sort(key=lambda each: len(each.remarks))
-    for path in _files(SHIPPED, problems):
-        try:
-            table = load(path)
-        except TableError as error:
-            problems.append(f"the shipped table {path.name} is not used: {error}")
-            continue
-        theirs = table.environment.device
-        # Shipped for a class of devices: all CPUs, and all GPUs of that capability.
-        if theirs.type == here.device.type and (theirs.type == "cpu" or theirs.capability == here.device.capability):
-            remarks = table.environment.soft_mismatches(here)
-            other = (f"measured on {theirs}",) if theirs != here.device else ()
-            found.append(Stored(table, "shipped", path.name, (*other, *remarks)))
-    return tuple(found), tuple(problems)
-
-
 def load(path: Path) -> Table:
-    """The table in a file, read again only when the file has changed.
+    """The table in a file.
 
     Raises:
         TableError: there is no table in it, or it cannot be read.
     """
-    try:
-        status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        known = _read.get(path)
-        if known is None or known[0] != stamp:
+    return _read(path).whole()
+
+
+@dataclass(frozen=True)
+class _Here:
+    """The tables for one device, and by what they were chosen."""
+
+    stamp: Hashable
+    threads: int
+    entries: tuple[Entry, ...]
+    stored: tuple[Stored, ...]
+    problems: tuple[str, ...]
+
+
+class Tables:
+    """The tables of this process: what was read of the files, and what could not be written to one."""
+
+    def __init__(self) -> None:
+        self._changes = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what could not be written, and read every file anew."""
+        self._unwritten: dict[str, Table] = {}
+        self._texts: dict[str, tuple[_Status, TableText | TableError]] = {}
+        self._folders: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {}
+        self._own: tuple[tuple[object, ...], str] | None = None
+        self._here: dict[tuple[str, int | None], _Here] = {}
+        # What was logged already.
+        self._reported: set[str] = set()
+        self.changed()
+
+    def changed(self) -> None:
+        """Count a change that this process made, which a file's time may be too coarse to show."""
+        self._changes += 1
+
+    def hold(self, table: Table) -> None:
+        """Keep a table that cannot be written, for this process alone."""
+        name = table.environment.file_name
+        self._unwritten[name] = self._unwritten[name].merged(table) if name in self._unwritten else table
+        self.changed()
+
+    def stamp(self) -> Hashable:
+        """What changes when a table does by which this process chooses, whoever writes it and however. Costs microseconds."""
+        pin = _environment.get(_PIN_KEY)
+        own = (os.fsdecode(pin),) if pin else self._files(self._own_folder(), [])
+        found: list[object] = [self._changes]
+        for path in (*own, *self._files(str(SHIPPED), [])):
+            found += (path, _status(path))
+        return tuple(found)
+
+    def measured(
+        self, problem: Problem, entries: Sequence[Entry], stamp: Hashable | None = None
+    ) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
+        """What the tables say of ``problem``, the first to be asked first, and what is wrong with those that are not used.
+
+        What is wrong is logged, too, once: a call goes on without the table. ``stamp`` is that of just now, if it is at hand.
+        """
+        while True:
+            here = self._for(problem.device, tuple(entries), self.stamp() if stamp is None else stamp)
             try:
-                known = (stamp, from_json(path.read_text(encoding="utf-8")))
-            except (TableError, UnicodeDecodeError) as error:
-                known = (stamp, TableError(str(error)))
-            _read[path] = known
+                return measured(problem, here.stored), here.problems
+            except TableError:  # found only now; the table counts for nothing from here on
+                self._here.clear()
+
+    def stored(self, here: Environment) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
+        """The tables that say something of this environment, best first, and what is wrong with the others.
+
+        The pinned one, or the user's own, those nearest in versions first; then those shipped for such a device.
+        """
+        found: list[Stored] = []
+        problems: list[str] = []
+        pin = pinned()
+        for path in [str(pin)] if pin is not None else self._files(self._own_folder(), problems):
+            name = os.path.basename(path)
+            try:
+                table = self._text(path)
+            except TableError as error:
+                problems.append(f"the table {name} is not used: {error}")
+                continue
+            hard = table.environment.hard_mismatches(here)
+            if hard:
+                # Tables of other devices lie in the same folder by right.
+                if pin is not None or table.environment.device == here.device:
+                    problems.append(f"the table {name} is not used: {'; '.join(hard)}")
+                continue
+            found.append(Stored(table, "tuned", name, table.environment.soft_mismatches(here)))
+        if pin is None:
+            found += [
+                Stored(unwritten, "tuned", f"{name} (in this process)", unwritten.environment.soft_mismatches(here))
+                for name, unwritten in self._unwritten.items()
+                if not unwritten.environment.hard_mismatches(here)
+            ]
+        found.sort(key=lambda each: len(each.remarks))
+        for path in self._files(str(SHIPPED), problems):
+            name = os.path.basename(path)
+            try:
+                table = self._text(path)
+            except TableError as error:
+                problems.append(f"the shipped table {name} is not used: {error}")
+                continue
+            theirs = table.environment.device
+            # Shipped for a class of devices: all CPUs, and all GPUs of that capability.
+            if theirs.type == here.device.type and (
+                theirs.type == "cpu" or theirs.capability == here.device.capability
+            ):
+                remarks = table.environment.soft_mismatches(here)
+                other = (f"measured on {theirs}",) if theirs != here.device else ()
+                found.append(Stored(table, "shipped", name, (*other, *remarks)))
+        return tuple(found), tuple(problems)
+
+    def _for(self, device: torch.device, entries: tuple[Entry, ...], stamp: Hashable) -> _Here:
+        threads = torch.get_num_threads()
+        here = self._here.get((device.type, device.index))
+        if here is None or here.stamp != stamp or here.threads != threads or here.entries != entries:
+            here = _Here(stamp, threads, entries, *self.stored(environment(device, entries)))
+            self.report(here.problems)
+            self._here[device.type, device.index] = here
+        return here
+
+    def report(self, problems: Iterable[str]) -> None:
+        """Log each of these once in this process, as warnings: a call goes on, whatever is wrong with a table."""
+        for problem in problems:
+            if problem not in self._reported:
+                self._reported.add(problem)
+                logger.warning("attnreg: %s", problem)
+
+    def _own_folder(self) -> str:
+        key = (table_dir, *[_environment.get(each) for each in _FOLDER_KEYS])
+        if self._own is None or self._own[0] != key:
+            self._own = (key, str(table_dir()))
+        return self._own[1]
+
+    def _files(self, folder: str, problems: list[str]) -> tuple[str, ...]:
+        try:
+            found = os.stat(folder)
+            status = (found.st_mtime_ns, found.st_ino)
+            known = self._folders.get(folder)
+            if known is not None and known[0] == status:
+                return known[1]
+            names = sorted(each for each in os.listdir(folder) if each.endswith(".json") and not each.startswith("."))
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            problems.append(f"the tables in {os.path.basename(folder)} are not used: {error.strerror or error}")
+            return ()
+        paths = tuple(os.path.join(folder, name) for name in names)
+        if time.time_ns() - status[0] > _SETTLED_NANOSECONDS:
+            self._folders[folder] = (status, paths)
+        return paths
+
+    def _text(self, path: str) -> TableText:
+        """The table in a file, read again only when the file has changed.
+
+        Raises:
+            TableError: there is none in it, as far as is known yet, or it cannot be read.
+        """
+        status = _status(path)
+        known = self._texts.get(path)
+        if known is None or status is None or known[0] != status:
+            try:
+                text: TableText | TableError = _read(Path(path))
+            except TableError as error:
+                text = error
+            if status is None:
+                known = ((0, 0, 0), text)
+            else:
+                known = self._texts[path] = (status, text)
+        if isinstance(known[1], TableError):
+            raise known[1]
+        if known[1].fault is not None:
+            raise known[1].fault
+        return known[1]
+
+
+def _status(path: str) -> _Status | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _read(path: Path) -> TableText:
+    try:
+        return TableText(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise TableError(str(error)) from None
     except OSError as error:
         raise TableError(f"it cannot be read: {error.strerror or error}") from None
-    if isinstance(known[1], TableError):
-        raise known[1]
-    return known[1]
-
-
-def _changed() -> None:
-    """Count a change of this process's own, which a file's time may be too coarse to show, and drop the plans."""
-    global _changes
-    _changes += 1
-    registry.tables_are(stamp())
-
-
-def stamp() -> tuple[object, ...]:
-    """What changes when a table of the user's is written, by whichever process."""
-    pin = pinned()
-    try:
-        status = (pin or table_dir()).stat()
-    except OSError:
-        return (pin, _changes)
-    return (pin, _changes, status.st_mtime_ns, status.st_ino)
-
-
-def report(problems: Iterable[str]) -> None:
-    """Log each of these once in this process, as warnings: a call goes on without the table, whatever is wrong with it."""
-    for problem in problems:
-        if problem not in _reported:
-            _reported.add(problem)
-            logger.warning("attnreg: %s", problem)
-
-
-def check_writable() -> None:
-    """Raise an OSError that names the folder unless tables can be written: better before measuring than after."""
-    folder = table_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _beside(folder / "table.json"):
-            pass
-    except OSError as error:
-        raise OSError(f"tables cannot be written to {folder}: {error.strerror or error}") from None
-
-
-def save(table: Table) -> Path:
-    """Merge ``table`` into the file of its environment, under a lock: what another process wrote meanwhile is kept.
-
-    A file of that name that cannot be read as a table is left alone: the table goes beside it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    from filelock import FileLock
-
-    folder = table_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{table.environment.file_name}.lock", timeout=LOCK_SECONDS):
-        for path in _names(folder / table.environment.file_name):
-            if not path.exists():
-                break
-            try:
-                table = load(path).merged(table)
-                break
-            except TableError:
-                continue
-        write(table, path)
-    _changed()
-    return path
-
-
-def keep(table: Table) -> str | None:
-    """Save ``table``; where it cannot be written it serves this process alone. Returns what is wrong, or None."""
-    try:
-        save(table)
-    except (OSError, TimeoutError) as error:
-        name = table.environment.file_name
-        _unwritten[name] = _unwritten[name].merged(table) if name in _unwritten else table
-        _changed()
-        return str(error)
-    return None
-
-
-def forget() -> None:
-    """Drop what could not be written, and read every file anew."""
-    _unwritten.clear()
-    _read.clear()
-    _reported.clear()
-    _changed()
-
-
-def write(table: Table, path: Path) -> None:
-    """Write a file that others see either as it was or whole.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        with _beside(path) as temporary:
-            temporary.write_text(to_json(table), encoding="utf-8")
-            os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    os.chmod(name, 0o644)
-    try:
-        yield Path(name)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def _names(path: Path) -> Iterator[Path]:
-    yield path
-    for number in itertools.count(2):
-        yield path.with_stem(f"{path.stem}-{number}")
-
-
-def _files(folder: Path, problems: list[str]) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ".json" and not path.name.startswith("."))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        problems.append(f"the tables in {folder.name} are not used: {error.strerror or error}")
-        return []

@@ -1,138 +1,161 @@
-"""A table: for one environment, what was measured of every candidate, by the facts of the call. One JSON file."""
+"""A table: for one environment, what was measured of every candidate, by call. One JSON file.
+
+A text is read no further than it is needed: of the table of another device whose it is, and of one's own the entries of a
+call's kind.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from attnreg.measured import Figure
-from attnreg.problem import OPS, Problem, dtype_name
-from attnreg.tuning.environment import Device, Environment
-from attnreg.window import Window
+from attnreg.problem import Problem, dtype_name
+from attnreg.tables.call import as_measured, call_from_json, call_to_json, from_format_1, order
+from attnreg.tables.environment import Device, Environment
 
-# The form of the file: another number, and an older or newer attnreg reads it not at all.
-FORMAT = 1
+# The form of the file: another number, and an older or newer attnreg reads it not at all. The first form is read, too.
+FORMAT = 2
+
+Row = tuple[Problem, Mapping[str, Figure]]
 
 
 class TableError(ValueError):
     """A file is no table that this attnreg reads; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
-    """The facts of a call that its time depends on.
-
-    Attributes:
-        op: the op.
-        dtype: of the tensors, without "torch.".
-        head_dim, value_dim: E and D, 0 where the op has none.
-        group: query heads to a key/value head, H / Hkv.
-        window: how many keys a query sees at most: W, or less where the sequences are shorter.
-        queries, keys: Lq and Lk.
-        sequences: N * H.
-        gradients: False for the forward alone, True for forward and backward together.
-    """
-
-    op: str
-    dtype: str
-    head_dim: int
-    value_dim: int
-    group: int
-    window: int
-    queries: int
-    keys: int
-    sequences: int
-    gradients: bool
-
-    def __str__(self) -> str:
-        return (
-            f"W={self.window} Lq={self.queries} Lk={self.keys} E={self.head_dim} D={self.value_dim} "
-            f"N*H={self.sequences} H/Hkv={self.group}"
-        )
-
-
-def key_of(problem: Problem) -> Key:
-    """The key of a call."""
-    left = min(problem.window.left, max(problem.key_length - 1, 0))
-    right = min(problem.window.right, max(problem.query_length - 1, 0))
-    return Key(
-        op=problem.op,
-        dtype=dtype_name(problem.dtype),
-        head_dim=problem.head_dim,
-        value_dim=problem.value_dim,
-        group=problem.heads // max(problem.kv_heads, 1),
-        window=left + right + 1,
-        queries=problem.query_length,
-        keys=problem.key_length,
-        sequences=problem.batch * problem.heads,
-        gradients=problem.needs_grad,
-    )
-
-
-def kinds(rows: Iterable[Key]) -> dict[str, list[Key]]:
-    """Keys that differ in the window alone, in its order, by what they have in common in words."""
-    found: dict[str, list[Key]] = {}
-    for key in sorted(rows, key=lambda key: (*asdict(replace(key, window=0)).values(), key.window)):
-        what = "forward and backward" if key.gradients else "forward"
-        sizes = (
-            f"E={key.head_dim} D={key.value_dim} Lq={key.queries} Lk={key.keys} N*H={key.sequences} H/Hkv={key.group}"
-        )
-        found.setdefault(f"{key.op}, {what}; {key.dtype} {sizes}", []).append(key)
-    return found
-
-
-def problem_of(key: Key, device: torch.device) -> Problem:
-    """A call that has this key."""
-    heads = max(key.sequences, key.group)
-    return Problem(
-        op=key.op,
-        device=device,
-        dtype=getattr(torch, key.dtype),
-        batch=1,
-        heads=heads,
-        kv_heads=heads // max(key.group, 1),
-        query_length=key.queries,
-        key_length=key.keys,
-        head_dim=key.head_dim,
-        value_dim=key.value_dim,
-        window=Window.causal(key.window),
-        needs_grad=key.gradients,
-    )
-
-
 @dataclass(frozen=True)
 class Table:
-    """Figures by key and candidate, and the environment that they are from."""
+    """Figures by call, as ``as_measured`` gives it, and candidate, and the environment that they are from."""
 
     environment: Environment
-    rows: Mapping[Key, Mapping[str, Figure]] = field(default_factory=dict)
+    rows: Mapping[Problem, Mapping[str, Figure]] = field(default_factory=dict)
+
+    def of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
+        """The rows of an op, in these dtypes, with or without gradients, in their order."""
+        return [
+            (call, figures)
+            for call, figures in self.rows.items()
+            if call.op == op and call.needs_grad is needs_grad and call.dtype in dtypes
+        ]
+
+    def whole(self) -> Table:
+        """The table itself."""
+        return self
 
     def merged(self, other: Table) -> Table:
         """Both tables' figures; where both have one of the same candidate for the same call, the one measured last."""
-        rows = {key: dict(figures) for key, figures in self.rows.items()}
-        for key, figures in other.rows.items():
-            mine = rows.setdefault(key, {})
+        rows = {call: dict(figures) for call, figures in self.rows.items()}
+        for call, figures in other.rows.items():
+            mine = rows.setdefault(call, {})
             for name, figure in figures.items():
                 if name not in mine or mine[name].measured <= figure.measured:
                     mine[name] = figure
         return Table(self.environment, rows)
 
 
+class TableText:
+    """The text of a table, read in steps: whose it is, then the rows of a kind of call.
+
+    A row that :func:`to_json` wrote is found by how it begins, and only then parsed: a whole table makes thousands of objects,
+    for which the first call of a process would wait, and with them for a collection of all garbage.
+
+    Attributes:
+        environment: where the table was measured.
+        fault: what a step has found wrong; None until then.
+
+    Raises:
+        TableError: from any step: it is no table.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.fault: TableError | None = None
+        self._text = text
+        # What stands before the rows says whose the table is.
+        head = text.partition('"rows"')[0].rstrip().removesuffix(",")
+        try:
+            given = json.loads(f"{head}}}")
+            given["environment"], given["format"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            given = _parsed(text)
+        _check_format(given)
+        with _no_table():
+            environment = given["environment"]
+            self.environment = Environment(**{**environment, "device": Device(**environment["device"])})
+            _check_text(self.environment.attnreg, self.environment.torch, *asdict(self.environment.device).values())
+            if not isinstance(self.environment.backends, dict):
+                raise TypeError("the environment's backends are no object")
+        self._rows = _row_texts(text) if given["format"] == FORMAT else None
+
+    def of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
+        """The rows of an op, in these dtypes, with or without gradients, in the order of the file."""
+        with self._keeping_fault():
+            if self._rows is None:
+                return self._whole().of_kind(op, dtypes, needs_grad)
+            begins = tuple(f'{{"op": "{op}", "dtype": "{dtype_name(dtype)}", ' for dtype in dtypes)
+            holds = f'"needs_grad": {json.dumps(needs_grad)}'
+            rows = [text for text in self._rows if text.startswith(begins)]
+            rows = [text for text in rows if holds in text.partition(_CANDIDATES)[0]]
+            return [self._row(_parsed(f"{_CALL}{text}")) for text in rows]
+
+    def whole(self) -> Table:
+        """The whole table."""
+        with self._keeping_fault():
+            return self._whole()
+
+    def _whole(self) -> Table:
+        given = _parsed(self._text)
+        _check_format(given)
+        with _no_table():
+            rows = given["rows"]
+            if given["format"] == 1:
+                rows = [{**row, "call": from_format_1(row["call"])} for row in rows]
+            return Table(self.environment, dict(map(self._row, rows)))
+
+    def _row(self, given: Mapping[str, Any]) -> Row:
+        with _no_table():
+            call = call_from_json(given["call"], torch.device(self.environment.device.type))
+            return as_measured(call), {name: _figure(figure) for name, figure in given["candidates"].items()}
+
+    @contextmanager
+    def _keeping_fault(self) -> Iterator[None]:
+        try:
+            yield
+        except TableError as error:
+            self.fault = error
+            raise
+
+
+# How the rows of a file are laid out.
+_CALL = '{"call": '
+_CANDIDATES = ', "candidates": '
+_BEFORE_ROWS, _BETWEEN_ROWS, _AFTER_ROWS = '"rows": [\n    ', ",\n    ", "\n  ]\n}\n"
+
+
+def _row_texts(text: str) -> list[str] | None:
+    """Of each row what follows ``_CALL``; None where the file is laid out otherwise. No text in JSON holds a line break."""
+    _, found, rows = text.partition(f"{_BEFORE_ROWS}{_CALL}")
+    if not found or not rows.endswith(_AFTER_ROWS):
+        return None
+    return rows.removesuffix(_AFTER_ROWS).split(f"{_BETWEEN_ROWS}{_CALL}")
+
+
 def to_json(table: Table) -> str:
     """The file's text: a line for each candidate, so that two versions of a file can be compared and merged by eye."""
     rows = []
-    for key, figures in sorted(table.rows.items(), key=lambda row: tuple(asdict(row[0]).values())):
+    for call, figures in sorted(table.rows.items(), key=lambda row: order(row[0])):
         lines = [f"{json.dumps(name)}: {json.dumps(_written(figure))}" for name, figure in sorted(figures.items())]
         listed = ",\n      ".join(lines)
-        rows.append(f'    {{"call": {json.dumps(asdict(key))}, "candidates": {{\n      {listed}}}}}')
+        rows.append(f"{_CALL}{json.dumps(call_to_json(call))}{_CANDIDATES}{{\n      {listed}}}}}")
     environment = json.dumps(asdict(table.environment), indent=2).replace("\n", "\n  ")
-    listed = ",\n".join(rows)
-    return f'{{\n  "format": {FORMAT},\n  "environment": {environment},\n  "rows": [\n{listed}\n  ]\n}}\n'
+    head = f'{{\n  "format": {FORMAT},\n  "environment": {environment},\n  '
+    return f"{head}{_BEFORE_ROWS}{_BETWEEN_ROWS.join(rows)}{_AFTER_ROWS}"
 
 
 def from_json(text: str) -> Table:
@@ -141,46 +164,35 @@ def from_json(text: str) -> Table:
     Raises:
         TableError: it is none, or of another format.
     """
+    return TableText(text).whole()
+
+
+def _parsed(text: str) -> Any:
     try:
-        given = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TableError(f"it is not JSON: {error}") from None
+
+
+def _check_format(given: Any) -> None:
     if not isinstance(given, dict) or "format" not in given:
         raise TableError('it is no table of attnreg: it has no "format"')
-    if given["format"] != FORMAT:
+    if given["format"] not in (1, FORMAT):
         raise TableError(f"its format is {given['format']!r}; this attnreg reads {FORMAT}")
+
+
+@contextmanager
+def _no_table() -> Iterator[None]:
     try:
-        environment = Environment(**{**given["environment"], "device": Device(**given["environment"]["device"])})
-        _check_text(environment.attnreg, environment.torch, *asdict(environment.device).values())
-        if not isinstance(environment.backends, dict):
-            raise TypeError("the environment's backends are no object")
-        rows = {
-            _key(row["call"]): {name: _figure(figure) for name, figure in row["candidates"].items()}
-            for row in given["rows"]
-        }
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TableError(f"it is no table of attnreg: {type(error).__name__}: {error}") from None
-    return Table(environment, rows)
 
 
 def _written(figure: Figure) -> dict[str, Any]:
     if figure.seconds is None:
         return {"reason": figure.reason, "measured": figure.measured}
     return {"seconds": figure.seconds, "spread": figure.spread, "measured": figure.measured}
-
-
-def _key(given: Mapping[str, Any]) -> Key:
-    key = Key(**given)
-    for each in fields(key):
-        value = getattr(key, each.name)
-        if each.type == "int" and (type(value) is not int or value < 0):
-            raise ValueError(f"{each.name} is {value!r}, not a whole number of at least 0")
-    _check_text(key.dtype)
-    if not isinstance(getattr(torch, key.dtype, None), torch.dtype):
-        raise ValueError(f"{key.dtype!r} is no dtype")
-    if key.op not in OPS or type(key.gradients) is not bool:
-        raise ValueError(f"a call has the op {key.op!r} and gradients {key.gradients!r}")
-    return key
 
 
 def _figure(given: Mapping[str, Any]) -> Figure:

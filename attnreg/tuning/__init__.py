@@ -1,4 +1,4 @@
-"""Tables of measured times: how they are made, kept, found again and shown.
+"""Measuring a machine's backends, and writing the tables by which ``attnreg.tables`` chooses; above everything that runs a call.
 
-Read ``lookup`` for the rule by which an entry serves a call, ``table`` for what a file holds, ``tune`` for the measuring.
+Read ``tune`` for the measuring, ``writing`` for the files.
 """

@@ -1,11 +1,11 @@
-"""Measuring one candidate on one task: right first, then fast."""
+"""Measuring one candidate on one call: right first, then fast."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from attnreg import functional
 from attnreg.measured import Figure
-from attnreg.measuring.checking import Expected, check, expectations
-from attnreg.measuring.inputs import Inputs, autograd_calls, random_inputs
+from attnreg.measuring.sizes import bytes_moved
 from attnreg.measuring.steadiness import copy_seconds
-from attnreg.measuring.task import Task, bytes_moved
 from attnreg.measuring.timing import measure, measuring_stream, sets_for_cold_cache
+from attnreg.problem import Problem
+from attnreg.testing.checking import Expected, check, expectations
+from attnreg.testing.inputs import Inputs, autograd_calls, call_with_leaves, random_inputs
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What the candidates for one task share: inputs enough to make the cache cold, and the truth on the first."""
+    """What the candidates for one call share: inputs enough to make the cache cold, and the truth on the first."""
 
     sets: tuple[Inputs, ...]
     expected: tuple[Expected, ...]
@@ -42,26 +43,25 @@ class Measurement:
     copy_seconds: float | None = None
 
 
-def measure_candidate(task: Task, gradients: bool, backend: str, device: torch.device, seconds: float) -> Measurement:
-    """The time of ``backend`` on ``task``, or the reason why there is none.
+def measure_candidate(problem: Problem, backend: str, seconds: float) -> Measurement:
+    """The time of ``backend`` on a call, or the reason why there is none.
 
     Args:
-        task: the op and its shapes.
-        gradients: measure forward and backward together; otherwise the forward alone.
+        problem: the call; with gradients forward and backward are measured together, otherwise the forward alone.
         backend: the candidate's name.
-        device: where.
         seconds: about how long to sample.
     """
+    device, gradients = problem.device, problem.needs_grad
     try:
-        stage = _stage(task, device)
+        stage = _stage(replace(problem, needs_grad=False))
     except (RuntimeError, MemoryError) as error:
         return failed(f"its inputs cannot be made: {first_line(error)}")
-    run: Callable[..., Tensor] = partial(getattr(functional, task.op), window=task.window, backend=backend)
+    run: Callable[..., Tensor] = partial(getattr(functional, problem.op), window=problem.window, backend=backend)
     try:
         with measuring_stream(device):
             calls = [autograd_calls(run, inputs) for inputs in stage.sets]
             for direction in ("forward", "backward") if gradients else ("forward",):
-                verdict = check(task, direction, calls[0], stage.sets[0], stage.expected)
+                verdict = check(problem, direction, calls[0], stage.sets[0], stage.expected)
                 if verdict.fault is not None:
                     return failed(f"wrong: {verdict.fault}")
             timed = [_both(run, inputs) if gradients else each.forward for each, inputs in zip(calls, stage.sets)]
@@ -103,21 +103,24 @@ def first_line(error: BaseException) -> str:
 
 
 def _both(run: Callable[..., Tensor], inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
-    return lambda: torch.autograd.grad(run(*leaves), leaves, inputs.upstream)
+    def both() -> Sequence[Tensor]:
+        leaves, output = call_with_leaves(run, inputs)
+        return torch.autograd.grad(output, leaves, inputs.upstream)
+
+    return both
 
 
 @lru_cache(maxsize=1)
-def _stage(task: Task, device: torch.device) -> Stage:
-    generator = torch.Generator(device).manual_seed(0)
-    with measuring_stream(device):
-        count = sets_for_cold_cache(bytes_moved(task, "forward"), device)
-        sets = tuple(random_inputs(task, device, generator) for _ in range(count))
-        return Stage(sets, expectations(task, sets[0]))
+def _stage(problem: Problem) -> Stage:
+    generator = torch.Generator(problem.device).manual_seed(0)
+    with measuring_stream(problem.device):
+        count = sets_for_cold_cache(bytes_moved(problem, "forward"), problem.device)
+        sets = tuple(random_inputs(problem, generator) for _ in range(count))
+        return Stage(sets, expectations(problem, sets[0]))
 
 
 def forget_stage() -> None:
-    """Give the inputs of the last task back."""
+    """Give the inputs of the last call back."""
     _stage.cache_clear()
     _release()
 

@@ -17,13 +17,15 @@ from attnreg.backend import BackendError
 from attnreg.dispatch import choose
 from attnreg.measured import Measured
 from attnreg.measuring.steadiness import DISTURBED_FROM
-from attnreg.problem import dtype_name
+from attnreg.problem import Problem
 from attnreg.registry import registry
-from attnreg.tuning import store
-from attnreg.tuning.environment import environment
+from attnreg.tables import store
+from attnreg.tables.call import group, kinds
+from attnreg.tables.environment import environment
+from attnreg.tables.table import Table, TableError
 from attnreg.tuning.plot import plot
-from attnreg.tuning.table import Key, Table, TableError, kinds, problem_of
 from attnreg.tuning.tune import Step, tune
+from attnreg.tuning.writing import save, write
 
 
 def tune_table(device: torch.device, *, console: Console, **options: Any) -> None:
@@ -33,7 +35,12 @@ def tune_table(device: torch.device, *, console: Console, **options: Any) -> Non
         bar = progress.add_task("measuring")
 
         def show(step: Step) -> None:
-            progress.update(bar, completed=step.done, total=step.total, description=f"{step.task} {step.backend}")
+            progress.update(
+                bar,
+                completed=step.done,
+                total=step.total,
+                description=f"{step.problem.op} {step.problem.window} {step.backend}",
+            )
 
         found = tune(device=device, progress=show, **options)
     if found.interrupted:
@@ -50,9 +57,9 @@ def tune_table(device: torch.device, *, console: Console, **options: Any) -> Non
             highlight=False,
             soft_wrap=True,
         )
-        for key, name in found.disturbed:
-            (kind,) = kinds([key])
-            console.print(f"  {name}: {kind} W={key.window}", highlight=False, soft_wrap=True)
+        for call, name in found.disturbed:
+            (kind,) = kinds([call])
+            console.print(f"  {name}: {kind} W={call.window.size}", highlight=False, soft_wrap=True)
     pin = store.pinned()
     if pin is not None:
         console.print(f"calls do not go by it: ATTNREG_TABLE pins {pin}", highlight=False, soft_wrap=True)
@@ -60,7 +67,7 @@ def tune_table(device: torch.device, *, console: Console, **options: Any) -> Non
 
 def export_table(device: torch.device, path: Path) -> None:
     """Write all that the user has measured for ``device`` to one file."""
-    store.write(own_table(device), path)
+    write(own_table(device), path)
 
 
 def import_table(path: Path) -> tuple[Path, tuple[str, ...]]:
@@ -78,7 +85,7 @@ def import_table(path: Path) -> tuple[Path, tuple[str, ...]]:
     except TableError as error:
         raise ValueError(f"{path}: {error}") from None
     here = environment(torch.device(table.environment.device.type), ())
-    return store.save(table), table.environment.hard_mismatches(here)
+    return save(table), table.environment.hard_mismatches(here)
 
 
 def plot_table(
@@ -102,28 +109,28 @@ def plot_table(
     """
     whole = own_table(device, shipped=True)
 
-    def fits(key: Key) -> bool:
+    def fits(call: Problem) -> bool:
         shapes = None if heads is None else [(batch * query, query // kv) for query, kv in heads]
         asked = (
-            (ops, key.op),
-            (None if dtypes is None else [dtype_name(dtype) for dtype in dtypes], key.dtype),
-            (head_dims, key.head_dim or key.value_dim),
-            (lengths, key.keys),
-            (shapes, (key.sequences, key.group)),
-            (windows, key.window),
-            (gradients, key.gradients),
+            (ops, call.op),
+            (dtypes, call.dtype),
+            (head_dims, call.head_dim or call.value_dim),
+            (lengths, call.key_length),
+            (shapes, (call.heads, group(call))),
+            (windows, call.window.size),
+            (gradients, call.needs_grad),
         )
         return all(wanted is None or given in wanted for wanted, given in asked)
 
-    table = Table(whole.environment, {key: figures for key, figures in whole.rows.items() if fits(key)})
+    table = Table(whole.environment, {call: figures for call, figures in whole.rows.items() if fits(call)})
     if not table.rows:
         raise ValueError("the table has none of these calls")
     chosen = {}
-    for key, figures in table.rows.items():
+    for call, figures in table.rows.items():
         with suppress(BackendError):  # none that can run it here: none is chosen
             measured = [Measured("tuned", figures)]
-            decision = choose(problem_of(key, device), registry.entries, failed=registry.failed, measured=measured)
-            chosen[key] = decision.backend
+            decision = choose(call, registry.entries, failed=registry.failed, measured=measured)
+            chosen[call] = decision.backend
     plot(table, chosen, path, backends)
 
 
@@ -134,10 +141,9 @@ def own_table(device: torch.device, *, shipped: bool = False) -> Table:
         ValueError: there is none.
     """
     here = environment(device, registry.entries)
-    stored, problems = store.tables(here)
-    own = [each.table for each in stored if each.source == "tuned"]
-    if not own and shipped:
-        own = [each.table for each in stored]
+    stored, problems = registry.tables.stored(here)
+    sources = {"tuned"} if any(each.source == "tuned" for each in stored) or not shipped else {"shipped"}
+    own = [each.table.whole() for each in stored if each.source in sources]
     if not own:
         raise ValueError("; ".join((f"there is no table for {here.device}; `attnreg tune` makes one", *problems)))
     table = own[-1]
@@ -147,16 +153,16 @@ def own_table(device: torch.device, *, shipped: bool = False) -> Table:
 
 
 def _print_winners(table: Table, console: Console) -> None:
-    for kind, keys in kinds(table.rows).items():
+    for kind, calls in kinds(table.rows).items():
         console.print(f"\n{kind}", highlight=False, soft_wrap=True)
         grid = Grid(box=None, pad_edge=False, padding=(0, 2))
         for heading in ("W", "fastest", "ms", "next"):
             grid.add_column(heading, justify="right" if heading in ("W", "ms") else "left", no_wrap=True)
-        for key in keys:
-            figures = table.rows[key].items()
+        for call in calls:
+            figures = table.rows[call].items()
             timed = sorted((figure.seconds, name) for name, figure in figures if figure.seconds is not None)
             first = (timed[0][1], f"{timed[0][0] * 1e3:.4g}") if timed else ("none", "-")
             second = f"{timed[1][1]} {timed[1][0] / timed[0][0]:.2f}x" if len(timed) > 1 else ""
-            grid.add_row(str(key.window), *map(Text, (*first, second)))
+            grid.add_row(str(call.window.size), *map(Text, (*first, second)))
         console.print(grid)
     console.print()

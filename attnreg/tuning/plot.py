@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from attnreg.drawing import check_picture, latency_axes
-from attnreg.tuning.table import Key, Table, kinds
+from attnreg.problem import Problem
+from attnreg.tables.call import kinds
+from attnreg.tables.table import Table
 
 # Panels side by side.
 MOST_ACROSS = 6
 
 
-def plot(table: Table, chosen: Mapping[Key, str], path: Path, backends: Sequence[str] | None = None) -> None:
+def plot(table: Table, chosen: Mapping[Problem, str], path: Path, backends: Sequence[str] | None = None) -> None:
     """Draw ``table`` into ``path``, whose suffix says the format: a panel for each kind of call that differs in W alone.
 
     Args:
@@ -31,7 +33,7 @@ def plot(table: Table, chosen: Mapping[Key, str], path: Path, backends: Sequence
     from matplotlib.figure import Figure
 
     series = kinds(
-        key for key, figures in table.rows.items() if any(figure.seconds is not None for figure in figures.values())
+        call for call, figures in table.rows.items() if any(figure.seconds is not None for figure in figures.values())
     )
     if not series:
         raise ValueError("there is nothing to plot: the table has no time")
@@ -43,8 +45,8 @@ def plot(table: Table, chosen: Mapping[Key, str], path: Path, backends: Sequence
     down = -(-len(series) // across)
     drawing = Figure(figsize=(5.5 * across + 1, 3.4 * down + 1.2), layout="constrained")
     panels = drawing.subplots(down, across, squeeze=False)
-    for axes, (kind, keys) in zip(panels.flat, series.items()):
-        _panel(axes, table, chosen, keys, colours)
+    for axes, (kind, calls) in zip(panels.flat, series.items()):
+        _panel(axes, table, chosen, calls, colours)
         axes.set_title(kind.replace("; ", "\n"), fontsize=8)
     for axes in list(panels.flat)[len(series) :]:
         axes.set_axis_off()
@@ -60,19 +62,21 @@ def plot(table: Table, chosen: Mapping[Key, str], path: Path, backends: Sequence
     drawing.savefig(path, dpi=110)
 
 
-def _panel(axes: Any, table: Table, chosen: Mapping[Key, str], keys: Sequence[Key], colours: Mapping[str, Any]) -> None:
+def _panel(
+    axes: Any, table: Table, chosen: Mapping[Problem, str], calls: Sequence[Problem], colours: Mapping[str, Any]
+) -> None:
     for name, colour in colours.items():
         points = [
-            (key.window, 1e3 * seconds)
-            for key in keys
-            if (figure := table.rows[key].get(name)) is not None and (seconds := figure.seconds) is not None
+            (call.window.size, 1e3 * seconds)
+            for call in calls
+            if (figure := table.rows[call].get(name)) is not None and (seconds := figure.seconds) is not None
         ]
         if points:
             axes.plot(*zip(*points), "-", marker="o", markersize=3, color=colour, label=name)
-    for key in keys:
-        name = chosen.get(key, "")
-        figure = table.rows[key].get(name)
+    for call in calls:
+        name = chosen.get(call, "")
+        figure = table.rows[call].get(name)
         if name in colours and figure is not None and figure.seconds is not None:
             ring = {"markersize": 8, "fillstyle": "none", "color": colours[name]}
-            axes.plot([key.window], [1e3 * figure.seconds], "o", **ring)
-    latency_axes(axes, (key.window for key in keys), "window W")
+            axes.plot([call.window.size], [1e3 * figure.seconds], "o", **ring)
+    latency_axes(axes, (call.window.size for call in calls), "window W")

@@ -12,19 +12,20 @@ from pathlib import Path
 
 import torch
 
-from attnreg.backend import refusals
+from attnreg.backend import Entry, refusals
 from attnreg.device import why_missing
-from attnreg.dispatch import Entry
 from attnreg.measured import Figure
+from attnreg.measuring.sizes import square_problem
 from attnreg.measuring.steadiness import disturbed
-from attnreg.measuring.task import FUSED, Task
-from attnreg.problem import OPS
-from attnreg.registry import registry
+from attnreg.op import ATTENTION, OPS
+from attnreg.problem import Problem
+from attnreg.registry import THIS_PROCESS, registry
+from attnreg.tables.call import as_measured
+from attnreg.tables.environment import environment
+from attnreg.tables.table import Table
 from attnreg.tuning.candidate import Measurement, failed, forget_stage, measure_candidate, why_unusable
-from attnreg.tuning.environment import environment
-from attnreg.tuning.store import check_writable, save
-from attnreg.tuning.table import Key, Table, key_of
 from attnreg.tuning.worker import Worker
+from attnreg.tuning.writing import check_writable, save
 from attnreg.window import Window
 
 # Powers of two and the steps between.
@@ -37,11 +38,10 @@ SAVING_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Step:
-    """One candidate on one task, measured.
+    """One candidate on one call, measured.
 
     Attributes:
-        task: the op and its shapes.
-        gradients: whether forward and backward were measured together, or the forward alone.
+        problem: the call; with gradients forward and backward were measured together, otherwise the forward alone.
         backend: the candidate's name.
         figure: what was found.
         copy_seconds: what a copy took right after; longer than after others where something else used the device. None where
@@ -49,8 +49,7 @@ class Step:
         done, total: how many steps of how many are through.
     """
 
-    task: Task
-    gradients: bool
+    problem: Problem
     backend: str
     figure: Figure
     copy_seconds: float | None
@@ -72,7 +71,7 @@ class Tuned:
     table: Table
     path: Path | None
     interrupted: bool = False
-    disturbed: tuple[tuple[Key, str], ...] = ()
+    disturbed: tuple[tuple[Problem, str], ...] = ()
 
 
 def tune(
@@ -124,7 +123,8 @@ def tune(
     """
     on = _device(device)
     on_gpu = on.type == "cuda"
-    tasks = grid(
+    problems = grid(
+        device=on,
         ops=ops,
         dtypes=dtypes
         if dtypes is not None
@@ -134,20 +134,19 @@ def tune(
         batch=batch,
         heads=heads if heads is not None else (((64, 64),) if on_gpu else ((8, 8),)),
         windows=windows,
+        gradients=gradients,
     )
-    if not gradients or not all(isinstance(each, bool) for each in gradients):
-        raise ValueError(f"tune: gradients must be one or both of False and True; got {gradients!r}")
     if keep:
         check_writable()
-    rows: dict[Key, dict[str, Figure]] = {}
+    rows: dict[Problem, dict[str, Figure]] = {}
     table = Table(environment(on, registry.entries), rows)
-    copies: dict[tuple[Key, str], float | None] = {}
+    copies: dict[tuple[Problem, str], float | None] = {}
     path, interrupted, last = None, False, time.monotonic()
     try:
-        for step in measure_all(tasks, gradients, on, seconds=seconds, backends=backends):
-            key = key_of(step.task.problem(on, needs_grad=step.gradients))
-            rows.setdefault(key, {})[step.backend] = step.figure
-            copies[key, step.backend] = step.copy_seconds
+        for step in measure_all(problems, seconds=seconds, backends=backends):
+            call = as_measured(step.problem)
+            rows.setdefault(call, {})[step.backend] = step.figure
+            copies[call, step.backend] = step.copy_seconds
             if keep and time.monotonic() > last + SAVING_SECONDS:
                 path, last = save(table), time.monotonic()
             if progress is not None:
@@ -162,6 +161,7 @@ def tune(
 
 def grid(
     *,
+    device: torch.device,
     ops: Sequence[str],
     dtypes: Sequence[torch.dtype],
     head_dims: Sequence[int],
@@ -169,8 +169,9 @@ def grid(
     batch: int,
     heads: Sequence[tuple[int, int]],
     windows: Sequence[int],
-) -> list[Task]:
-    """The tasks of a tuning.
+    gradients: Sequence[bool],
+) -> list[Problem]:
+    """The calls of a tuning.
 
     Raises:
         ValueError: an argument is bad.
@@ -197,19 +198,19 @@ def grid(
     for query_heads, kv_heads in heads:
         if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
             raise ValueError(f"tune: heads must be pairs (H, Hkv), H a multiple of Hkv; got {(query_heads, kv_heads)}")
+    if not gradients or not all(isinstance(each, bool) for each in gradients):
+        raise ValueError(f"tune: gradients must be one or both of False and True; got {gradients!r}")
     return [
-        Task(
-            op=op,
-            batch=batch,
-            heads=query_heads,
-            kv_heads=kv_heads,
-            length=length,
-            head_dim=head_dim,
-            window=Window.causal(size) if op == FUSED else Window.centered(size),
-            dtype=dtype,
+        square_problem(
+            op,
+            device,
+            dtype,
+            (batch, query_heads, kv_heads, length, head_dim),
+            Window.causal(size) if op == ATTENTION.name else Window.centered(size),
+            needs_grad=needs_grad,
         )
-        for op, dtype, head_dim, length, (query_heads, kv_heads), size in product(
-            ops, dtypes, head_dims, lengths, heads, windows
+        for op, dtype, head_dim, length, (query_heads, kv_heads), size, needs_grad in product(
+            ops, dtypes, head_dims, lengths, heads, windows, gradients
         )
         if size <= 2 * length
     ]
@@ -225,14 +226,9 @@ def _device(given: torch.device | str | None) -> torch.device:
 
 
 def measure_all(
-    tasks: Sequence[Task],
-    gradients: Sequence[bool],
-    device: torch.device,
-    *,
-    seconds: float,
-    backends: Sequence[str] | None = None,
+    problems: Sequence[Problem], *, seconds: float, backends: Sequence[str] | None = None
 ) -> Iterator[Step]:
-    """Measure every candidate on every task; one step for each.
+    """Measure every candidate on every call; one step for each.
 
     Raises:
         ValueError: no backend has a name of ``backends``.
@@ -242,40 +238,34 @@ def measure_all(
         if name not in entries:
             raise ValueError(f"no backend is called {name!r}; registered: {', '.join(sorted(entries))}")
     chosen = [entries[name] for name in (entries if backends is None else backends)]
-    plan = [
-        (task, needs_grad, entry)
-        for task in tasks
-        for needs_grad in gradients
-        for entry in chosen
-        if not refusals(entry.backend, task.problem(device, needs_grad=needs_grad))
-    ]
+    plan = [(problem, entry) for problem in problems for entry in chosen if not refusals(entry.backend, problem)]
     unusable: str | None = None
     with ExitStack() as stack:
-        worker = stack.enter_context(Worker(device))
+        worker = stack.enter_context(Worker())
         stack.callback(forget_stage)
 
-        def measure_once(task: Task, needs_grad: bool, entry: Entry) -> Measurement:
+        def measure_once(problem: Problem, entry: Entry) -> Measurement:
             nonlocal unusable
             name = entry.backend.name
             if not _is_local(entry):
-                return worker.measure(task, needs_grad, name, seconds)
+                return worker.measure(problem, name, seconds)
             if unusable is not None:
                 return failed(f"not run: {unusable}")
-            found = measure_candidate(task, needs_grad, name, device, seconds)
-            fault = why_unusable(device) if found.figure.reason is not None else None
+            found = measure_candidate(problem, name, seconds)
+            fault = why_unusable(problem.device) if found.figure.reason is not None else None
             unusable = None if fault is None else f"{name} left the device unusable in this process ({fault})"
             return found
 
         copies: list[float | None] = []
-        for done, (task, needs_grad, entry) in enumerate(plan, start=1):
-            found = measure_once(task, needs_grad, entry)
+        for done, (problem, entry) in enumerate(plan, start=1):
+            found = measure_once(problem, entry)
             if disturbed((*copies, found.copy_seconds))[-1]:
-                again = measure_once(task, needs_grad, entry)
+                again = measure_once(problem, entry)
                 found = min(found, again, key=lambda each: each.copy_seconds or math.inf)
             copies.append(found.copy_seconds)
-            yield Step(task, needs_grad, entry.backend.name, found.figure, found.copy_seconds, done, len(plan))
+            yield Step(problem, entry.backend.name, found.figure, found.copy_seconds, done, len(plan))
 
 
 def _is_local(entry: Entry) -> bool:
     """Whether a backend was registered in this process alone: a child would not find it."""
-    return entry.distribution == "this process"
+    return entry.distribution == THIS_PROCESS

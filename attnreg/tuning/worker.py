@@ -1,6 +1,6 @@
 """The process that candidates run in, and its other end: one that dies, hangs or spoils its device takes nothing along.
 
-Requests and answers are lines of JSON. ``python -m attnreg.tuning.worker`` is that process.
+Orders and answers are lines of JSON. ``python -m attnreg.tuning.worker`` is that process.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from attnreg.measured import Figure
-from attnreg.measuring.task import Task
-from attnreg.problem import dtype_name
+from attnreg.problem import Problem
+from attnreg.tables.call import call_from_json, call_to_json
 from attnreg.tuning.candidate import Measurement, failed, first_line, measure_candidate, why_unusable
-from attnreg.window import Window
 
 # A candidate may compile for that long; one that takes longer is given up.
 LONGEST_SECONDS = 300.0
@@ -35,25 +33,23 @@ class Worker:
         longest: seconds after which a measurement is given up.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self.longest = LONGEST_SECONDS
         self._process: subprocess.Popen[bytes] | None = None
 
-    def measure(self, task: Task, gradients: bool, backend: str, seconds: float) -> Measurement:
+    def measure(self, problem: Problem, backend: str, seconds: float) -> Measurement:
         """As ``measure_candidate``, in the child."""
-        request = {
-            "task": {**asdict(task), "dtype": dtype_name(task.dtype)},
-            "gradients": gradients,
+        order = {
+            "problem": call_to_json(problem),
+            "device": str(problem.device),
             "backend": backend,
-            "device": str(self._device),
             "seconds": seconds,
         }
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(json.dumps(order).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
             return failed(self._how_it_ended())
@@ -110,24 +106,20 @@ _NOT_FOR_THE_CHILD = ("ATTNREG_BACKEND", "ATTNREG_AUTOTUNE")
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Carry out orders until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a backend prints is no answer
     for line in sys.stdin:
-        request = json.loads(line)
-        task, device = _task(request["task"]), torch.device(request["device"])
+        order = json.loads(line)
+        device = torch.device(order["device"])
         try:
-            found = measure_candidate(task, request["gradients"], request["backend"], device, request["seconds"])
+            found = measure_candidate(call_from_json(order["problem"], device), order["backend"], order["seconds"])
         except SystemExit as error:
             found = failed(first_line(error))
         json.dump({**asdict(found), "unusable": why_unusable(device)}, answers)
         print(file=answers, flush=True)
         # What lives now is torch's and the compilers': to look through it after every candidate would take 0.2 s each time.
         gc.freeze()
-
-
-def _task(given: dict[str, Any]) -> Task:
-    return Task(**{**given, "window": Window(**given["window"]), "dtype": getattr(torch, given["dtype"])})
 
 
 if __name__ == "__main__":

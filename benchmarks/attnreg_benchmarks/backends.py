@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 import attnreg
+from attnreg import Problem
 from attnreg.backend import Backend, refusals, with_options
-from attnreg.measuring.inputs import Calls, Inputs, autograd_calls
 from attnreg.request import parse_request
+from attnreg.testing.inputs import Calls, Inputs, autograd_calls
 from attnreg_benchmarks.contender import Contender
-from attnreg_benchmarks.workloads import Workload
 
 # The rank of the slow but always right reference, see attnreg.Backend: it takes part only when it is asked for.
 REFERENCE_RANK = 100
@@ -39,13 +38,12 @@ def backends(names: Sequence[str] = ()) -> tuple[Contender, ...]:
 
 
 def _contender(name: str, backend: Backend, ops: tuple[str, ...]) -> Contender:
-    def refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
-        problem = workload.problem(device, needs_grad=direction == "backward")
+    def refuse(problem: Problem) -> str | None:
         return "; ".join(refusals(backend, problem)) or None
 
-    def prepare(workload: Workload, inputs: Inputs) -> Calls:
-        op = getattr(attnreg, workload.op)
-        function: functools.partial[Tensor] = functools.partial(op, window=workload.window, backend=name)
+    def prepare(problem: Problem, inputs: Inputs) -> Calls:
+        op = getattr(attnreg, problem.op)
+        function: functools.partial[Tensor] = functools.partial(op, window=problem.window, backend=name)
         return autograd_calls(function, inputs)
 
     return Contender(name, "backend", ops, refuse, prepare)

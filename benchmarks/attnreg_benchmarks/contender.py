@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from attnreg.measuring.inputs import Calls, Inputs
-from attnreg_benchmarks.workloads import Workload
+from attnreg import Problem
+from attnreg.testing.inputs import Calls, Inputs
 
 
 @dataclass(frozen=True)
@@ -19,12 +17,12 @@ class Contender:
         name: what it is called in results.
         kind: "backend" or "peer".
         ops: the ops that it has; it is not asked for others.
-        refuse: ``(workload, direction, device) -> reason`` why it cannot run that there, or None.
-        prepare: ``(workload, inputs) -> Calls``; called once for each set of inputs. It and what it returns may raise.
+        refuse: ``problem -> reason`` why it cannot run that call, or None; with gradients it is its backward that is asked for.
+        prepare: ``(problem, inputs) -> Calls``; called once for each set of inputs. It and what it returns may raise.
     """
 
     name: str
     kind: str
     ops: tuple[str, ...]
-    refuse: Callable[[Workload, str, torch.device], str | None]
-    prepare: Callable[[Workload, Inputs], Calls]
+    refuse: Callable[[Problem], str | None]
+    prepare: Callable[[Problem, Inputs], Calls]

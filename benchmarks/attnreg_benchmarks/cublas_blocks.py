@@ -100,7 +100,7 @@ def calls(name: str, data: list[list[Tensor]], window: int, **options: Any) -> l
             return lambda: functions.local_dot_product(query, key, centered, **more)
         if name == "average":
             return lambda: functions.local_weighted_average(band, key, centered, key_lengths=None, **options)
-        only_key = (False, True, False)
+        only_key = frozenset({"key"})
         return lambda: functions.local_dot_product_backward(band, query, key, centered, needs_grad=only_key, **more)
 
     return [one(*each) for each in data]

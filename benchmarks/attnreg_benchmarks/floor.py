@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnreg import Window
-from attnreg.measuring.task import FUSED, bytes_moved
-from attnreg_benchmarks.workloads import Workload
+from attnreg import Problem, Window
+from attnreg.measuring.sizes import bytes_moved
+from attnreg.op import ROWS
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,33 @@ class Ceilings:
         return max(self.flops_per_second.values())
 
 
-def floor_seconds(workload: Workload, direction: str, ceilings: Ceilings) -> float:
-    """The floor of a workload's "forward" or "backward" in seconds."""
+def floor_seconds(problem: Problem, direction: str, ceilings: Ceilings) -> float:
+    """The floor of a call's "forward" or "backward" in seconds."""
     return max(
-        bytes_moved(workload, direction) / ceilings.bytes_per_second,
-        flops(workload, direction) / ceilings.fastest_flops,
+        bytes_moved(problem, direction) / ceilings.bytes_per_second,
+        flops(problem, direction) / ceilings.fastest_flops,
     )
 
 
-def flops(workload: Workload, direction: str) -> int:
+def flops(problem: Problem, direction: str) -> int:
     """The floating-point operations of the matrix products over visible pairs, two for each multiplication with its addition.
 
-    The fused op makes two products forward and five backward (it makes the scores again); the others one and two.
+    Scores are sums over E, averages give D numbers; each has two gradients. A backward that gets the results, and so not the
+    scores, makes these again.
     """
-    products = {("forward", True): 2, ("backward", True): 5, ("forward", False): 1, ("backward", False): 2}
-    pairs = workload.batch * workload.heads * visible_pairs(workload.length, workload.window)
-    return 2 * products[direction, workload.op == FUSED] * workload.head_dim * pairs
+    multiplications = problem.head_dim + problem.value_dim
+    if direction == "backward":
+        again = problem.head_dim if ROWS[problem.op].keeps_results else 0
+        multiplications = 2 * multiplications + again
+    pairs = visible_pairs(problem.query_length, problem.key_length, problem.window)
+    return 2 * multiplications * problem.batch * problem.heads * pairs
 
 
-def visible_pairs(length: int, window: Window) -> int:
-    """How many (query, key) pairs a window shows in a sequence of ``length`` queries and keys, borders included."""
-    left, right = min(window.left, length - 1), min(window.right, length - 1)
-    return length * (left + right + 1) - left * (left + 1) // 2 - right * (right + 1) // 2
+def visible_pairs(queries: int, keys: int, window: Window) -> int:
+    """How many (query, key) pairs a window shows in a sequence whose ends are aligned, borders included."""
+    left, right = min(window.left, keys - 1), min(window.right, queries - 1)
+    # One diagonal of the pairs for each distance between a key and a row's position.
+    start = keys - queries
+    return sum(
+        max(min(queries, queries - distance) - max(0, -start - distance), 0) for distance in range(-left, right + 1)
+    )

@@ -14,7 +14,7 @@ import torch
 import attnreg
 from attnreg.measuring.timing import measure, measuring_stream
 from attnreg.packages import package_version
-from attnreg.tuning.environment import cpu_name, driver
+from attnreg.tables.environment import cpu_name, driver
 from attnreg_benchmarks.floor import Ceilings
 
 PACKAGES = ("attnreg", "torch", "triton", "flash-attn-4", "nvidia-cudnn-frontend")

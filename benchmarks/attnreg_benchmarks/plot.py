@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnreg import Problem
 from attnreg.drawing import check_picture, latency_axes
 from attnreg.problem import dtype_name
 from attnreg_benchmarks.results import Results
 from attnreg_benchmarks.run import Record
-from attnreg_benchmarks.workloads import DIRECTIONS, LENGTH_SERIES, Workload
+from attnreg_benchmarks.workloads import DIRECTIONS, by_length, series_of
 
 
 def plot_results(results: Results, path: Path) -> None:
@@ -47,19 +48,19 @@ def plot_results(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _series(results: Results) -> list[list[Workload]]:
-    """The workloads that were timed, by group."""
+def _series(results: Results) -> list[dict[str, Problem]]:
+    """The calls that were timed, by series."""
     timed = {record.workload for record in results.records if record.seconds is not None}
-    groups: dict[str, list[Workload]] = {}
-    for workload in results.workloads:
-        if workload.name in timed:
-            groups.setdefault(workload.group, []).append(workload)
-    return list(groups.values())
+    series: dict[str, dict[str, Problem]] = {}
+    for name, problem in results.workloads.items():
+        if name in timed:
+            series.setdefault(series_of(name), {})[name] = problem
+    return list(series.values())
 
 
-def _panel(axes: Any, workloads: Sequence[Workload], records: Sequence[Record], colours: dict[str, Any]) -> None:
-    by_length = workloads[0].group in LENGTH_SERIES
-    position = {each.name: each.length if by_length else each.window.size for each in workloads}
+def _panel(axes: Any, workloads: dict[str, Problem], records: Sequence[Record], colours: dict[str, Any]) -> None:
+    lengths = by_length(next(iter(workloads)))
+    position = {name: each.key_length if lengths else each.window.size for name, each in workloads.items()}
     here = [record for record in records if record.workload in position]
     for contender, colour in colours.items():
         timed = [record for record in here if record.contender == contender and record.seconds is not None]
@@ -69,7 +70,7 @@ def _panel(axes: Any, workloads: Sequence[Workload], records: Sequence[Record], 
             axes.plot(*zip(*points), dashed, marker="o", markersize=3, color=colour, label=contender)
     floor = {position[record.workload]: 1e3 * record.floor for record in here}
     axes.plot(*zip(*sorted(floor.items())), ":", marker="_", color="black", label="floor")
-    latency_axes(axes, floor, "length L" if by_length else "window W")
+    latency_axes(axes, floor, "length L" if lengths else "window W")
 
 
 def _colours(records: Sequence[Record]) -> dict[str, Any]:
@@ -78,8 +79,10 @@ def _colours(records: Sequence[Record]) -> dict[str, Any]:
     return {name: f"C{index % 10}" for index, name in enumerate(names)}
 
 
-def _title(workloads: Sequence[Workload]) -> str:
-    first = workloads[0]
-    length = "" if first.group in LENGTH_SERIES else f" L={first.length}"
-    dtype = dtype_name(first.dtype)
-    return f"{first.op} N={first.batch} H={first.heads} Hkv={first.kv_heads}{length} E={first.head_dim} {dtype}"
+def _title(workloads: dict[str, Problem]) -> str:
+    name, first = next(iter(workloads.items()))
+    length = "" if by_length(name) else f" L={first.key_length}"
+    width = first.head_dim or first.value_dim
+    return (
+        f"{first.op} N={first.batch} H={first.heads} Hkv={first.kv_heads}{length} E={width} {dtype_name(first.dtype)}"
+    )

@@ -26,17 +26,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnreg.backend import Capability
-from attnreg.dispatch import Decision, Entry, choose
+from attnreg.backend import Capability, Entry
+from attnreg.dispatch import Decision, choose
 from attnreg.measuring.steadiness import disturbed
-from attnreg.measuring.task import Task
+from attnreg.op import OPS
 from attnreg.plan import explain_problem
-from attnreg.problem import OPS, Problem
+from attnreg.problem import Problem, dtype_name
 from attnreg.registry import registry
-from attnreg.tuning.lookup import measured
-from attnreg.tuning.store import SHIPPED, Stored, load
-from attnreg.tuning.table import Table as Tuning
-from attnreg.tuning.table import TableError, problem_of
+from attnreg.tables.call import sizes_in_words
+from attnreg.tables.lookup import Stored, measured
+from attnreg.tables.store import SHIPPED, load
+from attnreg.tables.table import Table as Tuning
+from attnreg.tables.table import TableError
 from attnreg.tuning.tune import grid, measure_all
 from attnreg_benchmarks.machine import environment
 from attnreg_benchmarks.results import now, write
@@ -62,7 +63,7 @@ class Regret:
     """One call: what was chosen, and what would have been best.
 
     Attributes:
-        call: the task.
+        call: the call in words.
         gradients: forward and backward together, or the forward alone.
         chosen: the dispatcher's choice.
         reason: why it chose so.
@@ -83,60 +84,53 @@ class Regret:
 
 
 def regrets(
-    tasks: Sequence[Task],
-    gradients: Sequence[bool],
-    device: torch.device,
-    backends: Sequence[str] | None,
-    seconds: float,
-    repeat: int = 1,
+    problems: Sequence[Problem], backends: Sequence[str] | None, seconds: float, repeat: int = 1
 ) -> list[Regret]:
-    """Measure every candidate on every task, and compare with the choice. Ctrl-C keeps what is whole.
+    """Measure every candidate on every call, and compare with the choice. Ctrl-C keeps what is whole.
 
     Everything is measured ``repeat`` times, in turns, and the least median counts: what else a machine does only ever adds.
 
     Raises:
         RuntimeError: a chosen backend has no time: a choice that does not run is worse than any regret.
     """
-    times: dict[tuple[Task, bool], dict[str, float]] = {}
-    copies: list[tuple[tuple[Task, bool], float | None]] = []
-    failures: dict[tuple[Task, bool, str], str] = {}
-    last: tuple[Task, bool] | None = None
-    turns = (measure_all(tasks, gradients, device, seconds=seconds, backends=backends) for _ in range(repeat))
+    times: dict[Problem, dict[str, float]] = {}
+    copies: list[tuple[Problem, float | None]] = []
+    failures: dict[tuple[Problem, str], str] = {}
+    last: Problem | None = None
+    turns = (measure_all(problems, seconds=seconds, backends=backends) for _ in range(repeat))
     try:
         for step in chain.from_iterable(turns):
-            last = step.task, step.gradients
+            last = step.problem
             copies.append((last, step.copy_seconds))
             if step.figure.seconds is not None:
                 timed = times.setdefault(last, {})
                 timed[step.backend] = min(step.figure.seconds, timed.get(step.backend, math.inf))
             else:
-                failures[step.task, step.gradients, step.backend] = step.figure.reason or ""
+                failures[step.problem, step.backend] = step.figure.reason or ""
     except KeyboardInterrupt:
         if last is not None:
             times.pop(last, None)
-    spoilt = {call for (call, _), bad in zip(copies, disturbed([seconds for _, seconds in copies])) if bad}
+    spoilt = {problem for (problem, _), bad in zip(copies, disturbed([seconds for _, seconds in copies])) if bad}
     found = []
-    for (task, needs_grad), timed in times.items():
-        decision = explain_problem(task.problem(device, needs_grad=needs_grad), None)
+    for problem, timed in times.items():
+        decision = explain_problem(problem, None)
         if decision.backend not in timed:
-            why = failures.get((task, needs_grad, decision.backend), "it was not measured")
-            raise RuntimeError(f"{task}: {decision.backend} was chosen and has no time: {why}")
-        found.append(replace(_regret(str(task), decision, timed), disturbed=(task, needs_grad) in spoilt))
+            why = failures.get((problem, decision.backend), "it was not measured")
+            raise RuntimeError(f"{in_words(problem)}: {decision.backend} was chosen and has no time: {why}")
+        found.append(replace(_regret(in_words(problem), decision, timed), disturbed=problem in spoilt))
     return found
 
 
 def left_out(table: Tuning) -> list[Regret]:
     """For each entry of a table that compares candidates, what the other entries choose among these."""
-    device = torch.device(table.environment.device.type)
     found = []
-    for key, figures in table.rows.items():
+    for call, figures in table.rows.items():
         times = {name: figure.seconds for name, figure in figures.items() if figure.seconds is not None}
         if len(times) < 2:
             continue
-        problem = problem_of(key, device)
-        others = Tuning(table.environment, {other: row for other, row in table.rows.items() if other != key})
-        decision = _choice(problem, times, Stored(others, "shipped", "the others", ()))
-        found.append(_regret(f"{key.op} {key.dtype} {key}", decision, times))
+        others = Tuning(table.environment, {other: row for other, row in table.rows.items() if other != call})
+        decision = _choice(call, times, Stored(others, "shipped", "the others", ()))
+        found.append(_regret(f"{call.op} {dtype_name(call.dtype)} {sizes_in_words(call)}", decision, times))
     return found
 
 
@@ -149,14 +143,15 @@ def again(recorded: Sequence[Mapping[str, Any]], table: Path) -> list[Regret]:
     tuning = load(table)
     device = torch.device(tuning.environment.device.type)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    tasks = {str(task): task for task in _tasks(device, dtypes)}
+    problems = {(in_words(problem), problem.needs_grad): problem for problem in _problems(device, dtypes)}
+    stored = Stored(tuning, "shipped", table.name, ())
     found = []
     for each in recorded:
         call, needs_grad, times = each["call"], each["gradients"], each["seconds"]
-        if call not in tasks:
+        problem = problems.get((call, needs_grad))
+        if problem is None:
             raise ValueError(f"its call {call!r} is none of today's grid")
-        problem = tasks[call].problem(device, needs_grad=needs_grad)
-        found.append(_regret(call, _choice(problem, times, Stored(tuning, "shipped", table.name, ())), times))
+        found.append(_regret(call, _choice(problem, times, stored), times))
     return found
 
 
@@ -172,8 +167,18 @@ def shipped_for(device_name: str) -> Path:
     raise ValueError(f"no table is shipped for {device_name!r}")
 
 
-def _tasks(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Task]:
-    return [task for part in GRIDS[device.type] for task in grid(ops=OPS, dtypes=dtypes, batch=1, **part)]
+def in_words(problem: Problem) -> str:
+    """A call of the grid, by which it is found again in an earlier run."""
+    sizes = (problem.batch, problem.heads, problem.kv_heads, problem.key_length, problem.head_dim or problem.value_dim)
+    return f"{problem.op} {','.join(map(str, sizes))} {dtype_name(problem.dtype)} {problem.window}"
+
+
+def _problems(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Problem]:
+    return [
+        problem
+        for part in GRIDS[device.type]
+        for problem in grid(device=device, ops=OPS, dtypes=dtypes, batch=1, gradients=(False, True), **part)
+    ]
 
 
 def _choice(problem: Problem, seconds: Mapping[str, float], *tables: Stored) -> Decision:
@@ -245,7 +250,7 @@ def main(
         dtypes = [getattr(torch, name) for name in dtype or ("float32", "bfloat16")]
         where = asdict(environment(on))
         with _terminated_as_interrupted():
-            found = regrets(_tasks(on, dtypes), (False, True), on, backend, seconds, repeat)
+            found = regrets(_problems(on, dtypes), backend, seconds, repeat)
     summary = summarize(found)
     stored = {
         "date": date,

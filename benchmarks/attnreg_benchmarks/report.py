@@ -30,7 +30,7 @@ def print_results(results: Results, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-    for op, direction in dict.fromkeys((each.op, way) for each in results.workloads for way in DIRECTIONS):
+    for op, direction in dict.fromkeys((each.op, way) for each in results.workloads.values() for way in DIRECTIONS):
         table = _table(results, op, direction)
         if table is not None:
             _print_whole(table, console)
@@ -40,7 +40,7 @@ def print_results(results: Results, console: Console) -> None:
 
 def _table(results: Results, op: str, direction: str) -> Table | None:
     """The times of one op in one direction, a row for each workload; None where nothing was timed."""
-    timed: dict[str, dict[str, Record]] = {each.name: {} for each in results.workloads if each.op == op}
+    timed: dict[str, dict[str, Record]] = {name: {} for name, each in results.workloads.items() if each.op == op}
     for record in results.records:
         if record.workload in timed and record.direction == direction and record.seconds is not None:
             timed[record.workload][record.contender] = record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
-from attnreg import Window
-from attnreg.problem import dtype_name
+from attnreg import Problem, Window
+from attnreg.measuring.sizes import square_problem
+from attnreg.tables.call import call_from_json, call_to_json
 from attnreg_benchmarks.floor import Ceilings
 from attnreg_benchmarks.machine import Environment
 from attnreg_benchmarks.run import Record
-from attnreg_benchmarks.workloads import DIRECTIONS, Workload, matching
+from attnreg_benchmarks.workloads import DIRECTIONS, matching
 
-FORMAT = 1
+# The first form is read, too.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ class Results:
         date: when it was made, UTC, ISO 8601.
         environment: where.
         ceilings: what the machine can do, measured in the same run.
-        workloads: what was measured.
+        workloads: the calls that were measured, by name.
         records: what was found, one for each workload, direction and contender.
     """
 
     date: str
     environment: Environment
     ceilings: Ceilings
-    workloads: tuple[Workload, ...]
+    workloads: Mapping[str, Problem]
     records: tuple[Record, ...]
 
 
@@ -57,9 +59,17 @@ def default_path(results: Results) -> Path:
 
 def save(results: Results, path: Path) -> None:
     """Write ``results`` to ``path``, as :func:`write` does."""
-    content: dict[str, Any] = {"format": FORMAT, **asdict(results)}
-    content["workloads"] = [_workload_to_json(workload) for workload in results.workloads]
-    content["records"] = [{**asdict(record), "fraction": record.fraction} for record in results.records]
+    content = {
+        "format": FORMAT,
+        "date": results.date,
+        "environment": asdict(results.environment),
+        "ceilings": asdict(results.ceilings),
+        "workloads": [
+            {"name": name, "device_type": problem.device.type, **call_to_json(problem)}
+            for name, problem in results.workloads.items()
+        ],
+        "records": [{**asdict(record), "fraction": record.fraction} for record in results.records],
+    }
     write(content, path)
 
 
@@ -80,13 +90,14 @@ def load(path: Path) -> Results:
     """
     try:
         content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
+        if content["format"] not in (1, FORMAT):
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
+        call = _call_of_format_1 if content["format"] == 1 else _call
         return Results(
             date=content["date"],
             environment=Environment(**content["environment"]),
             ceilings=Ceilings(**content["ceilings"]),
-            workloads=tuple(map(_workload_from_json, content["workloads"])),
+            workloads={each["name"]: call(each) for each in content["workloads"]},
             records=tuple(map(_record_from_json, content["records"])),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -99,26 +110,25 @@ def narrow(
     """Only the workloads that fit one of ``patterns`` and are of ``op``, in these directions; see ``workloads.select``.
 
     Raises:
-        ValueError: a pattern fits none of the workloads; the message lists their groups.
+        ValueError: a pattern fits none of the workloads; the message lists their series.
     """
     workloads = matching(results.workloads, patterns, op)
-    names = {workload.name for workload in workloads}
-    records = tuple(each for each in results.records if each.workload in names and each.direction in directions)
+    records = tuple(each for each in results.records if each.workload in workloads and each.direction in directions)
     return replace(results, workloads=workloads, records=records)
 
 
-def _workload_to_json(workload: Workload) -> dict[str, Any]:
-    return {
-        "name": workload.name,
-        **asdict(workload),
-        "window": [workload.window.left, workload.window.right],
-        "dtype": dtype_name(workload.dtype),
-    }
+def _call(written: Mapping[str, Any]) -> Problem:
+    return call_from_json(written, torch.device(written["device_type"]))
 
 
-def _workload_from_json(given: dict[str, Any]) -> Workload:
-    known = {name: value for name, value in given.items() if name != "name"}
-    return Workload(**{**known, "window": Window(*given["window"]), "dtype": getattr(torch, given["dtype"])})
+def _call_of_format_1(written: Mapping[str, Any]) -> Problem:
+    return square_problem(
+        written["op"],
+        torch.device(written["device_type"]),
+        getattr(torch, written["dtype"]),
+        (written["batch"], written["heads"], written["kv_heads"], written["length"], written["head_dim"]),
+        Window(*written["window"]),
+    )
 
 
 def _record_from_json(given: dict[str, Any]) -> Record:

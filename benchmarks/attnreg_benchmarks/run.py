@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from attnreg.measuring.checking import Expected, Verdict, check, expectations
-from attnreg.measuring.inputs import Inputs, random_inputs
-from attnreg.measuring.task import bytes_moved
+from attnreg import Problem
+from attnreg.measuring.sizes import bytes_moved
 from attnreg.measuring.timing import Call, Timing, measure, measuring_stream, sets_for_cold_cache
+from attnreg.testing.checking import Expected, Verdict, check, expectations
+from attnreg.testing.inputs import Inputs, random_inputs
 from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.floor import Ceilings, floor_seconds
-from attnreg_benchmarks.workloads import Workload
 
 # How long one call is sampled, in seconds.
 SAMPLING_SECONDS = 0.15
@@ -60,42 +60,41 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What all contenders for one workload share: as many sets of inputs as make the cache cold, and the truth on the first."""
+    """What all contenders for one call share: as many sets of inputs as make the cache cold, and the truth on the first."""
 
-    workload: Workload
-    device: torch.device
+    problem: Problem
     sets: tuple[Inputs, ...]
     expected: tuple[Expected, ...]
 
 
-def set_stage(workload: Workload, device: torch.device, seed: int = 0) -> Stage:
-    """Random inputs for ``workload`` on ``device``, and what is true of them."""
-    generator = torch.Generator(device).manual_seed(seed)
-    with measuring_stream(device):
-        count = sets_for_cold_cache(bytes_moved(workload, "forward"), device)
-        sets = tuple(random_inputs(workload, device, generator) for _ in range(count))
-        return Stage(workload, device, sets, expectations(workload, sets[0]))
+def set_stage(problem: Problem, seed: int = 0) -> Stage:
+    """Random inputs for a call on its device, and what is true of them."""
+    generator = torch.Generator(problem.device).manual_seed(seed)
+    with measuring_stream(problem.device):
+        count = sets_for_cold_cache(bytes_moved(problem, "forward"), problem.device)
+        sets = tuple(random_inputs(problem, generator) for _ in range(count))
+        return Stage(problem, sets, expectations(problem, sets[0]))
 
 
 def verify(stage: Stage, contender: Contender, direction: str) -> Verdict:
     """Run one direction once, and compare it with the truth."""
-    with measuring_stream(stage.device):
+    with measuring_stream(stage.problem.device):
         first = stage.sets[0]
-        calls = contender.prepare(stage.workload, first)
-        return check(stage.workload, direction, calls, first, stage.expected)
+        calls = contender.prepare(stage.problem, first)
+        return check(stage.problem, direction, calls, first, stage.expected)
 
 
 def clock(stage: Stage, contender: Contender, direction: str, seconds: float = SAMPLING_SECONDS) -> Timing:
     """Time one direction over all sets of inputs."""
-    with measuring_stream(stage.device):
-        prepared = [contender.prepare(stage.workload, inputs) for inputs in stage.sets]
+    with measuring_stream(stage.problem.device):
+        prepared = [contender.prepare(stage.problem, inputs) for inputs in stage.sets]
         forward = direction == "forward"
         calls: list[Call] = [each.forward if forward else each.make_backward() for each in prepared]
-        return measure(calls, stage.device, seconds=seconds)
+        return measure(calls, stage.problem.device, seconds=seconds)
 
 
 def run(
-    workloads: Sequence[Workload],
+    workloads: Mapping[str, Problem],
     contenders: Sequence[Contender],
     directions: Sequence[str],
     device: torch.device,
@@ -110,18 +109,14 @@ def run(
     unusable: str | None = None
     settled: dict[tuple[str, str, str], Record] = {}
     for repetition in range(repeat):
-        for workload in workloads:
-            stage: Stage | str = unusable or _try_to_set_stage(workload, device, repetition)
-            for contender in (each for each in contenders if workload.op in each.ops):
+        for name, workload in workloads.items():
+            problem = replace(workload, device=device)
+            stage: Stage | str = unusable or _try_to_set_stage(problem, repetition)
+            for contender in (each for each in contenders if problem.op in each.ops):
                 for direction in directions:
-                    blank = Record(
-                        workload.name,
-                        direction,
-                        contender.name,
-                        contender.kind,
-                        floor_seconds(workload, direction, ceilings),
-                    )
-                    key = (workload.name, contender.name, direction)
+                    floor = floor_seconds(problem, direction, ceilings)
+                    blank = Record(name, direction, contender.name, contender.kind, floor)
+                    key = (name, contender.name, direction)
                     record = settled.get(key, blank)
                     if record.reason is None and unusable is not None:
                         record = replace(record, reason=unusable)
@@ -157,7 +152,7 @@ def _measured(record: Record, stage: Stage | str, contender: Contender, directio
     if isinstance(stage, str):
         return replace(record, reason=stage)
     try:
-        reason = contender.refuse(stage.workload, direction, stage.device)
+        reason = contender.refuse(replace(stage.problem, needs_grad=direction == "backward"))
         if reason is not None:
             return replace(record, reason=reason)
         if not record.errors:
@@ -175,10 +170,10 @@ def _measured(record: Record, stage: Stage | str, contender: Contender, directio
     return replace(record, reason=reason)
 
 
-def _try_to_set_stage(workload: Workload, device: torch.device, seed: int) -> Stage | str:
+def _try_to_set_stage(problem: Problem, seed: int) -> Stage | str:
     """The stage, or why there is none."""
     try:
-        return set_stage(workload, device, seed)
+        return set_stage(problem, seed)
     except (RuntimeError, MemoryError) as error:
         return f"its inputs cannot be made: {_first_line(error)}"
 

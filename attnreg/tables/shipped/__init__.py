@@ -1,1 +1,1 @@
-"""The tables that come with attnreg, one for each class of devices; ``attnreg.tuning.store`` reads them."""
+"""The tables that come with attnreg, for every CPU, and for every GPU of a compute capability; ``store`` reads them."""

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.measuring.inputs import Calls, Gradients, Inputs
-from attnreg.measuring.task import FUSED
+from attnreg import Problem
+from attnreg.measuring.sizes import result_shape, tensor_shapes
+from attnreg.testing.inputs import Calls, Gradients, Inputs
 from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.peers.refusals import not_half_on_cuda
-from attnreg_benchmarks.workloads import Workload
+from attnreg_benchmarks.workloads import FUSED
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +43,8 @@ class Plan:
         self.graph.execute(pack, self.workspace, handle=handle)
 
 
-def _refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
-    return _missing() or not_half_on_cuda(workload, device)
+def _refuse(problem: Problem) -> str | None:
+    return _missing() or not_half_on_cuda(problem)
 
 
 @functools.cache
@@ -57,24 +58,23 @@ def _missing() -> str | None:
     return None
 
 
-def _prepare(workload: Workload, inputs: Inputs) -> Calls:
-    query, key, value = inputs.tensors
-    named = {"query": query, "key": key, "value": value}
+def _prepare(problem: Problem, inputs: Inputs) -> Calls:
+    query, named = inputs.tensors["query"], inputs.tensors
 
     def forward() -> Tensor:
         output = torch.empty_like(query)
-        _forward_plan(workload, False).run({**named, "output": output})
+        _forward_plan(problem, False).run({**named, "output": output})
         return output
 
     def make_backward() -> Callable[[], Gradients]:
         output = torch.empty_like(query)
         statistics = query.new_empty((*query.shape[:3], 1), dtype=torch.float32)
         saved = {**named, "output": output, "statistics": statistics}
-        _forward_plan(workload, True).run(saved)
-        plan = _backward_plan(workload)
+        _forward_plan(problem, True).run(saved)
+        plan = _backward_plan(problem)
 
         def backward() -> Gradients:
-            gradients = tuple(map(torch.empty_like, inputs.tensors))
+            gradients = tuple(map(torch.empty_like, named.values()))
             outputs = dict(zip(("grad_query", "grad_key", "grad_value"), gradients))
             plan.run({**saved, "upstream": inputs.upstream, **outputs})
             return gradients
@@ -85,31 +85,31 @@ def _prepare(workload: Workload, inputs: Inputs) -> Calls:
 
 
 @functools.lru_cache(maxsize=32)
-def _forward_plan(workload: Workload, with_statistics: bool) -> Plan:
+def _forward_plan(problem: Problem, with_statistics: bool) -> Plan:
     import cudnn
 
-    graph = _graph(workload)
-    shapes = workload.inputs
-    nodes = {name: _node(graph, shape, workload.dtype) for name, shape in shapes.items()}
+    graph = _graph(problem)
+    shapes = tensor_shapes(problem)
+    nodes = {name: _node(graph, shape, problem.dtype) for name, shape in shapes.items()}
     output, statistics = graph.sdpa(
         q=nodes["query"],
         k=nodes["key"],
         v=nodes["value"],
         generate_stats=with_statistics,
-        **_options(workload),
+        **_options(problem),
     )
-    nodes["output"] = _as_output(output, workload.output)
+    nodes["output"] = _as_output(output, result_shape(problem))
     if with_statistics:
-        nodes["statistics"] = _as_output(statistics, _statistics(workload)).set_data_type(cudnn.data_type.FLOAT)
+        nodes["statistics"] = _as_output(statistics, _statistics(problem)).set_data_type(cudnn.data_type.FLOAT)
     return _built(graph, nodes)
 
 
 @functools.lru_cache(maxsize=32)
-def _backward_plan(workload: Workload) -> Plan:
-    graph = _graph(workload)
-    shapes = {**workload.inputs, "output": workload.output, "upstream": workload.output}
-    nodes = {name: _node(graph, shape, workload.dtype) for name, shape in shapes.items()}
-    nodes["statistics"] = _node(graph, _statistics(workload), torch.float32)
+def _backward_plan(problem: Problem) -> Plan:
+    graph = _graph(problem)
+    shapes = {**tensor_shapes(problem), "output": result_shape(problem), "upstream": result_shape(problem)}
+    nodes = {name: _node(graph, shape, problem.dtype) for name, shape in shapes.items()}
+    nodes["statistics"] = _node(graph, _statistics(problem), torch.float32)
     gradients = graph.sdpa_backward(
         q=nodes["query"],
         k=nodes["key"],
@@ -117,30 +117,30 @@ def _backward_plan(workload: Workload) -> Plan:
         o=nodes["output"],
         dO=nodes["upstream"],
         stats=nodes["statistics"],
-        **_options(workload),
+        **_options(problem),
     )
-    for (name, shape), gradient in zip(workload.inputs.items(), gradients):
+    for (name, shape), gradient in zip(tensor_shapes(problem).items(), gradients):
         nodes[f"grad_{name}"] = _as_output(gradient, shape)
     return _built(graph, nodes)
 
 
-def _options(workload: Workload) -> dict[str, Any]:
+def _options(problem: Problem) -> dict[str, Any]:
     import cudnn
 
     return {
-        "attn_scale": workload.head_dim**-0.5,
+        "attn_scale": problem.head_dim**-0.5,
         "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
         # Its left bound counts the query's own position, its right bound does not.
-        "diagonal_band_left_bound": workload.window.left + 1,
-        "diagonal_band_right_bound": workload.window.right,
+        "diagonal_band_left_bound": problem.window.left + 1,
+        "diagonal_band_right_bound": problem.window.right,
     }
 
 
-def _graph(workload: Workload) -> Any:
+def _graph(problem: Problem) -> Any:
     import cudnn
 
     return cudnn.pygraph(
-        io_data_type=_cudnn_dtype(workload.dtype),
+        io_data_type=_cudnn_dtype(problem.dtype),
         intermediate_data_type=cudnn.data_type.FLOAT,
         compute_data_type=cudnn.data_type.FLOAT,
         handle=_handle(),
@@ -167,8 +167,8 @@ def _as_output(node: Any, shape: tuple[int, ...]) -> Any:
     return node.set_output(True).set_dim(shape).set_stride(_strides(shape))
 
 
-def _statistics(workload: Workload) -> tuple[int, ...]:
-    return (workload.batch, workload.heads, workload.length, 1)
+def _statistics(problem: Problem) -> tuple[int, ...]:
+    return (problem.batch, problem.heads, problem.query_length, 1)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnreg import Window
-from attnreg.measuring.inputs import Calls, Inputs, autograd_calls
-from attnreg.measuring.task import FUSED
+from attnreg import Problem, Window
+from attnreg.testing.inputs import Calls, Inputs, autograd_calls
 from attnreg_benchmarks.contender import Contender
-from attnreg_benchmarks.workloads import Workload
+from attnreg_benchmarks.workloads import FUSED
 
 MOST_POSITIONS = 4096
 
 
-def _refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
-    if workload.length > MOST_POSITIONS:
-        return f"L is {workload.length}; a dense mask is tried up to {MOST_POSITIONS}"
+def _refuse(problem: Problem) -> str | None:
+    if problem.key_length > MOST_POSITIONS:
+        return f"L is {problem.key_length}; a dense mask is tried up to {MOST_POSITIONS}"
     return None
 
 
-def _prepare(workload: Workload, inputs: Inputs) -> Calls:
-    mask = _band(workload.length, workload.window, inputs.upstream.device)
-    grouped = workload.heads != workload.kv_heads
+def _prepare(problem: Problem, inputs: Inputs) -> Calls:
+    mask = _band(problem.key_length, problem.window, inputs.upstream.device)
+    grouped = problem.heads != problem.kv_heads
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)

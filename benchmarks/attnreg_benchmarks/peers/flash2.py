@@ -8,31 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.measuring.inputs import Calls, Gradients, Inputs
-from attnreg.measuring.task import FUSED
+from attnreg import Problem
+from attnreg.testing.inputs import Calls, Gradients, Inputs
 from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.peers.refusals import not_half_on_cuda
-from attnreg_benchmarks.workloads import Workload
+from attnreg_benchmarks.workloads import FUSED
 
 
-def _refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
-    reason = not_half_on_cuda(workload, device)
+def _refuse(problem: Problem) -> str | None:
+    reason = not_half_on_cuda(problem)
     if reason is not None:
         return reason
     if not torch.backends.cuda.is_flash_attention_available():
         return "torch was built without FlashAttention"
-    if workload.head_dim > 256 or workload.head_dim % 8:
-        return f"the head_dim is {workload.head_dim}; it takes multiples of 8 up to 256"
+    if problem.head_dim > 256 or problem.head_dim % 8:
+        return f"the head_dim is {problem.head_dim}; it takes multiples of 8 up to 256"
     return None
 
 
-def _prepare(workload: Workload, inputs: Inputs) -> Calls:
+def _prepare(problem: Problem, inputs: Inputs) -> Calls:
     # It takes (N, L, H, E); a view with other strides is as good.
-    query, key, value = (tensor.transpose(1, 2) for tensor in inputs.tensors)
+    query, key, value = (tensor.transpose(1, 2) for tensor in inputs.tensors.values())
     upstream = inputs.upstream.transpose(1, 2)
     # Neither cumulative lengths nor dropout; a window bounded on both sides is no causal mask to this kernel.
-    common: tuple[Any, ...] = (None, None, workload.length, workload.length, 0.0, False)
-    window = {"window_size_left": workload.window.left, "window_size_right": workload.window.right}
+    common: tuple[Any, ...] = (None, None, problem.key_length, problem.key_length, 0.0, False)
+    window = {"window_size_left": problem.window.left, "window_size_right": problem.window.right}
 
     def attend() -> Any:
         return torch.ops.aten._flash_attention_forward(query, key, value, *common, False, **window)

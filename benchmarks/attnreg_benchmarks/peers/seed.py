@@ -14,17 +14,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnreg import Window
-from attnreg.measuring.inputs import Calls, Inputs
-from attnreg.measuring.task import AVERAGE, DOT
+from attnreg import Problem, Window
+from attnreg.testing.inputs import Calls, Inputs
 from attnreg_benchmarks.contender import Contender
-from attnreg_benchmarks.workloads import Workload
+from attnreg_benchmarks.workloads import AVERAGE, DOT
 
 BLOCK = 64
 
 
-def _refuse(workload: Workload, direction: str, device: torch.device) -> str | None:
-    if workload.heads != workload.kv_heads:
+def _refuse(problem: Problem) -> str | None:
+    if problem.heads != problem.kv_heads:
         return "it has no grouped heads"
     return None
 
@@ -87,9 +86,9 @@ def average_by_key(weights: Tensor, source: Tensor, window: Window) -> Tensor:
     return gradient
 
 
-def _prepare(workload: Workload, inputs: Inputs) -> Calls:
-    (first, second), upstream, window = inputs.tensors, inputs.upstream, workload.window
-    if workload.op == DOT:
+def _prepare(problem: Problem, inputs: Inputs) -> Calls:
+    (first, second), upstream, window = inputs.tensors.values(), inputs.upstream, problem.window
+    if problem.op == DOT:
         return Calls(
             lambda: dot_product(first, second, window),
             lambda: lambda: (average(upstream, second, window), average_by_key(upstream, first, window)),

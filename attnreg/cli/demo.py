@@ -1,0 +1,171 @@
+"""``attnreg demo``: what it trains and measures is :mod:`attnreg.demo`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attnreg.backend import BackendError
+from attnreg.cli.shared import (
+    BackendOption,
+    DeviceOption,
+    backend_errors,
+    check_device,
+    new_console,
+    parse_device,
+    progress_bar,
+)
+from attnreg.demo import LanguageModel, Measurement, evaluate, first_layer, measure, own_text, split, train
+from attnreg.problem import dtype_name
+from attnreg.window import Window
+
+DEMO_WINDOWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+DEMO_LENGTH = 1024
+
+
+def demo(
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="Train on this file, of any bytes. Default: attnreg's own README and source.",
+        ),
+    ] = None,
+    backend: BackendOption = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 200,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the model and of the order of the data.")
+    ] = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Train a small language model, then try each window.
+
+    The model reads bytes, with a causal window of 32 in each of two layers.
+    The losses are in bits per byte (random bytes have 8) and the same for every backend, but for rounding.
+
+    The table gives, for each window, the backend, why it was chosen (`attnreg explain` says more), the time of forward
+    and backward, and the errors of the output and of the worst gradient against a dense computation in float64,
+    relative to the largest element.
+    """
+    on = parse_device(device)
+    check_device(on)
+    try:
+        training, held_out = split(own_text() if text is None else text.read_bytes())
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(f"{text}: {error}", param_hint="--text") from None
+    source = "attnreg's own README and source" if text is None else str(text)
+    typer.echo(f"text: {source}, {len(training)} bytes to train on, {len(held_out)} held out")
+
+    console = new_console()
+    with _one_cpu_thread(), backend_errors():
+        model = LanguageModel(backend=backend, seed=seed).to(on)
+        before, after, seconds = _train(model, training, held_out, steps, seed, console)
+        sequence = torch.cat([training, held_out])[-DEMO_LENGTH:]
+        measured = _measure(model, sequence, backend, console)
+
+    typer.echo(
+        f"\nIn {steps} steps ({seconds:.0f} s) the held-out loss went from {before:.2f} to {after:.2f} bits per byte."
+    )
+    if measured:
+        used = ", ".join(sorted({each.decision.backend for each in measured}))
+        worst = max(max(each.output_error, each.gradient_error) for each in measured)
+        typer.echo(f"{len(measured)} of {len(DEMO_WINDOWS)} windows ran on {used}, at most {worst:.0e} off float64.")
+    else:
+        typer.echo("None of the windows that were to be measured could be run.")
+
+
+def _train(
+    model: LanguageModel,
+    training: torch.Tensor,
+    held_out: torch.Tensor,
+    steps: int,
+    seed: int,
+    console: Console,
+) -> tuple[float, float, float]:
+    """Train and report; the held-out loss before and after, and the seconds it took."""
+    start = time.perf_counter()
+    before = after = evaluate(model, held_out)
+    console.print("\n steps   train   held out   (bits per byte)", highlight=False)
+    console.print(f"{0:6d}       -   {before:8.4f}", highlight=False)
+    interval = max(steps // 8, 1)
+    recent: list[float] = []
+    with progress_bar(console) as progress:
+        bar = progress.add_task("training", total=steps)
+        for step, loss in enumerate(train(model, training, steps=steps, seed=seed), start=1):
+            recent.append(loss)
+            progress.advance(bar)
+            if step % interval == 0 or step == steps:
+                after = evaluate(model, held_out)
+                mean = sum(recent) / len(recent)
+                progress.console.print(f"{step:6d}   {mean:5.4f}   {after:7.4f}", highlight=False)
+                recent.clear()
+    return before, after, time.perf_counter() - start
+
+
+def _measure(model: LanguageModel, sequence: torch.Tensor, backend: str | None, console: Console) -> list[Measurement]:
+    """Measure every window on the trained model's own query, key and value, and print the table."""
+    query, key, value = first_layer(model, sequence)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("window", justify="right")
+    table.add_column("backend", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for heading in ("time", "error", "gradient error"):
+        table.add_column(heading, justify="right")
+    measured, refused = [], []
+    with console.status("measuring"):
+        for size in DEMO_WINDOWS:
+            try:
+                result = measure(query, key, value, Window.causal(size), backend=backend)
+            except BackendError as error:
+                table.add_row(str(size), "-", "refused, see below", "-", "-", "-")
+                refused.append(str(error))
+                continue
+            measured.append(result)
+            table.add_row(
+                str(size),
+                Text(result.decision.backend),
+                Text(re.split(r"\W", result.decision.reason)[0]),
+                f"{result.seconds * 1e3:.2f} ms",
+                f"{result.output_error:.1e}",
+                f"{result.gradient_error:.1e}",
+            )
+    batch, heads, length, head_dim = query.shape
+    where = "one CPU thread" if query.device.type == "cpu" else str(query.device)
+    typer.echo(
+        f"\nEach causal window, forward and backward, on the trained model's query, key and value:\n"
+        f"N={batch} H={heads} L={length} E={head_dim}, {dtype_name(query.dtype)}, {where}; "
+        f"errors against float64"
+    )
+    console.print(table)
+    for message in refused:
+        typer.echo(message)
+    return measured
+
+
+@contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    """One thread: in operations as small as the demo's, several spend their time waiting for each other.
+
+    On a machine that is busy with something else as well, two were measured ten times slower than one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

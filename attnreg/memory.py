@@ -1,0 +1,82 @@
+"""How results lie in memory: as the tensors that they belong to.
+
+Models keep (N, L, H, E) and hand over a transpose, or slices of packed projections. A result in another order would cost each
+of their layers a copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def empty_like(tensor: Tensor, last_dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor with the shape and the order in memory of ``tensor``, without gaps.
+
+    Args:
+        tensor: of any strides; where its last dimension is not contiguous, the result is contiguous as a whole.
+        last_dim: the size of the last dimension; None for that of ``tensor``.
+        dtype: None for that of ``tensor``.
+
+    Returns:
+        A tensor that is not initialised, its last dimension contiguous. Where ``tensor`` is dense and the shape its own, so are
+        the strides; else dimensions follow each other as in ``tensor``, those of stride 0 where they stand in the shape.
+    """
+    shape = (*tensor.shape[:-1], tensor.shape[-1] if last_dim is None else last_dim)
+    return torch.empty_strided(
+        shape, strides_like(tensor, shape[-1]), dtype=tensor.dtype if dtype is None else dtype, device=tensor.device
+    )
+
+
+def strides_like(tensor: Tensor, last_dim: Any = None) -> tuple[Any, ...]:
+    """The strides of ``empty_like(tensor, last_dim)``; symbolic where the sizes are."""
+    if not tensor.dim():
+        return ()
+    shape, strides = tensor.shape, tensor.stride()
+    last_dim = shape[-1] if last_dim is None else last_dim
+    try:
+        return _strides(shape, strides, last_dim)
+    except TypeError:  # symbolic sizes have no hash
+        return _strides.__wrapped__(shape, strides, last_dim)
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: Sequence[Any], strides: Sequence[Any], last_dim: Any) -> tuple[Any, ...]:
+    sizes = (*shape[:-1], last_dim)
+    if last_dim == shape[-1] and _is_dense(shape, strides):
+        return tuple(strides)
+    outer = list(range(len(sizes) - 1))
+    if strides[-1] == 1 or shape[-1] == 1:
+        # By insertion, as torch orders the results of its own operations: a stride of 0 says nothing of its place.
+        for index in range(1, len(outer)):
+            place = index
+            for before in range(index - 1, -1, -1):
+                theirs, own = strides[outer[before]], strides[outer[place]]
+                if theirs == 0 or own == 0 or (theirs == own and shape[outer[before]] == 1):
+                    continue
+                if theirs >= own:
+                    break
+                outer[before], outer[place] = outer[place], outer[before]
+                place = before
+    found: list[Any] = [1] * len(sizes)
+    step = sizes[-1]
+    for dimension in reversed(outer):
+        found[dimension] = step
+        step = step * sizes[dimension]
+    return tuple(found)
+
+
+def _is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
+    """Whether the elements fill their memory, each once, and the last dimension is contiguous."""
+    if strides[-1] != 1 and shape[-1] != 1:
+        return False
+    step = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape) if size != 1):
+        if stride != step:
+            return False
+        step = step * size
+    return True

@@ -1,0 +1,143 @@
+"""The ops, each a row of data: its tensors, its results and its arguments.
+
+Checks, ``Problem``, the ops of torch.library with their fake kernels and autograd, and the compositions all follow from these
+rows. A new argument is an :class:`Argument` here, named in the rows of the ops that take it, and a keyword of their functions in
+``attnreg.functional``.
+
+Sizes are letters: N batch, H query heads, G key/value heads (H a multiple of G), Q queries, K keys, E head dim, D value dim,
+W the window's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+# What each size is called where one is wrong.
+SIZES: Mapping[str, str] = {
+    "N": "batch size",
+    "H": "number of query heads",
+    "G": "number of key/value heads",
+    "Q": "number of queries",
+    "K": "number of keys",
+    "E": "head_dim",
+    "D": "head_dim",
+    "W": "window's size",
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An optional argument of an op: a tensor where it has ``dims``, else a number.
+
+    Attributes:
+        name: what users write.
+        dims: a tensor's sizes in letters; None for a number.
+        kind: "floating" or "integer".
+        broadcasts: whether a tensor may have fewer dimensions, and 1 in place of any size.
+        differentiable: whether it has a gradient.
+        at_most: the letter of the size that an integer must not exceed.
+        for_all: whether every backend of the op gets it: it is then no matter of ``Capability.takes``.
+    """
+
+    name: str
+    dims: str | None = None
+    kind: str = "floating"
+    broadcasts: bool = False
+    differentiable: bool = False
+    at_most: str | None = None
+    for_all: bool = False
+
+    @property
+    def schema(self) -> str:
+        """Its type in torch.library's words."""
+        return "Tensor?" if self.dims is not None else "float?"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an op returns: in the first tensor's dtype and order in memory, or else a statistic of rows.
+
+    Attributes:
+        dims: its sizes in letters.
+        fill: what it is where no key is visible.
+        of_rows: whether it is a statistic of rows: contiguous, in float32, or float64 for float64.
+    """
+
+    dims: str
+    fill: float
+    of_rows: bool = False
+
+    def dtype(self, inputs: torch.dtype) -> torch.dtype:
+        """Its dtype where the op's tensors have ``inputs``."""
+        if not self.of_rows:
+            return inputs
+        return torch.float64 if inputs == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One op.
+
+    Attributes:
+        name: its name, that of its public function, of a backend's function and of the op in torch.library.
+        tensors: the sizes of each tensor, by name, in the order in which the op takes them. The first has a row for each query.
+        results: what the op computes, by name; users get the first.
+        arguments: the optional arguments.
+        keeps_results: whether its backward gets the results.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+    results: Mapping[str, Result]
+    arguments: tuple[Argument, ...]
+    keeps_results: bool = False
+
+    @property
+    def backward(self) -> str:
+        """The name of its backward."""
+        return f"{self.name}_backward"
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """What has a gradient: the tensors, then arguments."""
+        return (*self.tensors, *(argument.name for argument in self.arguments if argument.differentiable))
+
+    def __repr__(self) -> str:
+        return f"Op({self.name!r})"
+
+
+BIAS = Argument("bias", dims="NHQW", broadcasts=True, differentiable=True)
+KEY_LENGTHS = Argument("key_lengths", dims="N", kind="integer", at_most="K")
+SCALE = Argument("scale", for_all=True)
+
+DOT_PRODUCT = Op(
+    name="local_dot_product",
+    tensors={"query": "NHQE", "key": "NGKE"},
+    results={"scores": Result("NHQW", fill=-math.inf)},
+    arguments=(BIAS, KEY_LENGTHS, SCALE),
+)
+WEIGHTED_AVERAGE = Op(
+    name="local_weighted_average",
+    tensors={"weights": "NHQW", "value": "NGKD"},
+    results={"output": Result("NHQD", fill=0.0)},
+    arguments=(KEY_LENGTHS,),
+)
+ATTENTION = Op(
+    name="local_attention",
+    tensors={"query": "NHQE", "key": "NGKE", "value": "NGKD"},
+    results={"output": Result("NHQD", fill=0.0), "log_sum_exp": Result("NHQ", fill=-math.inf, of_rows=True)},
+    arguments=(BIAS, KEY_LENGTHS, SCALE),
+    keeps_results=True,
+)
+
+ROWS: Mapping[str, Op] = {op.name: op for op in (DOT_PRODUCT, WEIGHTED_AVERAGE, ATTENTION)}
+OPS = tuple(ROWS)
+
+
+def default_scale(op: Op, head_dim: int) -> float:
+    """The factor of the dot products where none is given: ``1 / sqrt(E)`` before a softmax, else 1."""
+    return head_dim**-0.5 if op is ATTENTION and head_dim else 1.0
