@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Problem, Window
-
-# It loads 16 bytes at a time.
-_ACCESS_BYTES = 16
+from attnreg import Problem, Window, empty_like
+from attnreg_adapters.layout import in_order_of, lengths_first, unseeing_queries, unseen_keys
 
 # The library's backward needs more shared memory above this head dim than other GPUs have.
 _MOST_ON_SMALL_GPUS, _LARGE_GPUS = 192, ((8, 0), (9, 0))
@@ -55,29 +53,23 @@ def refuse_shapes(problem: Problem) -> str | None:
     """What no FlashAttention takes."""
     if problem.head_dim != problem.value_dim:
         return f"E = {problem.head_dim} and D = {problem.value_dim} differ; it takes equal head dims only"
-    first_sees = problem.key_length - problem.query_length + problem.window.right
-    if first_sees < 0:
-        return f"the first {-first_sees} queries see no key; it takes only calls in which every query sees one"
+    unseeing = unseeing_queries(problem.query_length, problem.key_length, problem.window)
+    if unseeing:
+        return f"the first {unseeing} queries see no key; it takes only calls in which every query sees one"
     return None
 
 
 def local_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window,
-    *,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, window: Window, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of each row as the library gives it."""
-    query, scale, _ = positive_scale(query, scale)
-    query, key, value = (lengths_first(each) for each in (query, key, value))
+    given, scale, _ = positive_scale(query, scale)
+    unseen = unseen_keys(query.size(2), key.size(2), window)
+    given, key, value = (lengths_first(each) for each in (given, key[:, :, unseen:], value[:, :, unseen:]))
     output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, *_common(query, key), False, scale=scale, **_sizes(window)
+        given, key, value, *_common(given, key), False, scale=scale, **_sizes(window)
     )
-    return output.transpose(1, 2).contiguous(), log_sum_exp
+    return in_order_of(query, output.transpose(1, 2)), log_sum_exp
 
 
 def local_attention_backward(
@@ -89,18 +81,19 @@ def local_attention_backward(
     log_sum_exp: Tensor,
     window: Window,
     *,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
     scale: float,
-    needs_grad: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-    """The gradients of query, key and value."""
+    needs_grad: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradients of query, key and value: the library computes all three."""
+    inputs = {"query": query, "key": key, "value": value}
     query, scale, factor = positive_scale(query, scale)
+    unseen = unseen_keys(query.size(2), key.size(2), window)
+    key, value = key[:, :, unseen:], value[:, :, unseen:]
     query, key, value, output, grad_output = (lengths_first(each) for each in (query, key, value, output, grad_output))
     # No dropout: its random state is not looked at.
     state = torch.empty(2, dtype=torch.uint64, device=query.device)
     with _deterministic():
-        gradients = torch.ops.aten._flash_attention_backward(
+        found = torch.ops.aten._flash_attention_backward(
             grad_output,
             query,
             key,
@@ -113,12 +106,27 @@ def local_attention_backward(
             scale=scale,
             **_sizes(window),
         )
-    grad_query, grad_key, grad_value = (
-        gradient.transpose(1, 2).contiguous() if needed else None for gradient, needed in zip(gradients, needs_grad)
-    )
-    if grad_query is not None and factor != 1:
-        grad_query = grad_query * factor
-    return grad_query, grad_key, grad_value, None
+    gradients = {}
+    for (name, tensor), gradient in zip(inputs.items(), found):
+        if name not in needs_grad:
+            continue
+        gradient = gradient.transpose(1, 2)
+        if name == "query":
+            gradients[name] = in_order_of(tensor, gradient if factor == 1 else gradient.mul_(factor))
+        elif unseen:
+            gradients[name] = gradient_of_all(tensor, unseen)
+            gradients[name][:, :, unseen:] = gradient
+        else:
+            gradients[name] = in_order_of(tensor, gradient)
+    return gradients
+
+
+def gradient_of_all(tensor: Tensor, unseen: int) -> Tensor:
+    """Room for the gradient of a key or value, zero for those that were left out of the call."""
+    gradient = empty_like(tensor)
+    if unseen:
+        gradient[:, :, :unseen] = 0
+    return gradient
 
 
 def _common(query: Tensor, key: Tensor) -> tuple[Any, ...]:
@@ -138,13 +146,6 @@ def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, int]:
     if scale > 0:
         return query, scale, 1
     return (-query, -scale, -1) if scale < 0 else (query * 0, 1.0, 0)
-
-
-def lengths_first(tensor: Tensor) -> Tensor:
-    """A tensor (N, L, H, E) of a tensor (N, H, L, E), whose rows begin where it may load them."""
-    unit = _ACCESS_BYTES // tensor.element_size()
-    aligned = all(stride % unit == 0 for stride in tensor.stride()[:3]) and tensor.data_ptr() % _ACCESS_BYTES == 0
-    return (tensor if aligned else tensor.contiguous()).transpose(1, 2)
 
 
 @contextmanager

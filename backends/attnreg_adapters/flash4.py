@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from attnreg import Problem, Window
-from attnreg_adapters.flash import lengths_first, positive_scale, refuse_shapes
+from attnreg import Problem, Window, empty_like
+from attnreg_adapters.flash import gradient_of_all, positive_scale, refuse_shapes
+from attnreg_adapters.layout import lengths_first, unseen_keys
 
 DISTRIBUTION = "flash-attn-4"
 
@@ -26,12 +31,29 @@ def unavailable() -> str | None:
 
 
 def prepare() -> str | None:
-    """Why the library cannot be imported: it looks for its compiler meanwhile."""
+    """Why the library cannot be called: it cannot be imported, for which it looks for its compiler, or has changed."""
     try:
-        import flash_attn.cute  # noqa: F401
+        forward, backward = _functions()
     except Exception as error:
         return f"{DISTRIBUTION} cannot be imported: {type(error).__name__}: {error}"
+    options = _options(1.0, Window(0, 0))
+    for function, results in ((forward, ("out", "return_lse")), (backward, ("dq", "dk", "dv", "deterministic"))):
+        missing = [name for name in (*results, *options) if name not in inspect.signature(function).parameters]
+        if missing:
+            return f"{DISTRIBUTION} has changed: {function.__name__} takes no {', '.join(missing)}"
     return None
+
+
+def _functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What the library's own autograd function calls: they write results where they are told, in any order in memory."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    return _flash_attn_fwd, _flash_attn_bwd
+
+
+def _options(scale: float, window: Window) -> dict[str, float | int]:
+    """What both functions are told of a call."""
+    return {"softmax_scale": scale, "window_size_left": window.left, "window_size_right": window.right}
 
 
 def refuse(problem: Problem) -> str | None:
@@ -42,25 +64,53 @@ def refuse(problem: Problem) -> str | None:
 
 
 def local_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of each row as the library gives it."""
+    forward, _ = _functions()
+    output = empty_like(query)
+    query, scale, _ = positive_scale(query, scale)
+    unseen = unseen_keys(query.size(2), key.size(2), window)
+    _, log_sum_exp, *_ = forward(
+        *(lengths_first(each) for each in (query, key[:, :, unseen:], value[:, :, unseen:])),
+        out=output.transpose(1, 2),
+        return_lse=True,
+        **_options(scale, window),
+    )
+    return output, log_sum_exp
+
+
+def local_attention_backward(
+    grad_output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
     window: Window,
     *,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp of each row as the library gives it."""
-    from flash_attn.cute import flash_attn_func
-
-    query, scale, _ = positive_scale(query, scale)
-    output, log_sum_exp = flash_attn_func(
-        *(lengths_first(each) for each in (query, key, value)),
-        softmax_scale=scale,
-        window_size=(window.left, window.right),
+    needs_grad: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradients of query, key and value: the library computes all three, where they belong."""
+    _, backward = _functions()
+    unseen = unseen_keys(query.size(2), key.size(2), window)
+    gradients = {
+        "query": empty_like(query),
+        "key": gradient_of_all(key, unseen),
+        "value": gradient_of_all(value, unseen),
+    }
+    query, scale, factor = positive_scale(query, scale)
+    backward(
+        *(lengths_first(each) for each in (query, key[:, :, unseen:], value[:, :, unseen:], output, grad_output)),
+        log_sum_exp,
+        dq=gradients["query"].transpose(1, 2),
+        dk=gradients["key"][:, :, unseen:].transpose(1, 2),
+        dv=gradients["value"][:, :, unseen:].transpose(1, 2),
         # The same bits every time, as attnreg promises.
         deterministic=True,
-        return_lse=True,
+        **_options(scale, window),
     )
-    return output.transpose(1, 2).contiguous(), log_sum_exp
+    if factor != 1:
+        gradients["query"].mul_(factor)
+    return {name: gradient for name, gradient in gradients.items() if name in needs_grad}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Problem, Window
+from attnreg import Problem, Window, empty_like
+from attnreg_adapters.layout import in_order_of, unseeing_queries, unseen_keys
 
 # Queries and keys of a block of the mask.
 _BLOCK = 128
@@ -36,7 +37,7 @@ def refuse(problem: Problem) -> str | None:
     longest = max(problem.query_length, problem.key_length)
     if longest > MOST_POSITIONS:
         return f"a length is {longest}; its mask lists all pairs of blocks, tried up to {MOST_POSITIONS}"
-    if problem.bias_shape is not None and problem.needs_grad:
+    if problem.gives("bias") and problem.needs_grad:
         return "a bias is given and gradients are needed; it adds up the gradient of a bias in no fixed order"
     return None
 
@@ -48,10 +49,28 @@ def local_attention(
     window: Window,
     *,
     bias: Tensor | None,
-    key_lengths: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the natural log-sum-exp of each row."""
+    rows = unseeing_queries(query.size(2), key.size(2), window)
+    unseen = unseen_keys(query.size(2), key.size(2), window)
+    seeing, key, value = query[:, :, rows:], key[:, :, unseen:], value[:, :, unseen:]
+    if bias is not None:
+        bias = bias[:, :, rows:] if bias.size(2) > 1 else bias
+        value = value.where(_seen(bias, seeing, key, window), 0)
+    output, log_sum_exp = _flex_attention(seeing, key, value, window, bias, scale)
+    if not rows:
+        return in_order_of(query, output), log_sum_exp
+    whole, whole_log_sum_exp = empty_like(query, value.size(3)), log_sum_exp.new_full(query.shape[:3], -math.inf)
+    whole[:, :, :rows] = 0
+    whole[:, :, rows:] = output
+    whole_log_sum_exp[:, :, rows:] = log_sum_exp
+    return whole, whole_log_sum_exp
+
+
+def _flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
     from torch.nn.attention.flex_attention import AuxRequest
@@ -68,7 +87,25 @@ def local_attention(
             enable_gqa=query.size(1) != key.size(1),
             return_aux=AuxRequest(lse=True),
         )
-    return output.contiguous(), further.lse
+    return output, further.lse
+
+
+def _seen(bias: Tensor, query: Tensor, key: Tensor, window: Window) -> Tensor:
+    """Which keys the bias leaves to some row, (N or 1, Hkv or 1, Lk, 1).
+
+    The kernel gives the others weight 0, and multiplies their values by it.
+    """
+    queries, (kv_heads, keys) = query.size(2), key.shape[1:3]
+    visible = (bias != -math.inf).expand(-1, -1, queries, window.size)
+    if visible.size(1) > 1:
+        visible = visible.unflatten(1, (kv_heads, -1)).any(2)
+    first = torch.arange(queries, device=bias.device)[:, None] + (keys - queries - window.left)
+    slots = first + torch.arange(window.size, device=bias.device)
+    # Slots without a key fall on one more, the last.
+    index = torch.where((slots >= 0) & (slots < keys), slots, keys).expand(visible.shape)
+    found = torch.zeros(*visible.shape[:2], keys + 1, dtype=torch.uint8, device=bias.device)
+    found.scatter_reduce_(2, index.flatten(2), visible.flatten(2).to(torch.uint8), "amax")
+    return found[:, :, :keys, None].bool()
 
 
 @functools.cache
@@ -124,17 +161,20 @@ def _block_mask(left: int, right: int, queries: int, keys: int, device: torch.de
 
 
 def _adds(bias: Tensor, bounds: Tensor) -> Callable[..., Tensor]:
-    """The score function that adds a bias (N, H, Lq, W), broadcast: slot c of query i is key ``i + shift - left + c``."""
+    """The score function of a bias (N, H, Lq, W), broadcast: slot c of query i is key ``i + shift - left + c``."""
     batch_size, heads, rows, slots = bias.shape
 
     def add(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         slot = (key - query - bounds[0]).clamp(0, slots - 1)
         zero = query * 0
-        return score + bias[
+        added = bias[
             batch if batch_size > 1 else zero,
             head if heads > 1 else zero,
             query if rows > 1 else zero,
             slot,
-        ].to(score.dtype)
+        ]
+        # Hidden whatever the score is; a finite float64 beyond the range of float32 hides nothing.
+        finite = added.clamp(min=torch.finfo(torch.float32).min).to(score.dtype)
+        return torch.where(added == -math.inf, -math.inf, score + finite)
 
     return add

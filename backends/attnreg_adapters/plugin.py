@@ -13,8 +13,6 @@ _FLASH_ATTENTION = Capability(
     devices={"cuda"},
     dtypes=(torch.float16, torch.bfloat16),
     head_dims=range(8, 257, 8),
-    bias=False,
-    key_lengths=False,
 )
 
 
@@ -36,7 +34,7 @@ def attnreg_backends() -> Iterator[Backend]:
         summary="FlashAttention 4, where flash-attn-4 is installed, with a window; its deterministic backward",
         capability=_FLASH_ATTENTION,
         local_attention=flash4.local_attention,
-        differentiable=True,
+        local_attention_backward=flash4.local_attention_backward,
         unavailable=flash4.unavailable,
         prepare=flash4.prepare,
         refuse=flash4.refuse,
@@ -51,7 +49,6 @@ def attnreg_backends() -> Iterator[Backend]:
             devices={"cuda"},
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
             head_dims=range(16, 257),
-            key_lengths=False,
         ),
         local_attention=flex.local_attention,
         differentiable=True,
