@@ -30,7 +30,7 @@ def _fresh_registry_after_each_test():
 @pytest.fixture(scope="session", autouse=True)
 def _no_tables(tmp_path_factory):
     """Neither what somebody tuned on this machine nor what is shipped decides in a test; builds stay where they are."""
-    from attnreg.tuning import store
+    from attnreg.tables import store
 
     folder = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:

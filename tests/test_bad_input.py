@@ -16,6 +16,13 @@ VALUE = torch.randn(2, 2, 6, 3)
 WINDOW = Window(2, 1)
 LENGTHS = torch.tensor([6, 3])
 
+
+class DuckWindow:
+    """Looks like a window, and is none."""
+
+    left, right, size = 2, 1, 4
+
+
 ATTENTION = {"query": QUERY, "key": KEY, "value": VALUE, "window": WINDOW}
 AVERAGE = {"weights": torch.randn(2, 4, 5, 4), "value": VALUE, "window": WINDOW}
 
@@ -52,6 +59,19 @@ BAD = [
     ("local_attention", {"scale": "big"}, TypeError, "scale must be a float, got 'big'"),
     ("local_attention", {"scale": torch.tensor(1.0)}, TypeError, "scale must be a float, got tensor(1.)"),
     ("local_attention", {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ("local_attention", {"scale": True}, TypeError, "scale must be a float, got True (bool)"),
+    ("local_attention", {"scale": 10**400}, ValueError, "scale must be finite, got an int too large for a float"),
+    ("local_attention", {"scale": -float("inf")}, ValueError, "scale must be finite, got -inf"),
+    ("local_attention", {"scale": 1j}, TypeError, "scale must be a float, got 1j (complex)"),
+    ("local_attention", {"scale": torch.nn.Parameter(torch.tensor(1.0))}, TypeError, "scale must be a float, got Parameter"),
+    ("local_attention", {"bias": torch.randn(5, 4).to_sparse()}, TypeError, "bias must be a dense (strided) tensor, got layout torch.sparse_coo"),
+    ("local_attention", {"bias": torch.randn(5, 4).cfloat()}, TypeError, "bias must have a floating-point dtype, got torch.complex64"),
+    ("local_attention", {"key_lengths": LENGTHS.to_sparse()}, TypeError, "key_lengths must be a dense (strided) tensor"),
+    ("local_attention", {"key_lengths": LENGTHS > 0}, TypeError, "key_lengths must have an integer dtype, got torch.bool"),
+    ("local_attention", {"window": DuckWindow()}, TypeError, "window must be an attnreg.Window, got <"),
+    ("local_attention", {"key": None}, TypeError, "key must be a torch.Tensor, got NoneType"),
+    ("local_attention", {"key": torch.nested.nested_tensor([KEY[0], KEY[1]])}, TypeError, "key must be a dense (strided) tensor, got a nested one"),
+    ("local_attention", {"backend": b"torch"}, TypeError, "backend must be a backend's name or None, got b'torch' (bytes)"),
     ("local_attention", {"backend": 3}, TypeError, "backend must be a backend's name or None, got 3"),
     ("local_attention", {"backend": ["torch"]}, TypeError, "backend must be a backend's name or None, got ['torch']"),
     ("local_attention", {"backend": ""}, ValueError, "no backend is called ''"),
@@ -59,6 +79,12 @@ BAD = [
     ("local_dot_product", {"key": KEY[..., :7]}, ValueError, "key: its head_dim must be query's, 8"),
     ("local_dot_product", {"bias": torch.randn(3)}, ValueError, "bias: shape (3,) does not broadcast"),
     ("local_dot_product", {"scale": None}, TypeError, "scale must be a float, got None"),
+    ("local_dot_product", {"scale": True}, TypeError, "scale must be a float, got True"),
+    ("local_dot_product", {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ("local_dot_product", {"window": 3}, TypeError, "window: got the int 3"),
+    ("local_weighted_average", {"window": DuckWindow()}, TypeError, "window must be an attnreg.Window"),
+    ("local_weighted_average", {"weights": None}, TypeError, "weights must be a torch.Tensor, got NoneType"),
+    ("local_weighted_average", {"backend": b"torch"}, TypeError, "backend must be a backend's name or None"),
     ("local_weighted_average", {"weights": torch.randn(2, 4, 5, 5)}, ValueError, "weights: the last dimension must be the window's size, 4"),
     ("local_weighted_average", {"value": VALUE[:1]}, ValueError, "value: its batch size must be weights's, 2"),
     ("local_weighted_average", {"value": VALUE.double()}, TypeError, "value must have weights's dtype"),
@@ -88,10 +114,22 @@ def test_a_bad_call_is_refused_after_good_calls_of_the_same_kind_too(op, change,
     """The plan of an earlier call must not let a later, bad one slip through."""
     good = _arguments(op)
     getattr(attnreg, op)(**good)
+    getattr(attnreg, op)(**good, key_lengths=LENGTHS)
     if op != "local_weighted_average":
+        getattr(attnreg, op)(**good, scale=0.5)
+        getattr(attnreg, op)(**good, bias=torch.randn(5, 4))
         getattr(attnreg, op)(**good, bias=torch.randn(1), key_lengths=LENGTHS)
     with pytest.raises(error, match=_pattern(message)):
         getattr(attnreg, op)(**{**good, **change})
+
+
+@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=[f"{row[0]}-{row[3][:40]}" for row in BAD])
+def test_a_compiled_call_is_refused_by_the_same_error(op, change, error, message):
+    arguments = {**_arguments(op), **change}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: getattr(attnreg, op)(**arguments), backend="eager")
+    with pytest.raises(error, match=_pattern(message)):
+        compiled()
 
 
 def test_explain_refuses_what_the_op_refuses():

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from typer.testing import CliRunner
 
 import attnreg
 from attnreg import demo
+from attnreg.backend import Fault
 from attnreg.cli import app
-from attnreg.dispatch import Fault
 from attnreg.registry import registry
 
 LONG_NAME = "a-distribution-with-a-name-that-no-narrow-column-holds 1.2.3"
@@ -58,6 +59,98 @@ def test_importing_attnreg_imports_nothing_of_the_command():
     script = "import sys, torch; before = set(sys.modules); import attnreg; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"typer", "rich", "attnreg.cli", "attnreg.demo"} & set(done.stdout.split())
+
+
+# Commands that other distributions add
+
+
+@pytest.fixture
+def plugged(tmp_path, monkeypatch):
+    """Put a distribution on the path as if installed: its module and its entry points among attnreg's commands."""
+
+    def write(name: str, entry_points: str, source: str = "") -> None:
+        folder = tmp_path / name
+        info = folder / f"plugged_{name}-9.1.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"plugged_{name}.py").write_text(source)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: plugged-{name}\nVersion: 9.1\n")
+        (info / "entry_points.txt").write_text(f"[attnreg.commands]\n{entry_points}\n")
+        monkeypatch.syspath_prepend(str(folder))
+
+    imported = set(sys.modules)
+    yield write
+    for name in set(sys.modules) - imported:
+        if name.startswith("plugged_"):
+            del sys.modules[name]
+
+
+GREETING = """
+def greet(name: str, times: int = 1) -> None:
+    \"""Greet somebody.\"""
+    for _ in range(times):
+        print("hello", name)
+"""
+
+
+def test_a_distribution_adds_a_command_with_its_options(plugged):
+    plugged("greeting", "greet = plugged_greeting:greet", GREETING)
+    help_text = attnreg_command("--help").output
+    assert re.search(r"^  greet +Greet somebody\.$", help_text, re.MULTILINE)
+    result = attnreg_command("greet", "you", "--times", "2")
+    assert (result.exit_code, result.output) == (0, "hello you\nhello you\n")
+    assert attnreg_command("greet").exit_code == 2
+
+
+def test_an_added_command_is_not_imported_by_other_commands(plugged):
+    plugged("greeting", "greet = plugged_greeting:greet", GREETING)
+    assert attnreg_command("backends").exit_code == 0
+    assert "plugged_greeting" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("value", "source", "reason"),
+    [
+        ("plugged_broken:command", "import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("not_installed_at_all:command", "", "ModuleNotFoundError: No module named 'not_installed_at_all'"),
+        ("plugged_broken:command", "", "AttributeError: module 'plugged_broken' has no attribute 'command'"),
+        ("plugged_broken:command", "raise SystemExit('given up')", "SystemExit: given up"),
+        ("plugged_broken:command", "command = 5", "TypeError: a command must be a function"),
+        ("plugged_broken:command", "def command(it: 'Nowhere'): ...", "NameError: name 'Nowhere' is not defined"),
+    ],
+)
+def test_a_broken_command_says_why_and_costs_only_itself(plugged, value, source, reason):
+    plugged("broken", f"broken = {value}", source)
+    plugged("greeting", "greet = plugged_greeting:greet", GREETING)
+    help_text = attnreg_command("--help", columns=500)
+    assert help_text.exit_code == 0
+    for output in (help_text.output, attnreg_command("broken", "--help").output):
+        assert f"cannot be used: {reason}" in " ".join(output.split())
+    assert re.search(r"^  bench ", help_text.output, re.MULTILINE)
+    assert attnreg_command("greet", "you").output == "hello you\n"
+    result = attnreg_command("broken", "argument", "--option", "value")
+    assert result.exit_code == 1
+    assert f"Error: the command broken (plugged-broken 9.1) cannot be used: {reason}" in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("taken", ["explain", "bench"])
+def test_the_name_of_a_command_is_not_taken_from_it(plugged, taken):
+    before = attnreg_command(taken, "--help").output
+    plugged("thief", f"{taken} = plugged_thief:greet", GREETING)
+    assert attnreg_command(taken, "--help").output == before
+    expected = rf"^  {taken} \(plugged-thief 9\.1\) +cannot be used: its name is taken$"
+    assert re.search(expected, attnreg_command("--help").output, re.MULTILINE)
+
+
+def test_nothing_of_attnreg_imports_the_benchmarks():
+    for file in Path(attnreg.__file__).parent.rglob("*.py"):
+        assert not re.search(r"^ *(?:from|import) attnreg_benchmarks\b", file.read_text(), re.MULTILINE), file
+
+
+def test_a_misspelt_command_is_told_which_was_meant():
+    result = attnreg_command("benhc")
+    assert result.exit_code == 2
+    assert "No such command 'benhc'. Did you mean 'bench'?" in result.output
 
 
 # backends
@@ -214,8 +307,8 @@ def test_a_bad_option_is_named_and_exits_with_2(options, message):
 @pytest.fixture
 def small_demo(monkeypatch, tmp_path):
     """A text, and the sizes with which the demo takes a second."""
-    monkeypatch.setattr("attnreg.cli.DEMO_WINDOWS", (2, 64))
-    monkeypatch.setattr("attnreg.cli.DEMO_LENGTH", 64)
+    monkeypatch.setattr("attnreg.cli.demo.DEMO_WINDOWS", (2, 64))
+    monkeypatch.setattr("attnreg.cli.demo.DEMO_LENGTH", 64)
     file = tmp_path / "any bytes"
     file.write_bytes(bytes(range(256)) * 8)
     return str(file)

@@ -30,6 +30,7 @@ def bands():
     alone = replace(
         block,
         name="composed",
+        capability=replace(block.capability, takes={"bias", "key_lengths"}),
         local_dot_product=local_dot_product,
         local_attention=None,
         local_attention_backward=None,

@@ -13,6 +13,7 @@ from running import DTYPES, runs
 
 import attnreg
 from attnreg import Window, composition
+from attnreg.testing.budget import budget
 
 CASES_OF = {case.name: case for case in [*CASES, *LARGE_CASES]}
 
@@ -28,31 +29,10 @@ def true_and_naive(op: str, name: str, device: str, dtype: torch.dtype):
 def assert_within_budget(
     what: str, got: torch.Tensor, true: torch.Tensor, naive: torch.Tensor, others: tuple[torch.Tensor, ...] = ()
 ) -> None:
-    """The error is at most twice that of the naive computation in the same dtype, plus one rounding step.
-
-    The 2-norm decides; no single element may be off by four times as much. float32 need not be better than the 1e-6 that it
-    promises. Softmax ignores what is added to a whole row, so that some gradients are exactly 0, a difference of equal terms:
-    these may keep a few rounding steps of the largest of the call's gradients, which are ``others``.
-    """
+    """See ``attnreg.testing.budget``; ``others`` are all true gradients of a call where this is one."""
     assert got.shape == true.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(true.shape)}"
-    step = torch.finfo(got.dtype).eps
-    finite = true.isfinite()
-    assert torch.equal(got[~finite].double(), true[~finite]), f"{what}: -inf is not where it should be"
-    got, true, naive = (tensor[finite].double() for tensor in (got, true, naive))
-    assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
-    for norm, factor in ((2, 1), (torch.inf, 4)):
-        size, error, allowed, *largest = (
-            float(torch.linalg.vector_norm(tensor, norm)) if tensor.numel() else 0.0
-            for tensor in (true, got - true, naive - true, *others)
-        )
-        limit = 2 * allowed + step * size
-        limit = max(limit, 8 * step * max(largest, default=0.0) if size < step * max(largest, default=0.0) else 0.0)
-        if step == torch.finfo(torch.float32).eps:
-            limit = max(limit, 1e-6 * size)
-        if step == torch.finfo(torch.float64).eps:  # the truth is itself rounded, in another order
-            limit = max(limit, 16 * step * max(size, *largest, 0.0))
-        limit *= factor
-        assert error <= limit, f"{what}: error {error:.3g} in norm {norm}, allowed {limit:.3g} (size {size:.3g})"
+    fault = budget(true, naive, got.dtype, others).fault(got, true)
+    assert fault is None, f"{what}: {fault}"
 
 
 def check(op: str, case: Case, backend: str, device: str, dtype: torch.dtype) -> None:

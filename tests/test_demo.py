@@ -50,8 +50,8 @@ def test_a_backend_with_a_wrong_key_gradient_shows_in_the_loss_curve():
     (block,) = (each.backend for each in attnreg.backends() if each.name == "torch_block")
 
     def flipped(*args, **kwargs):
-        grad_query, grad_key, grad_value, grad_bias = block.local_attention_backward(*args, **kwargs)
-        return grad_query, -grad_key, grad_value, grad_bias
+        gradients = block.local_attention_backward(*args, **kwargs)
+        return {**gradients, "key": -gradients["key"]}
 
     wrong = dataclasses.replace(block, name="wrong", local_attention_backward=flipped)
     with attnreg.register(wrong):

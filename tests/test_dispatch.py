@@ -139,8 +139,8 @@ def test_threads_and_tasks_do_not_see_each_others_blocks():
 
 def test_a_forced_backend_that_cannot_run_a_call_raises_with_every_reason():
     narrow = Capability(
-        dtypes={torch.float16}, devices={"cuda"}, head_dims=range(8, 65), window_sizes=range(1, 3), bias=False,
-        key_lengths=False, grouped_heads=False, unequal_lengths=False,
+        dtypes={torch.float16}, devices={"cuda"}, head_dims=range(8, 65), window_sizes=range(1, 3), takes=(),
+        grouped_heads=False, unequal_lengths=False,
     )  # fmt: skip
     with attnreg.register(backend("narrow", capability=narrow, unavailable=lambda: "no such machine")):
         with pytest.raises(BackendError) as raised:
@@ -156,8 +156,8 @@ def test_a_forced_backend_that_cannot_run_a_call_raises_with_every_reason():
         "the dtype is float32; it takes float16",
         "the head_dim of query and key is 4; it takes 8 to 64",
         "the window's size is 4; it takes 1 to 2",
-        "a bias is given",
-        "key_lengths are given",
+        "bias is given; it takes none",
+        "key_lengths is given",
         "H = 2 and Hkv = 1 differ",
         "Lq = 6 and Lk = 7 differ",
         "no such machine",

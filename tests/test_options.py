@@ -24,8 +24,8 @@ def _dot_product(query, key, window, *, mark=0.0, sign=1.0, **_):
 
 
 def _dot_product_backward(grad_scores, query, key, window, *, needs_grad, mark=0.0, sign=1.0, **_):
-    gradients = (torch.full_like(query, mark * sign), torch.full_like(key, mark * sign), None)
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs_grad))
+    tensors = {"query": query, "key": key}
+    return {name: torch.full_like(tensors[name], mark * sign) for name in needs_grad}
 
 
 @pytest.fixture(autouse=True)

@@ -159,7 +159,7 @@ def test_the_example_plugin_is_installed_and_runs(example_site, discovered):
     assert torch.allclose(scores, attnreg.local_dot_product(query, key, Window(3, 2), backend="torch"))
     scores.where(scores.isfinite(), 0).square().sum().backward()
     assert query.grad.abs().sum() > 0
-    with pytest.raises(attnreg.BackendError, match="it takes none"):
+    with pytest.raises(attnreg.BackendError, match="bias is given; it takes none"):
         attnreg.local_dot_product(query, key, Window(3, 2), bias=torch.zeros(1), backend="example")
 
 

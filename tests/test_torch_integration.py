@@ -12,6 +12,7 @@ from running import runs
 
 import attnreg
 from attnreg import Window
+from attnreg.op import ROWS
 
 CASES_OF = {case.name: case for case in CASES}
 GPU = [
@@ -24,16 +25,16 @@ def op_calls(op: str, case: Case, device: str, dtype: torch.dtype, backend: str)
     """The torch.library calls, forward and backward, that one public call makes."""
     inputs = make_inputs(op, case, dtype, device)
     tensors, window = inputs.tensors, case.window
-    options = [] if op == "local_weighted_average" else [0.5]
-    bias = [] if op == "local_weighted_average" else [tensors.pop("bias", None)]
-    arguments = [*bias, inputs.key_lengths, window.left, window.right, *options, backend, False]
-    wanted = [True] * len(tensors) + [given is not None for given in bias]
+    given = {"bias": tensors.pop("bias", None), "key_lengths": inputs.key_lengths, "scale": 0.5}
+    arguments = [given[argument.name] for argument in ROWS[op].arguments]
+    asked = (window.left, window.right, backend)
+    needs_grad = [*tensors, *(["bias"] if given["bias"] is not None else [])]
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors.values()]
-    yield getattr(torch.ops.attnreg, op).default, (*leaves, *arguments, True)
-    saved = list(tensors.values())
-    if op == "local_attention":
-        saved += torch.ops.attnreg.local_attention.default(*tensors.values(), *arguments, False)
-    yield getattr(torch.ops.attnreg, f"{op}_backward").default, (inputs.grad, *saved, *arguments, wanted)
+    yield getattr(torch.ops.attnreg, op).default, (*leaves, *arguments, *asked, True)
+    *results, ticket = getattr(torch.ops.attnreg, op).default(*tensors.values(), *arguments, *asked, False)
+    saved = [*tensors.values(), *(results if op == "local_attention" else [])]
+    backward = getattr(torch.ops.attnreg, f"{op}_backward").default
+    yield backward, (inputs.grad, *saved, *arguments, *asked, ticket, needs_grad)
 
 
 def opchecks(backend: str) -> list[str]:

@@ -10,10 +10,11 @@ from torch import Tensor
 from attnreg import Backend, Capability, Window, hookimpl
 
 
-def local_dot_product(
-    query: Tensor, key: Tensor, window: Window, *, bias: Tensor | None, key_lengths: Tensor | None, scale: float
-) -> Tensor:
-    """Slot c of query i is key j = i - left + c: one shifted product a slot."""
+def local_dot_product(query: Tensor, key: Tensor, window: Window, *, scale: float) -> Tensor:
+    """Slot c of query i is key j = i - left + c: one shifted product a slot.
+
+    It names neither ``bias`` nor ``key_lengths``: a call that gives one goes to another backend.
+    """
     length = query.shape[2]
     positions = torch.arange(length, device=query.device)
     scores = []
@@ -32,8 +33,6 @@ def attnreg_backends() -> Iterable[Backend]:
         summary="one shifted product per slot",
         capability=Capability(
             dtypes={torch.float32, torch.float64},
-            bias=False,
-            key_lengths=False,
             grouped_heads=False,
             unequal_lengths=False,
         ),

@@ -1,0 +1,121 @@
+"""Nothing that is hidden reaches anything: rows that see no key, keys that no row sees, slots that are no row's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import OPS, Case, make_inputs
+from reference import call
+from running import runs
+
+from attnreg import Window
+from attnreg.op import ROWS
+
+# Rows before all keys, keys before all windows, lengths, a bias that hides slots, whole rows, whole keys, or everything.
+CASES = [
+    Case("one_row_before_the_keys", batch=1, heads=1, kv_heads=1, query_length=3, key_length=2, window=Window(0, 0)),
+    Case("rows_before_the_keys", query_length=75, key_length=40, window=Window(6, 2)),
+    Case("keys_before_the_windows", query_length=7, key_length=90, window=Window(5, 0), heads=4),
+    Case("key_lengths", query_length=40, key_length=33, window=Window(5, 4), key_lengths=(20, 0)),
+    Case("bias_hides_slots", bias="NHLW", hidden=0.5, heads=4, query_length=40, key_length=40, window=Window(4, 2)),
+    Case("bias_hides_columns", bias="H1W", hidden=0.5, query_length=70, key_length=70, window=Window(9, 3)),
+    Case("bias_hides_rows", bias="N1L1", hidden=0.5, query_length=40, key_length=40),
+    Case("bias_hides_all", bias="1", hidden=1.0, query_length=20, key_length=20),
+    Case("everything", bias="NHLW", hidden=0.6, key_lengths=(30, 7), heads=4, query_length=50, key_length=40,
+         window=Window(7, 3)),
+]  # fmt: skip
+BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+def visibility(op: str, case: Case, inputs) -> torch.Tensor:
+    """(N, H, Lq, Lk): which keys a row sees, by the sentence of the contract."""
+    rows = torch.arange(case.query_length)[:, None] + case.key_length - case.query_length
+    slot = torch.arange(case.key_length) - rows + case.window.left
+    shape = (case.batch, case.heads, case.query_length, case.key_length)
+    visible = ((slot >= 0) & (slot < case.window.size)).expand(shape)
+    if inputs.key_lengths is not None:
+        lengths = inputs.key_lengths.cpu().view(-1, 1, 1, 1)
+        visible = visible & (torch.arange(case.key_length) < lengths)
+    if "bias" in inputs.tensors:
+        band = (case.batch, case.heads, case.query_length, case.window.size)
+        bias = inputs.tensors["bias"].detach().float().cpu().expand(band)
+        at = slot.clamp(0, case.window.size - 1).expand(shape)
+        visible = visible & (bias.gather(-1, at) != -torch.inf)
+    return visible
+
+
+def band_of(visible: torch.Tensor, case: Case) -> torch.Tensor:
+    rows = torch.arange(case.query_length)[:, None] + case.key_length - case.query_length
+    key = rows - case.window.left + torch.arange(case.window.size)
+    there = (key >= 0) & (key < case.key_length)
+    at = key.clamp(0, case.key_length - 1).expand(*visible.shape[:3], -1)
+    return visible.gather(-1, at) & there
+
+
+def poison(op: str, case: Case, inputs, bad: float) -> None:
+    """Put ``bad`` wherever nothing may look."""
+    visible = visibility(op, case, inputs)
+    device = inputs.grad.device
+    unseeing = ~visible.any(-1)
+    group = case.heads // case.kv_heads
+    unseen = ~visible.any(2).view(case.batch, case.kv_heads, group, -1).any(2)
+    for name in ROWS[op].tensors:
+        if name == "query":
+            inputs.tensors[name][unseeing.to(device)] = bad
+        elif name == "weights":
+            inputs.tensors[name][~band_of(visible, case).to(device)] = bad
+        else:
+            inputs.tensors[name][unseen.to(device)] = bad
+    if op == "local_dot_product":
+        inputs.grad[~band_of(visible, case).to(device)] = bad
+    else:
+        inputs.grad[unseeing.to(device)] = bad
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.bfloat16))
+def test_what_is_hidden_changes_no_bit(op, case, bad, backend, device, dtype):
+    clean, dirty = (make_inputs(op, case, dtype, device) for _ in range(2))
+    poison(op, case, dirty, bad)
+    expected, expected_gradients = call(op, clean, case.window, backend=backend)
+    output, gradients = call(op, dirty, case.window, backend=backend)
+    assert torch.equal(output, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected_gradients[name]), name
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
+def test_a_hidden_key_whose_score_overflows_spoils_no_row(backend, device, dtype):
+    """The key is finite and seen by one row, whose own query is small; the bias hides it from the others."""
+    case = Case("overflow", batch=1, heads=1, kv_heads=1, query_length=6, key_length=6, window=Window(5, 0), bias="LW")
+    inputs = make_inputs("local_attention", case, dtype, device)
+    inputs.tensors["query"] *= 1e4
+    inputs.tensors["query"][:, :, 0] = 0
+    inputs.tensors["key"][:, :, 0] = 1e38
+    inputs.tensors["bias"][1:] = 0
+    for row in range(1, 6):
+        inputs.tensors["bias"][row, 5 - row] = -torch.inf
+    output, gradients = call("local_attention", inputs, case.window, backend=backend)
+    inputs.tensors["key"][:, :, 0] = 1.0
+    expected, expected_gradients = call("local_attention", inputs, case.window, backend=backend)
+    assert torch.allclose(output, expected, rtol=1e-5)
+    for name in ("query", "value", "bias"):
+        assert torch.allclose(
+            gradients[name][..., 1:, :], expected_gradients[name][..., 1:, :], rtol=1e-4, atol=1e-4
+        ), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_reference_keeps_what_is_not_finite_where_it_is_seen(op):
+    """A NaN in a key or value that some rows see reaches these rows, in `torch`, and no other."""
+    case = Case("seen", batch=1, heads=1, kv_heads=1, query_length=12, key_length=12, window=Window(2, 1))
+    clean, dirty = (make_inputs(op, case, torch.float32) for _ in range(2))
+    last = list(ROWS[op].tensors)[-1]
+    dirty.tensors[last][:, :, 5] = torch.nan
+    expected, _ = call(op, clean, case.window, backend="torch")
+    output, _ = call(op, dirty, case.window, backend="torch")
+    sees = torch.tensor([4 <= row <= 7 for row in range(12)])
+    assert output[:, :, sees].isnan().any(-1).all()
+    assert torch.equal(output[:, :, ~sees], expected[:, :, ~sees])

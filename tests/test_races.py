@@ -1,0 +1,211 @@
+"""What happens while something else happens: registration, removal, forks, Ctrl-C, requests closed out of order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+
+import attnreg
+from attnreg import Backend, Capability, Window
+from attnreg.registry import registry
+
+QUERY = torch.randn(1, 1, 6, 4)
+WINDOW = Window(2, 1)
+
+
+def painter(name: str, mark: float, **options) -> Backend:
+    def local_dot_product(query, key, window, *, scale):
+        return query.new_full((*query.shape[:3], window.size), mark)
+
+    return Backend(
+        name=name, capability=Capability(dtypes={torch.float32}), local_dot_product=local_dot_product, **options
+    )
+
+
+def painted(**options) -> float:
+    return attnreg.local_dot_product(QUERY, QUERY, WINDOW, **options)[0, 0, 0, 0].item()
+
+
+def test_a_plan_made_while_a_backend_is_registered_is_not_kept():
+    """The rank of the first is asked while a plan is made: in that moment the second, better one comes."""
+    handles = []
+
+    def rank(problem):
+        if not handles:
+            handles.append(attnreg.register(painter("second", 2.0, rank=-2)))
+        return -1
+
+    with attnreg.register(painter("first", 1.0, rank=rank)):
+        painted()
+        decision = attnreg.explain(QUERY, QUERY, WINDOW, op="local_dot_product")
+        assert decision.backend == "second"
+        assert painted() == 2.0
+    handles[0].remove()
+
+
+def test_a_backend_that_is_removed_while_its_plan_is_made_is_replaced():
+    handles = []
+
+    def rank(problem):
+        handles[0].remove()
+        return -1
+
+    handles.append(attnreg.register(painter("fleeting", 1.0, rank=rank)))
+    with attnreg.register(painter("lasting", 2.0, rank=0)):
+        assert painted() == 2.0
+
+
+def test_calls_go_on_while_backends_come_and_go():
+    stop, errors = threading.Event(), []
+
+    def call():
+        while not stop.is_set():
+            try:
+                painted()
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(50):
+        with attnreg.register(painter("passing", 1.0, rank=-1)):
+            painted()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_the_backward_of_a_forward_stays_with_its_backend_when_the_name_is_taken_anew():
+    def backend(mark):
+        def backward(grad_scores, query, key, window, *, scale, needs_grad):
+            return {name: torch.full_like({"query": query, "key": key}[name], mark) for name in needs_grad}
+
+        return painter("again", mark, local_dot_product_backward=backward)
+
+    query = QUERY.clone().requires_grad_()
+    with attnreg.register(backend(1.0)):
+        output = attnreg.local_dot_product(query, QUERY, WINDOW, backend="again")
+    with attnreg.register(backend(2.0)):
+        output.sum().backward()
+        assert painted(backend="again") == 2.0
+    assert (query.grad == 1.0).all()
+
+
+def run_python(source: str, *folders) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, folders), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def interrupting(tmp_path):
+    """A plug-in whose hook runs ``builtins.interrupt`` before it offers its backend."""
+    info = tmp_path / "interrupting-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: interrupting\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[attnreg]\ninterrupting = interrupting\n")
+    (tmp_path / "interrupting.py").write_text(
+        textwrap.dedent(
+            """
+            import builtins, torch
+            from attnreg import Backend, Capability, hookimpl
+
+            @hookimpl
+            def attnreg_backends():
+                builtins.interrupt()
+                capability = Capability(dtypes={torch.float32})
+                yield Backend(name="interrupting", capability=capability, local_dot_product=lambda *_, scale: None)
+            """
+        )
+    )
+    return tmp_path
+
+
+def test_ctrl_c_during_discovery_leaves_it_to_the_next_need(interrupting):
+    found = run_python(
+        """
+        import builtins, sys
+        calls = []
+        def interrupt():
+            calls.append(1)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+        builtins.interrupt = interrupt
+        import attnreg
+        try:
+            attnreg.backends()
+        except KeyboardInterrupt:
+            print("interrupted")
+        print(*(status.name for status in attnreg.backends()))
+        """,
+        interrupting,
+    )
+    first, second = found.splitlines()
+    assert first == "interrupted"
+    assert {"torch", "torch_block", "interrupting"} <= set(second.split())
+
+
+def test_a_fork_during_discovery_leaves_the_child_its_backends(interrupting):
+    """Another thread discovers while the main one forks: the child has to begin anew."""
+    found = run_python(
+        """
+        import builtins, os, threading
+        inside, done = threading.Event(), threading.Event()
+        def interrupt():
+            if not inside.is_set():
+                inside.set()
+                done.wait(60)
+        builtins.interrupt = interrupt
+        import attnreg
+        thread = threading.Thread(target=attnreg.backends)
+        thread.start()
+        inside.wait(60)
+        child = os.fork()
+        if child == 0:
+            names = {status.name for status in attnreg.backends()}
+            os._exit(0 if {"torch", "torch_block"} <= names else 1)
+        done.set()
+        thread.join()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """,
+        interrupting,
+    )
+    assert found.split() == ["0"]
+
+
+def test_requests_closed_out_of_order_leave_the_others():
+    first, second = attnreg.use_backend("torch"), attnreg.use_backend("torch_block")
+
+    def chosen():
+        return attnreg.explain(QUERY, QUERY, QUERY, WINDOW)
+
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert chosen().backend == "torch_block"
+    assert "use_backend" in chosen().reason
+    second.__exit__(None, None, None)
+    assert "use_backend" not in chosen().reason
+    with first, second, first:
+        assert chosen().backend == "torch"
+    assert "use_backend" not in chosen().reason
+
+
+def test_reset_forgets_and_what_runs_goes_on():
+    query = QUERY.clone().requires_grad_()
+    output = attnreg.local_attention(query, QUERY, QUERY, WINDOW)
+    attnreg.reset()
+    assert not registry.plans
+    output.sum().backward()
+    assert query.grad is not None
