@@ -222,30 +222,49 @@ class Backend:
 
 def refusals(backend: Backend, problem: Problem) -> tuple[str, ...]:
     """Every reason why ``backend`` cannot run ``problem``; empty if it can."""
-    return tuple(say() for say in _refusals(backend, problem))
+    return tuple(_refusals(backend, problem))
 
 
-def passes(backend: Backend, problem: Problem) -> bool:
-    """Whether ``backend`` can run ``problem``; cheaper than to ask for the reasons."""
-    return next(_refusals(backend, problem), None) is None
+def is_able(backend: Backend, problem: Problem) -> bool:
+    """Whether a backend's capability and this machine admit ``problem``, which :func:`facts_of_ability` are enough to tell."""
+    return next(_by_capability(backend, problem), None) is None and why_unavailable(backend) is None
 
 
-def _refusals(backend: Backend, problem: Problem) -> Iterator[Callable[[], str]]:
-    """What says each reason, those first that are found out soonest."""
-    found = False
-    for reason in _by_capability(backend, problem):
-        found = True
-        yield reason
+def facts_of_ability(problem: Problem) -> tuple[object, ...]:
+    """All that :func:`is_able` asks of a problem."""
+    return (
+        problem.op,
+        problem.device,
+        problem.dtype,
+        problem.head_dim,
+        problem.value_dim,
+        problem.window.size,
+        tuple(name for name, _ in problem.given),
+        problem.heads == problem.kv_heads,
+        problem.query_length == problem.key_length,
+        problem.needs_grad,
+    )
+
+
+def why_refused(backend: Backend, problem: Problem) -> str | None:
+    """What a backend's own last filter says of a problem that it is able to run."""
+    return None if backend.refuse is None else _ask(backend.refuse, problem)
+
+
+def _refusals(backend: Backend, problem: Problem) -> Iterator[str]:
+    reasons = [say() for say in _by_capability(backend, problem)]
     unavailable = why_unavailable(backend)
     if unavailable is not None:
-        yield partial(str, unavailable)
-    elif backend.refuse is not None and not found:
-        answer = _ask(backend.refuse, problem)
-        if answer:
-            yield partial(str, answer)
+        reasons.append(unavailable)
+    yield from reasons
+    if not reasons:
+        answer = why_refused(backend, problem)
+        if answer is not None:
+            yield answer
 
 
 def _by_capability(backend: Backend, problem: Problem) -> Iterator[Callable[[], str]]:
+    """What says each reason that the capability gives."""
     capability, op = backend.capability, ROWS[problem.op]
     for what, given, admitted in (
         ("the device", problem.device.type, capability.devices),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from attnreg.backend import BackendError, Entry, Fault, option_values, passes, refusals
+from attnreg.backend import BackendError, Entry, Fault, option_values, refusals, why_refused
 from attnreg.measured import Figure, Measured
 from attnreg.problem import Problem
 from attnreg.request import Request
@@ -96,9 +95,8 @@ def choose(
     faults: Sequence[Fault] = (),
     measured: Sequence[Measured] = (),
     remarks: Sequence[str] = (),
-    brief: bool = False,
 ) -> Decision:
-    """The decision for ``problem`` among ``entries``.
+    """The decision for ``problem`` among ``entries``, with all that there is to be said of it.
 
     Precedence: a forced backend, which passes its own filter or is refused and is never replaced; else the fastest that
     passes, by the first of ``measured`` that has a time of one; else the lowest rank among those that pass. Times that
@@ -113,68 +111,80 @@ def choose(
         faults: plug-ins that could not be used, kept for the trace.
         measured: what tables say of such a problem, those to be believed first.
         remarks: what is to be said of the tables.
-        brief: leave out the candidates that are refused, as a plan needs none of their reasons.
 
     Raises:
         BackendError: the forced backend is unknown or refuses, or every backend does; lists every reason.
     """
-    full = functools.partial(
-        choose, problem, entries, request=request, failed=failed, faults=faults, measured=measured, remarks=remarks
-    )
-    asked = [entry for entry in entries if request is None or entry.backend.name == request.name]
-    if brief:
-        candidates = [_candidate(entry, problem) for entry in asked if _passes(entry, problem, failed or {})]
-        if not candidates:
-            return full()
+    candidates = sorted((_candidate(entry, problem, failed or {}) for entry in entries), key=_order)
+    options: tuple[tuple[str, str], ...] = ()
+    if request is not None:
+        backend = next((entry.backend for entry in entries if entry.backend.name == request.name), None)
+        if backend is None:
+            raise BackendError(unknown_backend(request, entries, faults))
+        candidates.sort(key=lambda candidate: candidate.name != request.name)
+        refused = (*candidates[0].refusals, *option_values(backend, request.options)[1])
+        if refused:
+            reasons = "".join(f"\n  - {reason}" for reason in refused)
+            raise BackendError(f"backend {str(request)!r}, asked for by {request.by}, cannot run {problem}:{reasons}")
+        name, by, options = request.name, measured[0] if measured else None, request.options
+        source, reason = "forced", f"forced by {request.by}"
     else:
-        candidates = [_candidate(entry, problem, _reasons(entry, problem, failed or {})) for entry in entries]
-    candidates.sort(key=_order)
-    if request is None:
-        for each in measured:
-            timed = [replace(candidate, figure=each.figures.get(candidate.name)) for candidate in candidates]
-            fastest = _fastest(timed)
-            if fastest is None:
-                continue
-            timed.sort(key=lambda candidate: candidate.name != fastest.name)
-            reason = f"{each.source}{_time(fastest.figure)} ({each.text})"
-            return Decision(
-                problem,
-                fastest.name,
-                reason,
-                tuple(timed),
-                tuple(faults),
-                source=each.source,
-                remarks=(*each.remarks, *remarks),
-            )
-        if brief and candidates[0].refusals:
-            return full()
-        if not candidates or candidates[0].refusals:
+        passing = [candidate for candidate in candidates if not candidate.refusals]
+        if not passing:
             raise BackendError(_nobody(problem, candidates, faults))
-        first = candidates[0]
-        rivals = sum(not candidate.refusals for candidate in candidates) - 1
-        others = "the only one that can run it" if not rivals else f"the lowest of {rivals + 1} that can run it"
-        reason = f"heuristic, rank {first.rank:g}, {others}; nothing was measured"
-        return Decision(problem, first.name, reason, tuple(candidates), tuple(faults), remarks=tuple(remarks))
-    if not asked:
-        raise BackendError(unknown_backend(request, entries, faults))
-    backend = asked[0].backend
-    candidates.sort(key=lambda candidate: candidate.name != request.name)
-    refused = (*candidates[0].refusals, *option_values(backend, request.options)[1])
-    if refused:
-        reasons = "".join(f"\n  - {reason}" for reason in refused)
-        raise BackendError(f"backend {str(request)!r}, asked for by {request.by}, cannot run {problem}:{reasons}")
-    figures = measured[0].figures if measured else {}
-    candidates = [replace(candidate, figure=figures.get(candidate.name)) for candidate in candidates]
-    return Decision(
-        problem,
-        request.name,
-        f"forced by {request.by}",
-        tuple(candidates),
-        tuple(faults),
-        request.options,
-        source="forced",
-        remarks=tuple(remarks),
-    )
+        chosen, by = _pick(passing, measured)
+        name = chosen.name
+        if by is None:
+            others = (
+                "the only one that can run it" if len(passing) == 1 else f"the lowest of {len(passing)} that can run it"
+            )
+            source, reason = "heuristic", f"heuristic, rank {chosen.rank:g}, {others}; nothing was measured"
+        else:
+            source, reason = by.source, f"{by.source}{_time(by.figures[name])} ({by.text})"
+            remarks = (*by.remarks, *remarks)
+    if by is not None:
+        candidates = [replace(candidate, figure=by.figures.get(candidate.name)) for candidate in candidates]
+    candidates.sort(key=lambda candidate: candidate.name != name)
+    return Decision(problem, name, reason, tuple(candidates), tuple(faults), options, source, tuple(remarks))
+
+
+def select(
+    problem: Problem,
+    entries: Sequence[Entry],
+    able: Sequence[Entry],
+    *,
+    request: Request | None,
+    failed: Mapping[str, str],
+    faults: Sequence[Fault],
+    measured: Sequence[Measured],
+) -> Request:
+    """What :func:`choose` chooses, at a fraction of the cost: without the reasons against the others.
+
+    Args:
+        problem: the call.
+        entries: the registered backends.
+        able: those of them whose capability and machine admit it.
+        request: the backend that was asked for, if any.
+        failed: for backends whose preparation failed, by name, the reason.
+        faults: plug-ins that could not be used.
+        measured: what tables say of such a problem.
+
+    Raises:
+        BackendError: as ``choose``.
+    """
+    if request is not None:
+        able = [entry for entry in able if entry.backend.name == request.name]
+    candidates = [
+        _ranked(entry, problem)
+        for entry in able
+        if entry.backend.name not in failed and why_refused(entry.backend, problem) is None
+    ]
+    passing = sorted((each for each in candidates if not each.refusals), key=_order)
+    if request is None and passing:
+        return Request(_pick(passing, measured)[0].name)
+    if request is not None and passing and not (request.options and option_values(able[0].backend, request.options)[1]):
+        return request
+    return choose(problem, entries, request=request, failed=failed, faults=faults, measured=measured).request
 
 
 def unknown_backend(request: Request, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
@@ -184,40 +194,42 @@ def unknown_backend(request: Request, entries: Sequence[Entry], faults: Sequence
     return f"no backend is called {request.name!r}, asked for by {request.by}; registered: {names}{broken}"
 
 
-def _passes(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> bool:
-    return entry.backend.name not in failed and passes(entry.backend, problem)
-
-
-def _reasons(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> tuple[str, ...]:
-    reasons = refusals(entry.backend, problem)
+def _candidate(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> Candidate:
     name = entry.backend.name
-    return (*reasons, failed[name]) if name in failed else reasons
+    reasons = refusals(entry.backend, problem)
+    if name in failed:
+        reasons = (*reasons, failed[name])
+    return Candidate(name, entry.distribution, None, reasons) if reasons else _ranked(entry, problem)
 
 
-def _candidate(entry: Entry, problem: Problem, reasons: tuple[str, ...] = ()) -> Candidate:
+def _ranked(entry: Entry, problem: Problem) -> Candidate:
     backend = entry.backend
-    rank: float | None = None
-    if not reasons:
-        try:
-            rank = float(backend.rank(problem) if callable(backend.rank) else backend.rank)
-        except Exception as error:
-            reasons = (f"its rank() raised {type(error).__name__}: {error}",)
-    return Candidate(backend.name, entry.distribution, rank, reasons)
+    try:
+        rank = float(backend.rank(problem) if callable(backend.rank) else backend.rank)
+    except Exception as error:
+        reasons = (f"its rank() raised {type(error).__name__}: {error}",)
+        return Candidate(backend.name, entry.distribution, None, reasons)
+    return Candidate(backend.name, entry.distribution, rank, ())
 
 
-def _fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The fastest of those that pass and have a time; of a tie, the first.
+def _pick(passing: Sequence[Candidate], measured: Sequence[Measured]) -> tuple[Candidate, Measured | None]:
+    """The best of candidates in order of rank, and by which measurement; None where none decides."""
+    for each in measured:
+        fastest = _fastest(passing, each.figures)
+        if fastest is not None:
+            return fastest, each
+    return passing[0], None
+
+
+def _fastest(passing: Sequence[Candidate], figures: Mapping[str, Figure]) -> Candidate | None:
+    """The fastest of those that have a time; of a tie, the first.
 
     None where nothing was compared: one alone was measured of several that pass.
     """
-    passing = [candidate for candidate in candidates if not candidate.refusals]
-    if sum(candidate.figure is not None for candidate in passing) < min(len(passing), 2):
+    known = [(candidate, figures[candidate.name]) for candidate in passing if candidate.name in figures]
+    if len(known) < min(len(passing), 2):
         return None
-    timed = [
-        (candidate, candidate.figure, candidate.figure.seconds)
-        for candidate in candidates
-        if not candidate.refusals and candidate.figure is not None and candidate.figure.seconds is not None
-    ]
+    timed = [(candidate, figure, figure.seconds) for candidate, figure in known if figure.seconds is not None]
     if not timed:
         return None
     _, figure, least = min(timed, key=lambda each: each[2])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -105,6 +106,16 @@ class Op:
     def differentiable(self) -> tuple[str, ...]:
         """What has a gradient: the tensors, then arguments."""
         return (*self.tensors, *(argument.name for argument in self.arguments if argument.differentiable))
+
+    @cached_property
+    def has_slots(self) -> bool:
+        """Whether a tensor or a result has a column for each slot of the window."""
+        return any("W" in dims for dims in (*self.tensors.values(), *(row.dims for row in self.results.values())))
+
+    @cached_property
+    def has_values(self) -> bool:
+        """Whether it has values to average."""
+        return any("D" in dims for dims in self.tensors.values())
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"

@@ -38,7 +38,7 @@ from attnreg.plan import (
 )
 from attnreg.problem import check, problem_of
 from attnreg.registry import registry
-from attnreg.window import Window
+from attnreg.window import Window, window_of
 
 WHAT_TO_DO = 'backend="torch" has it in eager calls: attnreg.use_backend("torch"), or backend="torch" in the call'
 
@@ -357,7 +357,7 @@ def _ticket(like: Tensor, plan: Plan | None) -> Tensor:
 
 def _kernel(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
     tensors, arguments, (left, right, backend, needs_grad) = _split(op, inputs)
-    plan = find_plan(op, tensors, _window(left, right), arguments, backend, needs_grad)
+    plan = find_plan(op, tensors, window_of(left, right), arguments, backend, needs_grad)
     return (*run(plan, tensors, arguments), _ticket(tensors[0], plan))
 
 
@@ -366,7 +366,7 @@ def _backward_kernel(op: Op, *inputs: Any) -> list[Tensor]:
     grads, saved = inputs[:1], inputs[1 : 1 + kept]
     arguments, rest = inputs[1 + kept : 1 + kept + len(op.arguments)], inputs[1 + kept + len(op.arguments) :]
     left, right, backend, ticket, needs_grad = rest
-    tensors, window = saved[: len(op.tensors)], _window(left, right)
+    tensors, window = saved[: len(op.tensors)], window_of(left, right)
     implementation = registry.by_ticket(ticket.untyped_storage().nbytes())
     if implementation is None:
         plan = find_plan(op, tensors, window, arguments, backend, True)
@@ -424,11 +424,6 @@ def _split(op: Op, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[An
     count = len(op.tensors)
     end = count + len(op.arguments)
     return inputs[:count], inputs[count:end], inputs[end:]
-
-
-@functools.lru_cache(maxsize=4096)
-def _window(left: int, right: int) -> Window:
-    return Window(left, right)
 
 
 def _schemas(op: Op) -> Iterator[str]:

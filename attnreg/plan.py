@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from attnreg.backend import BackendError, Entry, Function, option_values
-from attnreg.dispatch import Decision, choose, unknown_backend
+from attnreg.backend import BackendError, Function, option_values
+from attnreg.dispatch import Decision, choose, select, unknown_backend
 from attnreg.memory import empty_like, strides_like
 from attnreg.op import ROWS, Argument, Op, default_scale
 from attnreg.problem import Problem, check_backend, check_number, prepared_integers
 from attnreg.registry import Implementation, registry
 from attnreg.request import Request, parse_request
-from attnreg.window import Window
+from attnreg.window import Window, window_of
 
 # What the enclosing `use_backend` blocks ask for, innermost last, each with the object that asks.
 requests: ContextVar[tuple[tuple[str, use_backend], ...] | None] = ContextVar("attnreg_requests", default=None)
@@ -233,14 +233,10 @@ def request_of(backend: str | None) -> Request | None:
 
 def explain_problem(problem: Problem, backend: str | None) -> Decision:
     """The decision for ``problem``; nothing is prepared or run."""
-    stamp = registry.look_at_tables()
-    return _decide(problem, request_of(backend), registry.entries, stamp)
-
-
-def _decide(
-    problem: Problem, request: Request | None, entries: Sequence[Entry], stamp: Hashable, *, brief: bool = False
-) -> Decision:
-    measured, remarks = registry.tables.measured(problem, entries, stamp)
+    request = request_of(backend)
+    registry.look_at_tables()
+    entries = registry.entries
+    measured, remarks = registry.tables.measured(problem, entries, registry.stamp)
     return choose(
         problem,
         entries,
@@ -249,11 +245,10 @@ def _decide(
         faults=registry.faults,
         measured=measured,
         remarks=remarks,
-        brief=brief,
     )
 
 
-def make_plan(problem: Problem, backend: str | None, arguments: Sequence[object], stamp: Hashable) -> Plan:
+def make_plan(problem: Problem, backend: str | None, arguments: Sequence[object]) -> Plan:
     """Choose and prepare a backend for ``problem``, and for calls that give the same of the optional arguments.
 
     Raises:
@@ -262,10 +257,19 @@ def make_plan(problem: Problem, backend: str | None, arguments: Sequence[object]
     request = request_of(backend)
     while True:
         entries = registry.entries
-        decision = _decide(problem, request, entries, stamp, brief=True)
-        (chosen,) = (entry.backend for entry in entries if entry.backend.name == decision.backend)
+        measured = registry.tables.measured(problem, entries, registry.stamp)[0] if request is None else ()
+        selected = select(
+            problem,
+            entries,
+            registry.able(problem, entries),
+            request=request,
+            failed=registry.failed,
+            faults=registry.faults,
+            measured=measured,
+        )
+        (chosen,) = (entry.backend for entry in entries if entry.backend.name == selected.name)
         if registry.prepare(chosen):
-            return plan_for(problem, registry.implementation(chosen, decision.request), arguments)
+            return plan_for(problem, registry.implementation(chosen, selected), arguments)
 
 
 def plan_for(problem: Problem, implementation: Implementation, arguments: Sequence[object]) -> Plan:
@@ -331,15 +335,13 @@ def _broadcastable(shape: tuple[int, ...], dimensions: int, value: Tensor) -> Te
 
 def remember(call: Hashable, problem: Problem, backend: str | None, arguments: Sequence[object]) -> Plan:
     """Make the plan for ``problem`` and keep it under the facts of the call."""
-    stamp = registry.look_at_tables()
     tuner = registry.tuner
     settled = True
     if tuner is not None and registry.autotunes and request_of(backend) is None and not problem.is_empty:
         settled = tuner(problem)
-        stamp = registry.look_at_tables()
     # Taken before the backends are looked at: one that comes meanwhile replaces it, and the plan serves this call alone.
     plans = registry.plans
-    plan = make_plan(problem, backend, arguments, stamp)
+    plan = make_plan(problem, backend, arguments)
     if len(plans) >= MOST_PLANS:
         plans.clear()
     if settled:
@@ -351,14 +353,16 @@ def remember(call: Hashable, problem: Problem, backend: str | None, arguments: S
 def _visible_part(op: Op, problem: Problem) -> Window:
     """The window cut to what a sequence of this length can show; only where no tensor has a column per offset."""
     window = problem.window
-    if any("W" in result.dims for result in op.results.values()) or any("W" in dims for dims in op.tensors.values()):
+    if op.has_slots:
         return window
     for argument in op.arguments:
         given, dims = problem.gives(argument.name), argument.dims or ""
         if given is not None and "W" in dims and given.shape[dims.index("W")] != 1:
             return window
     # The last query stands at the last key and sees Lk - 1 keys before it; the first one sees Lq - 1 keys after it.
-    return Window(min(window.left, max(problem.key_length - 1, 0)), min(window.right, max(problem.query_length - 1, 0)))
+    return window_of(
+        min(window.left, max(problem.key_length - 1, 0)), min(window.right, max(problem.query_length - 1, 0))
+    )
 
 
 def _nothing(op: Op, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:

@@ -89,7 +89,10 @@ class Problem:
     @property
     def is_empty(self) -> bool:
         """Whether a tensor of the call has no element: there is then nothing that a backend would compute."""
-        return any(self.size(letter) == 0 for dims in ROWS[self.op].tensors.values() for letter in dims)
+        op = ROWS[self.op]
+        return 0 in (self.batch, self.heads, self.kv_heads, self.query_length, self.key_length) or (
+            self.value_dim == 0 and op.has_values
+        )
 
     def __str__(self) -> str:
         letters = "".join(ROWS[self.op].tensors.values())

@@ -5,14 +5,23 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from attnreg.backend import Backend, Entry, Fault, Function, why_not_prepared, with_options
+from attnreg.backend import (
+    Backend,
+    Entry,
+    Fault,
+    Function,
+    facts_of_ability,
+    is_able,
+    why_not_prepared,
+    with_options,
+)
 from attnreg.composition import complete
 from attnreg.entry_points import entry_points
 from attnreg.problem import Problem
@@ -20,7 +29,9 @@ from attnreg.request import Request, parse_request
 from attnreg.tables.store import Tables
 
 # A table that another process writes is noticed so much later at most.
-SECONDS_BETWEEN_LOOKS = 0.25
+SECONDS_BETWEEN_LOOKS = 1e-3
+# What can differ in what a backend is able to do is bounded for a program, but for its windows.
+MOST_CLASSES = 4096
 # Where a backend that was registered at run time comes from.
 THIS_PROCESS = "this process"
 
@@ -64,11 +75,13 @@ class Registry:
             self.tables.forget()
             self._discovered = False
             self._discovering: int | None = None
-            self._stamp: Hashable = None
+            # What the tables were at the last look.
+            self.stamp: Hashable = None
             # When a call by a plan that is there looks at the tables again, by the monotonic clock.
             self.next_look = 0.0
             self._autotune: bool | None = None
             self._entries: dict[str, Entry] = {}
+            self._listed: tuple[tuple[Entry, ...], dict[str, Entry]] = ((), self._entries)
             self._faults: list[Fault] = []
             self._prepared: set[Backend] = set()
             self._failed: dict[Backend, str] = {}
@@ -80,7 +93,12 @@ class Registry:
     def entries(self) -> tuple[Entry, ...]:
         """The registered backends in the order in which they came."""
         self._discover()
-        return tuple(self._entries.values())
+        entries, of = self._listed
+        if of is not self._entries:
+            of = self._entries
+            entries = tuple(of.values())
+            self._listed = entries, of
+        return entries
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -174,15 +192,25 @@ class Registry:
             self._prepared.add(backend)
             return True
 
-    def look_at_tables(self) -> Hashable:
-        """Drop every plan where a table has changed since the plans were made; what the tables are now."""
+    def look_at_tables(self) -> None:
+        """Drop every plan where a table has changed since the plans were made."""
         stamp = self.tables.stamp()
         self.next_look = monotonic() + SECONDS_BETWEEN_LOOKS
-        if stamp != self._stamp:
+        if stamp != self.stamp:
             with self._lock:
-                self._stamp = stamp
+                self.stamp = stamp
                 self._changed()
-        return stamp
+
+    def able(self, problem: Problem, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Those of the backends that are able to run ``problem``; remembered until a backend comes or goes."""
+        facts = facts_of_ability(problem)
+        known = self._able.get(facts)
+        if known is None or known[0] is not entries:
+            known = entries, [entry for entry in entries if is_able(entry.backend, problem)]
+            if len(self._able) >= MOST_CLASSES:
+                self._able.clear()
+            self._able[facts] = known
+        return known[1]
 
     @property
     def autotunes(self) -> bool:
@@ -205,6 +233,7 @@ class Registry:
 
     def _changed(self) -> None:
         self.plans: dict[Any, Any] = {}
+        self._able: dict[tuple[object, ...], tuple[Sequence[Entry], Sequence[Entry]]] = {}
 
     def _discover(self) -> None:
         if self._discovered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from operator import index
 
@@ -48,6 +49,12 @@ class Window:
     def size(self) -> int:
         """W, the number of keys in a window that no border cuts: ``left + right + 1``."""
         return self.left + self.right + 1
+
+
+@functools.lru_cache(maxsize=4096)
+def window_of(left: int, right: int) -> Window:
+    """``Window(left, right)``, made once."""
+    return Window(left, right)
 
 
 def _count(what: str, given: object, *, minimum: int) -> int:
