@@ -90,7 +90,7 @@ def compile_for_hopper():
             output,
             log_sum_exp,
             Window.causal(size),
-            needs_grad=(True, True, True),
+            needs_grad=frozenset({"query", "key", "value"}),
             **options,
         )
     band_cases = (
@@ -109,9 +109,10 @@ def compile_for_hopper():
         rows = torch.empty(1, 4, 256, dim, dtype=dtype)
         keys = torch.empty(1, 2, 256, dim, dtype=dtype)
         window = Window.centered(size)
-        band = hopper_band_dot.band_dot(rows, keys, window, key_lengths=lengths, scale=0.125, fill=0.0)
+        band = torch.empty(1, 4, 256, size, dtype=dtype)
+        hopper_band_dot.band_dot(rows, keys, band, window, key_lengths=lengths, scale=0.125, fill=0.0)
         if size % 8 == 0 and (dtype != torch.float32 or dim <= 64):
-            hopper_band_average.band_average(band, keys, window, key_lengths=lengths, scale=0.125)
+            hopper_band_average.band_average(band, keys, rows, window, key_lengths=lengths, scale=0.125)
 
 
 def compile_for_every_gpu():
@@ -134,12 +135,12 @@ def compile_for_every_gpu():
                     output,
                     log_sum_exp,
                     window,
-                    needs_grad=(True,) * 3 + (bias is not None,),
+                    needs_grad=frozenset({"query", "key", "value"} | ({"bias"} if bias is not None else set())),
                     **options,
                 )
                 scores = dot_product.local_dot_product(query, key, window, **options)
                 dot_product.local_dot_product_backward(
-                    scores, query, key, window, needs_grad=(True, True, False), **options
+                    scores, query, key, window, needs_grad=frozenset({"query", "key"}), **options
                 )
 
 

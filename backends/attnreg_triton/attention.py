@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnreg import Window
+from attnreg import Window, empty_like
 from attnreg_triton import tiles as tile_table
 from attnreg_triton.band import (
+    clear_unseen,
+    finite,
     in_window,
     keys_of_rows,
     load_bias,
@@ -26,10 +28,11 @@ from attnreg_triton.band import (
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
 from attnreg_triton.launch import bias_strides, ceil_div, clip_window, launch, origin, padded, strides
-from attnreg_triton.products import attention_precision, rows_by_keys, weights_by_rows
+from attnreg_triton.products import attention_precision, rows_by_keys, short_sum_precision, weights_by_rows
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+# Instead of 0: small enough to make any difference of scores nothing, but -inf - x stays -inf.
+_NO_SCALE = tl.constexpr(1e-37)
 
 
 def local_attention(
@@ -50,7 +53,7 @@ def local_attention(
         from attnreg_triton.hopper import attention
 
         return attention.local_attention(query, key, value, window, key_lengths=key_lengths, scale=scale)
-    output = torch.empty((batch, heads, len_q, value_dim), dtype=query.dtype, device=query.device)
+    output = empty_like(query, value_dim)
     log_sum_exp = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
     tiles = tile_table.attention(query.dtype, head_dim, value_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
@@ -83,28 +86,10 @@ def local_attention(
         BLOCK_HEAD=padded(head_dim),
         BLOCK_VALUE=padded(value_dim),
         PRECISION=attention_precision(query.dtype),
+        NEGATIVE=scale < 0,
         device=query.device,
     )
     return output, log_sum_exp
-
-
-@triton.jit
-def scores(qk, scale, b, HAS_BIAS: tl.constexpr):
-    """The scores, in units of which ``exponential`` is to be taken.
-
-    Without a bias log2(e) is folded into the scale. A bias must not be multiplied by it before the maximum is taken
-    off: the most negative finite number, as many masks have it, would become -inf.
-    """
-    s = qk * scale if HAS_BIAS else qk * (scale * _LOG2E)
-    if HAS_BIAS:
-        s += b
-    return s
-
-
-@triton.jit
-def exponential(x, HAS_BIAS: tl.constexpr):
-    """``exp`` of differences of ``scores``."""
-    return tl.exp2(x * _LOG2E) if HAS_BIAS else tl.exp2(x)
 
 
 @triton.jit(
@@ -151,6 +136,7 @@ def _attention(
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -164,34 +150,50 @@ def _attention(
     begin, end = keys_of_rows(i_begin, i_end, visible_length(key_lengths, n, len_k), origin, width)
 
     q = load_rows(query, query_strides, n, h, i_tile, i_tile < i_end, HEAD_DIM, BLOCK_HEAD)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
-    for j_begin in span(begin, end, BLOCK_N):
-        j_tile = j_begin + tl.arange(0, BLOCK_N)
-        j = j_tile[None, :]
-        k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
-        visible = (j < end) & in_window(i, j, origin, width)
-        b = 0.0
-        if HAS_BIAS:
-            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible & (i < i_end))
-            visible = b != float("-inf")
-        s = scores(rows_by_keys(q, k, PRECISION), scale, b, HAS_BIAS)
-        s = tl.where(visible, s, float("-inf"))
+    # The scores are ``unit * s``, and ``exp(unit * x) = 2^(step * x)``. Without a bias they are scaled only after the maximum
+    # is taken off: a difference of products keeps digits that a product of the scale loses.
+    if HAS_BIAS:
+        unit = 1.0
+        step = _LOG2E
+    else:
+        if NEGATIVE:
+            q = cast(-q.to(tl.float32), q.dtype)
+        unit = tl.abs(scale)
+        step = tl.maximum(unit * _LOG2E, _NO_SCALE)
+    unfinished: tl.constexpr = True
+    for CLEAR in tl.static_range(1 + HAS_BIAS):
+        if unfinished:
+            m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            acc = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
+            for j_begin in span(begin, end, BLOCK_N):
+                j_tile = j_begin + tl.arange(0, BLOCK_N)
+                j = j_tile[None, :]
+                k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
+                visible = (j < end) & in_window(i, j, origin, width)
+                if HAS_BIAS:
+                    b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible & (i < i_end))
+                    visible = b != float("-inf")
+                s = rows_by_keys(q, k, short_sum_precision(PRECISION, HEAD_DIM))
+                if HAS_BIAS:
+                    s = tl.fma(s, scale, b)
+                s = tl.where(visible, s, float("-inf"))
 
-        # While a row has seen no visible key its maximum is -inf, and -inf - -inf would be NaN.
-        m_new = tl.maximum(m, tl.max(s, 1))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = exponential(s - shift[:, None], HAS_BIAS)
-        rescale = exponential(m - shift, HAS_BIAS)
-        m = m_new
-        total = total * rescale + tl.sum(p, 1)
-        v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
-        acc = weights_by_rows(cast(p, v.dtype), v, acc * rescale[:, None], PRECISION)
+                # While a row has seen no visible key its maximum is -inf, and -inf - -inf would be NaN.
+                m_new = tl.maximum(m, tl.max(s, 1))
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+                p = tl.exp2((s - shift[:, None]) * step)
+                rescale = tl.exp2((m - shift) * step)
+                m = m_new
+                total = total * rescale + tl.sum(p, 1)
+                v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
+                if CLEAR:
+                    v = clear_unseen(v, visible)
+                acc = weights_by_rows(cast(p, v.dtype), v, acc * rescale[:, None], PRECISION)
+        unfinished = not finite(acc)
 
     # A row without a visible key has a total of 0 and acc = 0: O = 0 and a log-sum-exp of -inf.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     store_rows(output, output_strides, n, h, i_tile, i_tile < i_end, acc, VALUE_DIM, BLOCK_VALUE)
-    if not HAS_BIAS:
-        m *= _LN2
-    tl.store(log_sum_exp + (n * heads + h) * len_q + i_tile, m + tl.log(total), mask=i_tile < i_end)
+    lse = tl.where(total == 0.0, float("-inf"), m * unit + tl.log(total))
+    tl.store(log_sum_exp + (n * heads + h) * len_q + i_tile, lse, mask=i_tile < i_end)

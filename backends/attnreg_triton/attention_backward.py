@@ -1,17 +1,21 @@
-"""The gradients of ``local_attention``, with the probabilities recomputed as ``P = exp(S - log_sum_exp)``.
+"""The gradients of ``local_attention``, with the probabilities recomputed from the log-sum-exp.
 
 With ``D = rowsum(dO * O)``, ``dP = dO V^T`` and ``dS = P * (dP - D)``:
 
-    dQ = scale * dS K        dbias = dS        by programs that own a tile of rows; they also write D
+    dQ = scale * dS K        dbias = dS        by programs that own a tile of rows
     dK = scale * dS^T Q      dV = P^T dO       by programs that own a tile of keys, over the rows that see them
 
 Each program recomputes the scores that it needs, and no two write the same element: no atomics, and the same bits each
 time.
 
-A bias can move the scores of a row so far (-1e4, or the most negative finite number, as masks have it) that their fp32
-log-sum-exp has lost its last digits, or all of them. With a bias, P is therefore divided by its own row sum, and D taken
-as rowsum(P * dP), which is the same: a bias that leaves a row one key makes dS a difference of equal numbers, to which
-the rounding of a 16-bit O would be all there is.
+In fp32 the log-sum-exp of large scores has lost the digits that P is made of. So ``P = exp(S - log_sum_exp)`` is divided by
+its own row sum, which the programs of the rows find and write for those of the keys; hence both must compute the same bits
+of S.
+
+A row that one key dominates makes dP - D a difference of equal numbers. In 16 bits D is therefore the diagonal of ``dO O^T``,
+which has the same bits as dP where O is that key's value. In fp32, and with a bias, which may leave a row few keys, D is
+corrected to rowsum(P * dP), by ``rowsum(P * (dP - D))``: again exactly dP where P is 1. That needs the row sums before dS, so
+the rows are gone through twice, unless a single step holds all their keys.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -24,10 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnreg import Window
-from attnreg_triton.attention import exponential, scores
+from attnreg import Window, empty_like
 from attnreg_triton.band import (
+    clear_unseen,
     fill_band,
+    finite,
     in_window,
     load_bias,
     load_rows,
@@ -48,7 +53,13 @@ from attnreg_triton.bias_gradient import (
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
 from attnreg_triton.launch import bias_strides, ceil_div, clip_window, launch, origin, padded, strides
-from attnreg_triton.products import attention_precision, rows_by_keys, weights_by_rows
+from attnreg_triton.products import (
+    attention_precision,
+    large_weights_by_rows,
+    rows_by_keys,
+    short_sum_precision,
+    weights_by_rows,
+)
 from attnreg_triton.tiles import attention_backward_by_keys, attention_backward_by_rows
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -66,11 +77,9 @@ def local_attention_backward(
     bias: Tensor | None,
     key_lengths: Tensor | None,
     scale: float,
-    needs_grad: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dQ, dK, dV, dbias), None where it is not wanted."""
-    needs_query, needs_key, needs_value, needs_bias = needs_grad
-    needs_bias = needs_bias and bias is not None
+    needs_grad: frozenset[str],
+) -> dict[str, Tensor]:
+    """dQ, dK, dV and dbias, those that are wanted."""
     batch, heads, len_q, head_dim = query.shape
     _, kv_heads, len_k, value_dim = value.shape
     window = clip_window(window, bias, len_q, len_k)
@@ -78,7 +87,7 @@ def local_attention_backward(
     if hopper.serves(grad_output, query, key, value, output, bias=bias, scale=scale):
         from attnreg_triton.hopper import attention_backward
 
-        gradients = attention_backward.local_attention_backward(
+        return attention_backward.local_attention_backward(
             grad_output,
             query,
             key,
@@ -88,19 +97,17 @@ def local_attention_backward(
             window,
             key_lengths=key_lengths,
             scale=scale,
-            needs_grad=(needs_query, needs_key, needs_value),
+            needs_grad=needs_grad,
         )
-        return (*gradients, None)
 
-    def empty(shape: tuple[int, ...], wanted: bool, dtype: torch.dtype = query.dtype) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device=query.device) if wanted else None
-
-    grad_query = empty(query.shape, needs_query)
-    grad_key = empty(key.shape, needs_key)
-    grad_value = empty(value.shape, needs_value)
-    needs_scores = needs_query or needs_key or needs_bias
-    row_dot = empty((batch, heads, len_q), needs_scores, torch.float32)
-    row_rescale = empty((batch, heads, len_q), bias is not None, torch.float32)
+    tensors = {"query": query, "key": key, "value": value}
+    gradients = {name: empty_like(tensor) for name, tensor in tensors.items() if name in needs_grad}
+    grad_query, grad_key, grad_value = (gradients.get(name) for name in tensors)
+    # For the programs of the keys: D, and what P is to be multiplied by.
+    row_dot, row_rescale = (
+        torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device) if wanted else None
+        for wanted in (grad_key is not None, grad_key is not None or grad_value is not None)
+    )
     shape = (len_q, len_k, origin(window, len_q, len_k), window.size, scale)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
@@ -111,46 +118,46 @@ def local_attention_backward(
         "device": query.device,
     }
 
+    tiles = attention_backward_by_rows(query.dtype, head_dim, value_dim, window, bias is not None)
+    row_tiles = ceil_div(len_q, tiles.rows)
     grad_bias = None
-    if row_dot is not None or row_rescale is not None:
-        tiles = attention_backward_by_rows(query.dtype, head_dim, value_dim, window, bias is not None)
-        row_tiles = ceil_div(len_q, tiles.rows)
-        if needs_bias and bias is not None:
-            grad_bias = empty_partials(bias, (batch, heads, len_q, window.size), row_tiles)
-        launch(
-            _attention_backward_rows,
-            batch * heads * row_tiles,
-            tiles,
-            grad_output,
-            query,
-            key,
-            value,
-            output,
-            log_sum_exp,
-            bias,
-            key_lengths,
-            row_dot,
-            row_rescale,
-            grad_query,
-            grad_bias,
-            strides(grad_output),
-            strides(query),
-            strides(key),
-            strides(value),
-            strides(output),
-            *bias_strides(bias),
-            strides(grad_query),
-            *strides(grad_bias),
-            heads,
-            heads // kv_heads,
-            row_tiles,
-            *shape,
-            REDUCTION=None if grad_bias is None or bias is None else reduction(bias),
-            **constants,
-        )
-        if grad_bias is not None and bias is not None:
-            grad_bias = reduce_partials(grad_bias, bias)
-    if needs_key or needs_value:
+    if "bias" in needs_grad and bias is not None:
+        grad_bias = empty_partials(bias, (batch, heads, len_q, window.size), row_tiles)
+    launch(
+        _attention_backward_rows,
+        batch * heads * row_tiles,
+        tiles,
+        grad_output,
+        query,
+        key,
+        value,
+        output,
+        log_sum_exp,
+        bias,
+        key_lengths,
+        row_dot,
+        row_rescale,
+        grad_query,
+        grad_bias,
+        strides(grad_output),
+        strides(query),
+        strides(key),
+        strides(value),
+        strides(output),
+        *bias_strides(bias),
+        strides(grad_query),
+        *strides(grad_bias),
+        heads,
+        heads // kv_heads,
+        row_tiles,
+        *shape,
+        REDUCTION=None if grad_bias is None or bias is None else reduction(bias),
+        ONE_STEP=window.size + tiles.rows - 1 <= tiles.keys,
+        **constants,
+    )
+    if grad_bias is not None and bias is not None:
+        gradients["bias"] = reduce_partials(grad_bias, bias)
+    if row_rescale is not None:
         tiles = attention_backward_by_keys(query.dtype, head_dim, value_dim, window)
         key_tiles = ceil_div(len_k, tiles.keys)
         launch(
@@ -181,7 +188,32 @@ def local_attention_backward(
             *shape,
             **constants,
         )
-    return grad_query, grad_key, grad_value, grad_bias
+    return gradients
+
+
+@triton.jit
+def damping(lse):
+    """A power of two by which to multiply the exponents of a row.
+
+    It is below 1 only where a log-sum-exp is so large that its last digit stands for 16 or more. Scores that differ at all
+    then differ by that much, so that P is 0 or 1 all the same; but undamped, what rounding leaves of the maximum's own
+    exponent would overflow.
+    """
+    exponent = (lse.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return ((281 - tl.maximum(exponent, 154)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def probabilities(qk, b, lse, scale, HAS_BIAS: tl.constexpr):
+    """``exp(scale * qk + b - lse)``, undivided by its row sum; ``lse`` has the shape of a row or a column of ``qk``.
+
+    Fused on purpose, not left to the compiler, so that every kernel computes the same bits. A bias must not be multiplied by
+    log2(e) before the log-sum-exp is taken off: the most negative finite number, as many masks have it, would become -inf.
+    """
+    unit = _LOG2E * damping(lse)
+    if HAS_BIAS:
+        return tl.exp2((tl.fma(qk, scale, b) - lse) * unit)
+    return tl.exp2(tl.fma(qk, scale * unit, -(lse * unit)))
 
 
 @triton.jit(
@@ -237,6 +269,7 @@ def _attention_backward_rows(
     width,
     scale,
     REDUCTION: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
@@ -248,6 +281,11 @@ def _attention_backward_rows(
     grad_bias_strides = (grad_bias_stride_n, grad_bias_stride_h, grad_bias_stride_i)
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     HAS_BIAS: tl.constexpr = bias is not None
+    CORRECTED: tl.constexpr = HAS_BIAS or query.dtype.element_ty == tl.float32
+    NEEDS_SCORES: tl.constexpr = grad_query is not None or grad_bias is not None
+    NEEDS_DOT: tl.constexpr = NEEDS_SCORES or row_dot is not None
+    SCORE_PRECISION: tl.constexpr = short_sum_precision(PRECISION, HEAD_DIM)
+    DP_PRECISION: tl.constexpr = short_sum_precision(PRECISION, VALUE_DIM)
     n, h, h_kv, tile = locate_program(heads, group, row_tiles)
     i_begin = tile * BLOCK_M
     i_end = tl.minimum(i_begin + BLOCK_M, len_q)
@@ -262,36 +300,39 @@ def _attention_backward_rows(
 
     q = load_rows(query, query_strides, n, h, i_tile, i_tile < i_end, HEAD_DIM, BLOCK_HEAD)
     lse = tl.load(log_sum_exp + row, mask=i_tile < i_end, other=float("-inf"))
-    if row_dot is not None:
+    if NEEDS_DOT:
         do = load_rows(grad_output, grad_output_strides, n, h, i_tile, i_tile < i_end, VALUE_DIM, BLOCK_VALUE)
-    if HAS_BIAS:
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        d = tl.zeros((BLOCK_M,), tl.float32)
+        o = load_rows(output, output_strides, n, h, i_tile, i_tile < i_end, VALUE_DIM, BLOCK_VALUE)
+        if CORRECTED:
+            d = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        else:
+            r = tl.arange(0, BLOCK_M)
+            d = tl.sum(tl.where(r[:, None] == r[None, :], rows_by_keys(do, o, PRECISION), 0.0), 1)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    rescale = total
+
+    if not NEEDS_SCORES or (CORRECTED and not ONE_STEP):
+        correction = total
         for j_begin in span(begin, end, BLOCK_N):
             j_tile = j_begin + tl.arange(0, BLOCK_N)
             j = j_tile[None, :]
             k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
             visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
-            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
-            s = scores(rows_by_keys(q, k, PRECISION), scale, b, HAS_BIAS)
-            p = exponential(s - lse[:, None], HAS_BIAS)
-            total += tl.sum(tl.where(b != float("-inf"), p, 0.0), 1)
-            if row_dot is not None:
+            b = 0.0
+            if HAS_BIAS:
+                b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+                visible = b != float("-inf")
+            p = probabilities(rows_by_keys(q, k, SCORE_PRECISION), b, lse[:, None], scale, HAS_BIAS)
+            total += tl.sum(tl.where(visible, p, 0.0), 1)
+            if CORRECTED and NEEDS_DOT:
                 v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
-                dp = rows_by_keys(do, v, PRECISION)
-                d += tl.sum(tl.where(b != float("-inf"), p * dp, 0.0), 1)
+                dp = rows_by_keys(do, v, DP_PRECISION)
+                correction += tl.sum(tl.where(visible, p * (dp - d[:, None]), 0.0), 1)
         rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
-        tl.store(row_rescale + row, rescale, mask=i_tile < i_end)
-        d *= rescale
-    else:
-        lse *= _LOG2E
-        if row_dot is not None:
-            o = load_rows(output, output_strides, n, h, i_tile, i_tile < i_end, VALUE_DIM, BLOCK_VALUE)
-            d = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    if row_dot is not None:
-        tl.store(row_dot + row, d, mask=i_tile < i_end)
+        if CORRECTED and NEEDS_DOT:
+            d += correction * rescale
 
-    if grad_query is not None or grad_bias is not None:
+    if NEEDS_SCORES:
         num_tiles = tl.cdiv(end - begin, BLOCK_N)
         if REDUCTION == "none":
             computed = begin + num_tiles * BLOCK_N
@@ -300,38 +341,73 @@ def _attention_backward_rows(
         row_sums = tl.zeros((BLOCK_M,), tl.float32)
         column_sums = tl.zeros((BLOCK_N,), tl.float32)
 
-        dq = tl.zeros((BLOCK_M, BLOCK_HEAD), tl.float32)
-        for j_begin in span(begin, end, BLOCK_N):
-            j_tile = j_begin + tl.arange(0, BLOCK_N)
-            j = j_tile[None, :]
-            k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
-            v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
-            visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
-            b = 0.0
-            if HAS_BIAS:
-                b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
-                visible = b != float("-inf")
-            s = scores(rows_by_keys(q, k, PRECISION), scale, b, HAS_BIAS)
-            p = exponential(s - lse[:, None], HAS_BIAS)
-            if HAS_BIAS:
-                p *= rescale[:, None]
-            dp = rows_by_keys(do, v, PRECISION)
-            ds = tl.where(visible, p * (dp - d[:, None]), 0.0)
-            if grad_query is not None:
-                dq = weights_by_rows(cast(ds, k.dtype), k, dq, PRECISION)
-            if REDUCTION == "none":
-                store_band(grad_bias, grad_bias_strides, n, h, i, j, origin, width, len_q, ds)
-            elif REDUCTION == "row sums":
-                row_sums += tl.sum(ds, 1)
-            elif REDUCTION == "column sums":
-                column_sums = store_column_sums(
-                    grad_bias, grad_bias_strides, n, h, tile, ds, column_sums, j_begin - first, width, BLOCK_M, BLOCK_N
-                )
+        unfinished: tl.constexpr = True
+        for CLEAR in tl.static_range(1 + HAS_BIAS):
+            if unfinished:
+                dq = tl.zeros((BLOCK_M, BLOCK_HEAD), tl.float32)
+                up = tl.full((BLOCK_M,), 1.0, tl.float32)
+                for j_begin in span(begin, end, BLOCK_N):
+                    j_tile = j_begin + tl.arange(0, BLOCK_N)
+                    j = j_tile[None, :]
+                    k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
+                    v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
+                    visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
+                    b = 0.0
+                    if HAS_BIAS:
+                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+                        visible = b != float("-inf")
+                    if CLEAR:
+                        k = clear_unseen(k, visible)
+                    p = probabilities(rows_by_keys(q, k, SCORE_PRECISION), b, lse[:, None], scale, HAS_BIAS)
+                    p = tl.where(visible, p, 0.0)
+                    dp = rows_by_keys(do, v, DP_PRECISION)
+                    if CORRECTED and ONE_STEP and not CLEAR:
+                        total = tl.sum(p, 1)
+                        rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
+                        d += tl.sum(tl.where(visible, p * (dp - d[:, None]), 0.0), 1) * rescale
+                    elif not CORRECTED:
+                        total += tl.sum(p, 1)
+                    if CORRECTED:
+                        p *= rescale[:, None]
+                    ds = tl.where(visible, p * (dp - d[:, None]), 0.0)
+                    if grad_query is not None:
+                        dq, up = large_weights_by_rows(ds, k, dq, up, PRECISION)
+                    # A second try is for dQ alone: dS is selected, so the first has left nothing hidden in dbias.
+                    if CLEAR:
+                        pass
+                    elif REDUCTION == "none":
+                        store_band(grad_bias, grad_bias_strides, n, h, i, j, origin, width, len_q, ds)
+                    elif REDUCTION == "row sums":
+                        row_sums += tl.sum(ds, 1)
+                    elif REDUCTION == "column sums":
+                        column_sums = store_column_sums(
+                            grad_bias,
+                            grad_bias_strides,
+                            n,
+                            h,
+                            tile,
+                            ds,
+                            column_sums,
+                            j_begin - first,
+                            width,
+                            BLOCK_M,
+                            BLOCK_N,
+                        )
+            unfinished = not finite(dq)
 
+        unit = scale / up
+        if not CORRECTED:
+            # P was left undivided.
+            rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
+            unit *= rescale
         if grad_query is not None:
-            store_rows(grad_query, grad_query_strides, n, h, i_tile, i_tile < i_end, dq * scale, HEAD_DIM, BLOCK_HEAD)
+            dq *= unit[:, None]
+            store_rows(grad_query, grad_query_strides, n, h, i_tile, i_tile < i_end, dq, HEAD_DIM, BLOCK_HEAD)
         if REDUCTION == "row sums":
-            tl.store(grad_bias + row, row_sums, mask=i_tile < i_end)
+            pointers = (
+                grad_bias + n * grad_bias_stride_n + h * grad_bias_stride_h + i_tile.to(tl.int64) * grad_bias_stride_i
+            )
+            tl.store(pointers, cast(row_sums, grad_bias.dtype.element_ty), mask=i_tile < i_end)
         if REDUCTION == "column sums":
             # The tiles started in columns ``column``, ``column`` + BLOCK_N, ... up to ``column_end``.
             column = begin - first
@@ -341,6 +417,10 @@ def _attention_backward_rows(
                 grad_bias, grad_bias_strides, n, h, tile, column_sums, column_end - BLOCK_N, 0, width, BLOCK_N
             )
             clear_columns(grad_bias, grad_bias_strides, n, h, tile, column_end, width, BLOCK_N)
+    if row_rescale is not None:
+        tl.store(row_rescale + row, rescale, mask=i_tile < i_end)
+    if row_dot is not None:
+        tl.store(row_dot + row, d, mask=i_tile < i_end)
 
 
 @triton.jit(
@@ -399,50 +479,58 @@ def _attention_backward_keys(
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     # Everything is transposed here, keys by rows: then P^T and dS^T are the left factors as they come.
     HAS_BIAS: tl.constexpr = bias is not None
+    SCORE_PRECISION: tl.constexpr = short_sum_precision(PRECISION, HEAD_DIM)
+    DP_PRECISION: tl.constexpr = short_sum_precision(PRECISION, VALUE_DIM)
     n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
     j_tile = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     j = j_tile[:, None]
     j_end = tl.minimum((tile + 1) * BLOCK_N, visible_length(key_lengths, n, len_k))
     begin, end = rows_of_keys(tile * BLOCK_N, j_end, len_q, origin, width)
 
-    k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < j_end, HEAD_DIM, BLOCK_HEAD)
-    v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < j_end, VALUE_DIM, BLOCK_VALUE)
-    dk = tl.zeros((BLOCK_N, BLOCK_HEAD), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_VALUE), tl.float32)
-    for member in span(0, group, 1):
-        h = h_kv * group + member
-        for i_begin in span(begin, end, BLOCK_M):
-            i_tile = i_begin + tl.arange(0, BLOCK_M)
-            i = i_tile[None, :]
-            row = (n * kv_heads * group + h) * len_q + i_tile
-            lse = tl.load(log_sum_exp + row, mask=i_tile < end, other=float("-inf"))
-            seeing = i_tile < end
-            if HAS_BIAS:
-                # A row from which the bias hides every key may have anything in dO.
-                seeing = lse != float("-inf")
-            else:
-                lse *= _LOG2E
-            q = load_rows(query, query_strides, n, h, i_tile, seeing, HEAD_DIM, BLOCK_HEAD)
-            do = load_rows(grad_output, grad_output_strides, n, h, i_tile, seeing, VALUE_DIM, BLOCK_VALUE)
-            visible = (j < j_end) & (i < end) & in_window(i, j, origin, width)
-            b = 0.0
-            if HAS_BIAS:
-                b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
-                visible = b != float("-inf")
-            s = scores(rows_by_keys(k, q, PRECISION), scale, b, HAS_BIAS)
-            p = exponential(s - lse[None, :], HAS_BIAS)
-            if HAS_BIAS:
-                p *= tl.load(row_rescale + row, mask=seeing, other=0.0)[None, :]
-            p = tl.where(visible, p, 0.0)
-            if grad_value is not None:
-                dv = weights_by_rows(cast(p, do.dtype), do, dv, PRECISION)
-            if grad_key is not None:
-                d = tl.load(row_dot + row, mask=seeing, other=0.0)
-                dp = rows_by_keys(v, do, PRECISION)
-                ds = p * (dp - d[None, :])
-                dk = weights_by_rows(cast(ds, q.dtype), q, dk, PRECISION)
+    # A key that no row has a slot for may be NaN, which its own gradients must not be.
+    seen = (j_tile < j_end) & (j_tile >= origin) & (j_tile < len_q + origin + width - 1)
+    k = load_rows(key, key_strides, n, h_kv, j_tile, seen, HEAD_DIM, BLOCK_HEAD)
+    v = load_rows(value, value_strides, n, h_kv, j_tile, seen, VALUE_DIM, BLOCK_VALUE)
+    unfinished: tl.constexpr = True
+    for CLEAR in tl.static_range(1 + HAS_BIAS):
+        if unfinished:
+            dk = tl.zeros((BLOCK_N, BLOCK_HEAD), tl.float32)
+            up = tl.full((BLOCK_N,), 1.0, tl.float32)
+            dv = tl.zeros((BLOCK_N, BLOCK_VALUE), tl.float32)
+            for member in span(0, group, 1):
+                h = h_kv * group + member
+                for i_begin in span(begin, end, BLOCK_M):
+                    i_tile = i_begin + tl.arange(0, BLOCK_M)
+                    i = i_tile[None, :]
+                    row = (n * kv_heads * group + h) * len_q + i_tile
+                    lse = tl.load(log_sum_exp + row, mask=i_tile < end, other=float("-inf"))
+                    # A row from which the bias hides every key may have anything in Q and dO.
+                    seeing = lse != float("-inf") if CLEAR else i_tile < end
+                    q = load_rows(query, query_strides, n, h, i_tile, seeing, HEAD_DIM, BLOCK_HEAD)
+                    do = load_rows(grad_output, grad_output_strides, n, h, i_tile, seeing, VALUE_DIM, BLOCK_VALUE)
+                    visible = (j < j_end) & (i < end) & in_window(i, j, origin, width)
+                    b = 0.0
+                    if HAS_BIAS:
+                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+                        visible = b != float("-inf")
+                    p = probabilities(
+                        rows_by_keys(k, q, SCORE_PRECISION, TRANSPOSED=True), b, lse[None, :], scale, HAS_BIAS
+                    )
+                    p *= tl.load(row_rescale + row, mask=seeing, other=0.0)[None, :]
+                    p = tl.where(visible, p, 0.0)
+                    if grad_value is not None:
+                        dv = weights_by_rows(cast(p, do.dtype), do, dv, PRECISION)
+                    if grad_key is not None:
+                        d = tl.load(row_dot + row, mask=seeing, other=0.0)
+                        dp = rows_by_keys(v, do, DP_PRECISION, TRANSPOSED=True)
+                        ds = p * (dp - d[None, :])
+                        if CLEAR:
+                            ds = tl.where(visible, ds, 0.0)
+                        dk, up = large_weights_by_rows(ds, q, dk, up, PRECISION)
+        unfinished = not (finite(dk) & finite(dv))
 
     if grad_key is not None:
-        store_rows(grad_key, grad_key_strides, n, h_kv, j_tile, j_tile < len_k, dk * scale, HEAD_DIM, BLOCK_HEAD)
+        dk *= (scale / up)[:, None]
+        store_rows(grad_key, grad_key_strides, n, h_kv, j_tile, j_tile < len_k, dk, HEAD_DIM, BLOCK_HEAD)
     if grad_value is not None:
         store_rows(grad_value, grad_value_strides, n, h_kv, j_tile, j_tile < len_k, dv, VALUE_DIM, BLOCK_VALUE)

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from attnreg_triton.interpreter import cast, span
 
+# The largest finite number of fp32.
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+
 
 @triton.jit
 def locate_program(heads, group, tiles):
@@ -76,7 +79,29 @@ def band_pointers(band, band_strides, column_stride, n, h, i, j, origin):
 def load_bias(bias, bias_strides, column_stride, n, h, i, j, origin, visible):
     """The bias of a tile in fp32, -inf in invisible slots."""
     pointers = band_pointers(bias, bias_strides, column_stride, n, h, i, j, origin)
-    return tl.load(pointers, mask=visible, other=float("-inf")).to(tl.float32)
+    b = tl.load(pointers, mask=visible, other=float("-inf"))
+    if b.dtype == tl.float64:
+        # What fp32 has no number for hides nothing: only -inf does.
+        b = tl.where(b == float("-inf"), b, tl.minimum(tl.maximum(b, -_LARGEST), _LARGEST))
+    return b.to(tl.float32)
+
+
+@triton.jit
+def clear_unseen(tile, visible):
+    """``tile`` (M, E) with those of its rows set to zero that are in no way ``visible`` (any, M).
+
+    The bias may hide a key from every row, or every key from a row, and what is hidden may be NaN: 0 * NaN is NaN. Clearing
+    costs up to nearly half a kernel's time. So kernels do without at first, and only if their sums are not ``finite`` they
+    make a second try, with CLEAR: a weight of 0 makes 0 of any finite number, and NaN of any other, which stays in the sum.
+    """
+    seen = tl.max(visible.to(tl.int32), 0) > 0
+    return tl.where(seen[:, None], tile, 0.0)
+
+
+@triton.jit
+def finite(tile):
+    """Whether ``tile`` has neither NaN nor infinities."""
+    return tl.max(tl.where(tl.abs(tile) <= _LARGEST, 0, 1)) == 0
 
 
 @triton.jit

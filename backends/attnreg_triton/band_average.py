@@ -6,14 +6,15 @@ The weighted average of the values, and the gradient of the query, dS . K, where
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnreg import Window
+from attnreg import Window, empty_like
 from attnreg_triton.band import (
     below,
+    clear_unseen,
+    finite,
     keys_of_rows,
     load_bias,
     load_clamped_rows,
@@ -34,18 +35,20 @@ def band_average(
     keys: Tensor,
     window: Window,
     *,
+    like: Tensor,
     bias: Tensor | None = None,
     key_lengths: Tensor | None,
     scale: float = 1.0,
 ) -> Tensor:
-    """(N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D)."""
+    """(N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D), in memory as ``like`` (N, H, Lq, any)."""
     batch, heads, len_q, _ = band.shape
     _, kv_heads, len_k, head_dim = keys.shape
+    rows = empty_like(like, head_dim)
     if hopper.serves_band_average(band, keys, window, bias=bias):
         from attnreg_triton.hopper import band_average as on_hopper
 
-        return on_hopper.band_average(band, keys, window, key_lengths=key_lengths, scale=scale)
-    rows = torch.empty((batch, heads, len_q, head_dim), dtype=keys.dtype, device=keys.device)
+        on_hopper.band_average(band, keys, rows, window, key_lengths=key_lengths, scale=scale)
+        return rows
     tiles = average_by_rows(keys.dtype, head_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
@@ -139,16 +142,23 @@ def _band_average(
     slots = tl.where(i_tile < i_end, width, 0)[:, None]
     keys += n * keys_strides[0] + h_kv * keys_strides[1]
     band += n * band_stride_n + h * band_stride_h + i_begin.to(tl.int64) * band_stride_i
-    acc = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
-    for j_begin in span(begin, end, BLOCK_N):
-        j_tile = j_begin + tl.arange(0, BLOCK_N)
-        q = j_tile - j_origin
-        # A key past the end is in no row's slots.
-        visible = below(tl.where(j_tile < end, q, -BLOCK_M)[None, :] - r[:, None], slots)
-        if bias is not None:
-            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j_tile[None, :], origin, visible)
-            visible = b != float("-inf")
-        w = tl.load(skewed_pointers(band, band_stride_i, r[:, None], q[None, :], LONG), mask=visible, other=0.0)
-        y = load_clamped_rows(keys, keys_strides[2], j_tile, begin, end - 1, DIM, BLOCK_DIM)
-        acc = weights_by_rows(w, y, acc, PRECISION)
+    unfinished: tl.constexpr = True
+    for CLEAR in tl.static_range(1 + (bias is not None)):
+        if unfinished:
+            acc = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
+            for j_begin in span(begin, end, BLOCK_N):
+                j_tile = j_begin + tl.arange(0, BLOCK_N)
+                q = j_tile - j_origin
+                # A key past the end is in no row's slots.
+                visible = below(tl.where(j_tile < end, q, -BLOCK_M)[None, :] - r[:, None], slots)
+                if bias is not None:
+                    b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j_tile[None, :], origin, visible)
+                    visible = b != float("-inf")
+                w = tl.load(skewed_pointers(band, band_stride_i, r[:, None], q[None, :], LONG), mask=visible, other=0.0)
+                y = load_clamped_rows(keys, keys_strides[2], j_tile, begin, end - 1, DIM, BLOCK_DIM)
+                if CLEAR:
+                    y = clear_unseen(y, visible)
+                acc = weights_by_rows(w, y, acc, PRECISION)
+        unfinished = not finite(acc)
+
     store_rows(rows, rows_strides, n, h, i_tile, i_tile < i_end, acc * scale, DIM, BLOCK_DIM)

@@ -7,14 +7,15 @@ see them, in every query head of their group; nothing is shared between programs
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnreg import Window
+from attnreg import Window, empty_like
 from attnreg_triton.band import (
     below,
+    clear_unseen,
+    finite,
     load_bias,
     load_clamped_rows,
     locate_program,
@@ -34,15 +35,15 @@ def band_average_transposed(
     rows: Tensor,
     window: Window,
     *,
-    key_shape: tuple[int, ...],
+    like: Tensor,
     bias: Tensor | None = None,
     key_lengths: Tensor | None,
     scale: float = 1.0,
 ) -> Tensor:
-    """(N, H, Lq, W), (N, H, Lq, D) -> ``key_shape`` (N, Hkv, Lk, D)."""
+    """(N, H, Lq, W), (N, H, Lq, D) -> (N, Hkv, Lk, D), in memory as the keys ``like``."""
     batch, heads, len_q, head_dim = rows.shape
-    _, kv_heads, len_k, _ = key_shape
-    keys = torch.empty(key_shape, dtype=rows.dtype, device=rows.device)
+    _, kv_heads, len_k, _ = like.shape
+    keys = empty_like(like)
     tiles = average_by_keys(rows.dtype, head_dim, window)
     key_tiles = ceil_div(len_k, tiles.keys)
     launch(
@@ -130,27 +131,36 @@ def _band_average_transposed(
 
     k = tl.arange(0, BLOCK_N)
     slots = tl.where(j_begin + k < j_end, width, 0)[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
-    for member in span(0, group, 1):
-        h = h_kv * group + member
-        x_rows = rows + n * rows_strides[0] + h * rows_strides[1]
-        head_band = band + n * band_stride_n + h * band_stride_h
-        for step in span(0, end - begin, BLOCK_M):
-            i_begin = begin + step
-            # Rows are counted from i_begin, slots from the one that the first key has there.
-            i_tile = i_begin + tl.arange(0, BLOCK_M)
-            r = tl.arange(0, BLOCK_M)
-            first_slot = j_begin - i_begin - origin
-            # A row past the end has none of the slots.
-            c = first_slot + k[None, :] - r[:, None]
-            visible = below(c, slots) & (i_tile < end)[:, None]
-            if bias is not None:
-                i, j = i_tile[:, None], (j_begin + k)[None, :]
-                b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
-                visible = b != float("-inf")
-            corner = head_band + i_begin.to(tl.int64) * band_stride_i + first_slot
-            w = tl.load(skewed_pointers(corner, band_stride_i, r[:, None], k[None, :], LONG), mask=visible, other=0.0)
-            x = load_clamped_rows(x_rows, rows_strides[2], i_tile, begin, end - 1, DIM, BLOCK_DIM)
-            acc = weights_by_rows(tl.trans(w), x, acc, PRECISION)
+    unfinished: tl.constexpr = True
+    for CLEAR in tl.static_range(1 + (bias is not None)):
+        if unfinished:
+            acc = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
+            for member in span(0, group, 1):
+                h = h_kv * group + member
+                x_rows = rows + n * rows_strides[0] + h * rows_strides[1]
+                head_band = band + n * band_stride_n + h * band_stride_h
+                for step in span(0, end - begin, BLOCK_M):
+                    i_begin = begin + step
+                    # Rows are counted from i_begin, slots from the one that the first key has there.
+                    i_tile = i_begin + tl.arange(0, BLOCK_M)
+                    r = tl.arange(0, BLOCK_M)
+                    first_slot = j_begin - i_begin - origin
+                    # A row past the end has none of the slots.
+                    c = first_slot + k[None, :] - r[:, None]
+                    visible = below(c, slots) & (i_tile < end)[:, None]
+                    if bias is not None:
+                        i, j = i_tile[:, None], (j_begin + k)[None, :]
+                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+                        visible = b != float("-inf")
+                    corner = head_band + i_begin.to(tl.int64) * band_stride_i + first_slot
+                    w = tl.load(
+                        skewed_pointers(corner, band_stride_i, r[:, None], k[None, :], LONG), mask=visible, other=0.0
+                    )
+                    x = load_clamped_rows(x_rows, rows_strides[2], i_tile, begin, end - 1, DIM, BLOCK_DIM)
+                    if CLEAR:
+                        x = clear_unseen(x, tl.trans(visible))
+                    acc = weights_by_rows(tl.trans(w), x, acc, PRECISION)
+        unfinished = not finite(acc)
+
     j_tile = j_begin + k
     store_rows(keys, keys_strides, n, h_kv, j_tile, j_tile < len_k, acc * scale, DIM, BLOCK_DIM)

@@ -6,12 +6,11 @@ The scores of a query (filled with -inf), and the gradient of the weights, dO . 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnreg import Window
+from attnreg import Window, empty_like
 from attnreg_triton.band import (
     below,
     load_bias,
@@ -33,22 +32,21 @@ def band_dot(
     keys: Tensor,
     window: Window,
     *,
+    like: Tensor,
     bias: Tensor | None = None,
     key_lengths: Tensor | None,
     scale: float = 1.0,
     fill: float,
 ) -> Tensor:
-    """(N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W)."""
+    """(N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W), in memory as ``like`` (N, H, Lq, any)."""
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
-    if hopper.serves_band_dot(rows, keys, window, bias=bias):
+    band = empty_like(like, window.size)
+    if hopper.serves_band_dot(rows, keys, band, window, bias=bias):
         from attnreg_triton.hopper import band_dot as on_hopper
 
-        return on_hopper.band_dot(rows, keys, window, key_lengths=key_lengths, scale=scale, fill=fill)
-    shape = (batch, heads, len_q, window.size)
-    if len_k == 0:
-        return torch.full(shape, fill, dtype=rows.dtype, device=rows.device)
-    band = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+        on_hopper.band_dot(rows, keys, band, window, key_lengths=key_lengths, scale=scale, fill=fill)
+        return band
     tiles = dot_by_rows(rows.dtype, head_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnreg import Window
+from attnreg import Window, empty_like
 from attnreg_triton.band import load_bias, locate_program, visible_length
 from attnreg_triton.interpreter import cast, span
 from attnreg_triton.launch import bias_strides, ceil_div, launch, origin, strides
@@ -31,12 +31,13 @@ def reduction(bias: Tensor) -> Reduction:
 
 
 def empty_partials(bias: Tensor, band_shape: tuple[int, int, int, int], row_tiles: int) -> Tensor:
-    """Where the kernel writes; in the bias' own dtype if nothing remains to be summed."""
+    """Where the kernel writes; the gradient itself if nothing remains to be summed."""
+    if bias.shape == band_shape:
+        return empty_like(bias)
     batch, heads, len_q, width = band_shape
     shapes = {"none": (len_q, width), "row sums": (len_q, 1), "column sums": (row_tiles, width)}
     rows, columns = shapes[reduction(bias)]
-    dtype = bias.dtype if bias.shape == band_shape else torch.float32
-    return torch.empty((batch, heads, rows, columns), dtype=dtype, device=bias.device)
+    return torch.empty((batch, heads, rows, columns), dtype=torch.float32, device=bias.device)
 
 
 def reduce_partials(partials: Tensor, bias: Tensor) -> Tensor:
@@ -146,9 +147,11 @@ def _band_sum(
         elif REDUCTION == "row sums":
             row_sums += tl.sum(ds, 1)
         else:
-            tl.store(partials + tile.to(tl.int64) * partials_strides[2] + c_tile, tl.sum(ds, 0), mask=c_tile < width)
+            sums = cast(tl.sum(ds, 0), partials.dtype.element_ty)
+            tl.store(partials + tile.to(tl.int64) * partials_strides[2] + c_tile, sums, mask=c_tile < width)
     if REDUCTION == "row sums":
-        tl.store(partials + i_tile.to(tl.int64) * partials_strides[2], row_sums, mask=i_tile < len_q)
+        sums = cast(row_sums, partials.dtype.element_ty)
+        tl.store(partials + i_tile.to(tl.int64) * partials_strides[2], sums, mask=i_tile < len_q)
 
 
 @triton.jit
@@ -177,7 +180,7 @@ def store_columns(partials, partials_strides, n, h, tile, sums, column, c_begin,
     pointers = (
         partials + n * partials_strides[0] + h * partials_strides[1] + tile.to(tl.int64) * partials_strides[2] + c
     )
-    tl.store(pointers, sums, mask=(c >= c_begin) & (c < c_end))
+    tl.store(pointers, cast(sums, partials.dtype.element_ty), mask=(c >= c_begin) & (c < c_end))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ def local_dot_product(
     query: Tensor, key: Tensor, window: Window, *, bias: Tensor | None, key_lengths: Tensor | None, scale: float
 ) -> Tensor:
     """``S = scale * Q K^T + bias`` on the band, -inf in invisible slots."""
-    return band_dot(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale, fill=float("-inf"))
+    return band_dot(query, key, window, like=query, bias=bias, key_lengths=key_lengths, scale=scale, fill=float("-inf"))
 
 
 def local_dot_product_backward(
@@ -27,17 +27,18 @@ def local_dot_product_backward(
     bias: Tensor | None,
     key_lengths: Tensor | None,
     scale: float,
-    needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs_grad: frozenset[str],
+) -> dict[str, Tensor]:
     """``dQ = scale * dS K``, ``dK = scale * dS^T Q`` and ``dbias = dS``, over the visible slots."""
-    needs_query, needs_key, needs_bias = needs_grad
-    grad_query = grad_key = grad_bias = None
-    if needs_query:
-        grad_query = band_average(grad_scores, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
-    if needs_key:
-        grad_key = band_average_transposed(
-            grad_scores, query, window, key_shape=key.shape, bias=bias, key_lengths=key_lengths, scale=scale
+    gradients = {}
+    if "query" in needs_grad:
+        gradients["query"] = band_average(
+            grad_scores, key, window, like=query, bias=bias, key_lengths=key_lengths, scale=scale
         )
-    if needs_bias and bias is not None:
-        grad_bias = band_sum(grad_scores, window, bias=bias, key_lengths=key_lengths, len_k=key.shape[2])
-    return grad_query, grad_key, grad_bias
+    if "key" in needs_grad:
+        gradients["key"] = band_average_transposed(
+            grad_scores, query, window, like=key, bias=bias, key_lengths=key_lengths, scale=scale
+        )
+    if "bias" in needs_grad and bias is not None:
+        gradients["bias"] = band_sum(grad_scores, window, bias=bias, key_lengths=key_lengths, len_k=key.shape[2])
+    return gradients

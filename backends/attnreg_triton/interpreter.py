@@ -30,8 +30,10 @@ span: Any = _interpreted_span if INTERPRETED else tl.range
 def dot(a, b, PRECISION: tl.constexpr, acc=None):
     """``a @ b + acc``, accumulated in fp32."""
     if _INTERPRETED:
-        # The interpreter's tl.dot would multiply the bit patterns of bf16.
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        # The interpreter's tl.dot would multiply the bit patterns of bf16, and its fp32 sums would depend on the tile's shape in
+        # their last bits, as those of the matrix units do not.
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64))
+        return (product if acc is None else product + acc).to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

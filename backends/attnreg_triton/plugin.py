@@ -54,6 +54,7 @@ def attnreg_backends() -> Iterator[Backend]:
             devices=DEVICES,
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
             head_dims=range(1, 257),
+            takes={"bias", "key_lengths"},
         ),
         local_dot_product=_deferred("dot_product", "local_dot_product"),
         local_dot_product_backward=_deferred("dot_product", "local_dot_product_backward"),

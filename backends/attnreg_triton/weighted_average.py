@@ -12,7 +12,7 @@ from attnreg_triton.band_dot import band_dot
 
 def local_weighted_average(weights: Tensor, value: Tensor, window: Window, *, key_lengths: Tensor | None) -> Tensor:
     """``O = P V`` over the visible slots of the band P."""
-    return band_average(weights, value, window, key_lengths=key_lengths)
+    return band_average(weights, value, window, like=weights, key_lengths=key_lengths)
 
 
 def local_weighted_average_backward(
@@ -22,15 +22,12 @@ def local_weighted_average_backward(
     window: Window,
     *,
     key_lengths: Tensor | None,
-    needs_grad: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
+    needs_grad: frozenset[str],
+) -> dict[str, Tensor]:
     """``dP = dO V^T`` on the band and ``dV = P^T dO``, over the visible slots."""
-    needs_weights, needs_value = needs_grad
-    grad_weights = grad_value = None
-    if needs_weights:
-        grad_weights = band_dot(grad_output, value, window, key_lengths=key_lengths, fill=0.0)
-    if needs_value:
-        grad_value = band_average_transposed(
-            weights, grad_output, window, key_shape=value.shape, key_lengths=key_lengths
-        )
-    return grad_weights, grad_value
+    gradients = {}
+    if "weights" in needs_grad:
+        gradients["weights"] = band_dot(grad_output, value, window, like=weights, key_lengths=key_lengths, fill=0.0)
+    if "value" in needs_grad:
+        gradients["value"] = band_average_transposed(weights, grad_output, window, like=value, key_lengths=key_lengths)
+    return gradients

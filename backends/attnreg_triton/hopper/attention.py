@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnreg import Window
+from attnreg import Window, empty_like
 from attnreg_triton import tiles as tile_table
 from attnreg_triton.hopper.tile import (
     advance,
@@ -46,7 +46,7 @@ def local_attention(
     """The output (N, H, Lq, D) and the natural log-sum-exp (N, H, Lq) of a call that ``serves`` accepts."""
     batch, heads, len_q, head_dim = query.shape
     _, kv_heads, len_k, value_dim = value.shape
-    output = torch.empty((batch, heads, len_q, value_dim), dtype=query.dtype, device=query.device)
+    output = empty_like(query, value_dim)
     log_sum_exp = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
     tiles = tile_table.hopper_attention(head_dim, value_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
@@ -78,13 +78,15 @@ def local_attention(
 def _softmax_step(s, m, total, scale):
     """``(P, rescale, m, total)`` after the scores ``s`` (unscaled, of masked keys -inf); ``scale`` includes log2(e).
 
-    P = 2^(scale * (s - m)); what was accumulated under the older maximum is to be multiplied by ``rescale``.
+    P = 2^(scale * (s - m)); what was accumulated under the older maximum is to be multiplied by ``rescale``. The difference
+    is taken first: that of scaled scores, in one fused operation, would be a rounding error of theirs where s = m, which
+    overflows for scores of 1e9.
     """
     m_new = gl.maximum(m, gl.max(s, 1))
     # While a row has seen no visible key its maximum is -inf, and -inf - -inf would be NaN.
-    shift = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
-    p = gl.exp2(s * scale - shift[:, None])
-    rescale = gl.exp2(m * scale - shift)
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = gl.exp2((s - shift[:, None]) * scale)
+    rescale = gl.exp2((m - shift) * scale)
     return p, rescale, m_new, total * rescale + gl.sum(p, 1)
 
 
@@ -212,5 +214,5 @@ def _attention(
     acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))[:, None]
     store_tile(output, n, h, i_begin, acc, o_tile)
     row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
-    gl.store(log_sum_exp + row, (m * scale2 + gl.log2(total)) * _LN2, mask=i < i_end)
+    gl.store(log_sum_exp + row, m * scale + gl.log2(total) * _LN2, mask=i < i_end)
     finish_stores()

@@ -1,8 +1,8 @@
 """The gradients of ``local_attention`` on Hopper: the two kernels of ``attnreg_triton.attention_backward``.
 
 Rows first: ``D = rowsum(dO * O)`` and ``dQ = scale * dS K``; then keys: ``dV = P^T dO`` and ``dK = scale * dS^T Q``,
-with ``P = exp(S - log-sum-exp)`` computed anew in both and ``dS = P * (dP - D)``, ``dP = dO V^T``. No program writes
-what another does, so there are no atomics and no accumulator in memory.
+with ``P = exp(S - log-sum-exp)``, divided by its row sum, computed anew in both and ``dS = P * (dP - D)``, ``dP = dO V^T``. No
+program writes what another does, so there are no atomics and no accumulator in memory.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnreg import Window
+from attnreg import Window, empty_like
 from attnreg_triton import tiles as tile_table
+from attnreg_triton.hopper.factors import fp16_shrinkage
 from attnreg_triton.hopper.tile import (
     advance,
     barriers,
@@ -52,17 +53,18 @@ def local_attention_backward(
     *,
     key_lengths: Tensor | None,
     scale: float,
-    needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dQ, dK, dV), None where it is not wanted, of a call that ``serves`` accepts."""
-    needs_query, needs_key, needs_value = needs_grad
+    needs_grad: frozenset[str],
+) -> dict[str, Tensor]:
+    """dQ, dK and dV, those that are wanted, of a call that ``serves`` accepts."""
     batch, heads, len_q, _ = query.shape
     _, kv_heads, len_k, _ = key.shape
-    grad_query, grad_key, grad_value = (
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if wanted else None
-        for tensor, wanted in ((query, needs_query), (key, needs_key), (value, needs_value))
+    tensors = {"query": query, "key": key, "value": value}
+    gradients = {name: empty_like(tensor) for name, tensor in tensors.items() if name in needs_grad}
+    grad_query, grad_key, grad_value = (gradients.get(name) for name in tensors)
+    # For the programs of the keys: D, and what P is to be multiplied by.
+    row_dot, row_rescale = (
+        torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device) for _ in range(2)
     )
-    row_dot = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
     sizes = (len_q, len_k, origin(window, len_q, len_k), window.size, scale)
 
     tiles = tile_table.hopper_attention_backward_by_rows(window)
@@ -79,6 +81,7 @@ def local_attention_backward(
         log_sum_exp,
         key_lengths,
         row_dot,
+        row_rescale,
         None if grad_query is None else describe(grad_query, tiles.rows),
         kv_heads,
         heads // kv_heads,
@@ -87,7 +90,7 @@ def local_attention_backward(
         STAGES=tiles.num_stages,
         device=query.device,
     )
-    if needs_key or needs_value:
+    if grad_key is not None or grad_value is not None:
         tiles = tile_table.hopper_attention_backward_by_keys(window)
         key_tiles = ceil_div(len_k, tiles.keys)
         launch(
@@ -100,6 +103,7 @@ def local_attention_backward(
             describe(value, tiles.keys),
             log_sum_exp,
             row_dot,
+            row_rescale,
             key_lengths,
             None if grad_key is None else describe(grad_key, tiles.keys),
             None if grad_value is None else describe(grad_value, tiles.keys),
@@ -110,7 +114,18 @@ def local_attention_backward(
             STAGES=tiles.num_stages,
             device=query.device,
         )
-    return grad_query, grad_key, grad_value
+    return gradients
+
+
+@gluon.jit
+def _exponents(lse, scale):
+    """``(factor, shift)`` of rows, by which ``P = 2^(factor * s - shift)`` of an unscaled score.
+
+    Both are log2(e) times scale and log-sum-exp, and damped as in ``attnreg_triton.attention_backward.damping``.
+    """
+    exponent = (lse.to(gl.int32, bitcast=True) >> 23) & 0xFF
+    unit = ((281 - gl.maximum(exponent, 154)) << 23).to(gl.float32, bitcast=True) * _LOG2E
+    return scale * unit, lse * unit
 
 
 @gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
@@ -123,6 +138,7 @@ def _attention_backward_rows(
     log_sum_exp,
     key_lengths,
     row_dot,
+    row_rescale,
     grad_query,
     kv_heads,
     group,
@@ -143,8 +159,9 @@ def _attention_backward_rows(
     s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS, dtype)
     q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
+    d_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
     k_layout: gl.constexpr = rows_layout(BLOCK_HEAD, WARPS, dtype)
-    o_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
+    v_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
 
     n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
     length = visible_length(key_lengths, n, len_k)
@@ -172,56 +189,81 @@ def _attention_backward_rows(
     fetch(grad_output, n, h, i_begin, rows_ready, do_tile)
     fetch(output, n, h, i_begin, rows_ready, o_tile)
     fetch(query, n, h, i_begin, rows_ready, q_tile)
-    if grad_query is not None:
-        for slot in gl.static_range(STAGES):
-            wanted = slot < steps
-            mbarrier.expect(ready.index(slot), STEP_BYTES, pred=wanted)
-            fetch(key, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), k_tiles.index(slot), wanted)
-            fetch(value, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), v_tiles.index(slot), wanted)
+    for slot in gl.static_range(STAGES):
+        wanted = slot < steps
+        mbarrier.expect(ready.index(slot), STEP_BYTES, pred=wanted)
+        fetch(key, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), k_tiles.index(slot), wanted)
+        fetch(value, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), v_tiles.index(slot), wanted)
 
-    # D = rowsum(dO * O)
-    row_base = (n * kv_heads * group + h).to(gl.int64) * len_q
-    lse2 = gl.load(log_sum_exp + row_base + i, mask=i < i_end, other=float("inf")) * _LOG2E
+    row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
+    factor, shift = _exponents(gl.load(log_sum_exp + row, mask=i < i_end, other=float("inf")), scale)
+    # D = diagonal(dO O^T), with the same bits as dP where O is the value of the one key that dominates its row.
     mbarrier.wait(rows_ready, 0)
-    do = matrix(do_tile).load(o_layout)
-    o = matrix(o_tile).load(o_layout)
-    d = gl.convert_layout(gl.sum(do.to(gl.float32) * o.to(gl.float32), 1), gl.SliceLayout(1, s_layout))
-    gl.store(row_dot + row_base + i, d, mask=i < i_end)
+    products = gl.zeros([BLOCK_M, BLOCK_M], gl.float32, d_layout)
+    o = matrix(o_tile).permute((1, 0))
+    products = warpgroup_mma(matrix(do_tile), o, products, use_acc=False, is_async=True)
+    products = warpgroup_mma_wait(num_outstanding=0, deps=(products,))
+    r = gl.arange(0, BLOCK_M, gl.SliceLayout(1, d_layout))[:, None]
+    c = gl.arange(0, BLOCK_M, gl.SliceLayout(0, d_layout))[None, :]
+    d = gl.convert_layout(gl.sum(gl.where(r == c, products, 0.0), 1), gl.SliceLayout(1, s_layout))
 
-    if grad_query is not None:
-        scale2 = scale * _LOG2E
-        dq = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_HEAD], gl.float32, q_layout))
-        empty = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
-        j_begin = begin
-        stage = 0
-        phase = 0
-        for step in range(steps):
-            mbarrier.wait(ready.index(stage), phase)
-            if key_lengths is not None:
-                clear_rows_from(length - j_begin, k_tiles.index(stage), k_layout)
-                clear_rows_from(length - j_begin, v_tiles.index(stage), o_layout)
-            k = matrix(k_tiles.index(stage))
-            v = matrix(v_tiles.index(stage))
-            s = warpgroup_mma(matrix(q_tile), k.permute((1, 0)), empty, use_acc=False, is_async=True)
-            dp = warpgroup_mma(matrix(do_tile), v.permute((1, 0)), empty, use_acc=False, is_async=True)
+    dq = gl.zeros([BLOCK_M, BLOCK_HEAD], gl.float32, q_layout)
+    if dtype != gl.float16:
+        dq = warpgroup_mma_init(dq)
+    total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
+    # What dS is multiplied by to fit fp16.
+    up = gl.full([BLOCK_M], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
+    empty = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
+    j_begin = begin
+    stage = 0
+    phase = 0
+    for step in range(steps):
+        mbarrier.wait(ready.index(stage), phase)
+        if key_lengths is not None:
+            clear_rows_from(length - j_begin, k_tiles.index(stage), k_layout)
+            clear_rows_from(length - j_begin, v_tiles.index(stage), v_layout)
+        k = matrix(k_tiles.index(stage))
+        v = matrix(v_tiles.index(stage))
+        s = warpgroup_mma(matrix(q_tile), k.permute((1, 0)), empty, use_acc=False, is_async=True)
+        dp = warpgroup_mma(matrix(do_tile), v.permute((1, 0)), empty, use_acc=False, is_async=True)
+        if dtype == gl.float16:
+            s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+        else:
             s, dq = warpgroup_mma_wait(num_outstanding=1, deps=(s, dq))
-            # The tiles of the step before are free now.
-            before = gl.where(stage == 0, STAGES - 1, stage - 1)
-            ahead = step + STAGES - 1
-            wanted = (step > 0) & (ahead < steps)
-            mbarrier.expect(ready.index(before), STEP_BYTES, pred=wanted)
-            fetch(key, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), k_tiles.index(before), wanted)
-            fetch(value, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), v_tiles.index(before), wanted)
+        # The tiles of the step before are free now.
+        before = gl.where(stage == 0, STAGES - 1, stage - 1)
+        ahead = step + STAGES - 1
+        wanted = (step > 0) & (ahead < steps)
+        mbarrier.expect(ready.index(before), STEP_BYTES, pred=wanted)
+        fetch(key, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), k_tiles.index(before), wanted)
+        fetch(value, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), v_tiles.index(before), wanted)
 
-            p = gl.exp2(s * scale2 - lse2[:, None])
-            p = hide(p, j_begin, first, last, all_from, all_to, 0.0, s_layout)
-            dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
-            ds = p * (dp - d[:, None])
-            dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), ds_layout), k, dq, is_async=True)
-            j_begin += BLOCK_N
-            stage, phase = advance(stage, phase, STAGES)
+        p = gl.exp2(gl.fma(s, factor[:, None], -shift[:, None]))
+        p = hide(p, j_begin, first, last, all_from, all_to, 0.0, s_layout)
+        total += gl.sum(p, 1)
+        dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
+        ds = p * (dp - d[:, None])
+        if dtype == gl.float16:
+            up_before = up
+            up = fp16_shrinkage(ds, up)
+            ds *= up[:, None]
+            dq = warpgroup_mma_init(dq * gl.convert_layout(up / up_before, gl.SliceLayout(1, q_layout))[:, None])
+        dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), ds_layout), k, dq, is_async=True)
+        if dtype == gl.float16:
+            # An accumulator in flight that is also multiplied would make ptxas run every product by itself (C7514).
+            dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+        j_begin += BLOCK_N
+        stage, phase = advance(stage, phase, STAGES)
+    if dtype != gl.float16:
         dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
-        store_tile(grad_query, n, h, i_begin, dq * scale, q_tile)
+
+    gl.store(row_dot + row, d, mask=i < i_end)
+    gl.store(row_rescale + row, 1.0 / total, mask=i < i_end)
+    if grad_query is not None:
+        # P was left undivided. A row that sees no key may have NaN in dO, and then in dQ too.
+        unit = gl.where(total == 0.0, 0.0, scale / (total * up))
+        unit = gl.convert_layout(unit, gl.SliceLayout(1, q_layout))[:, None]
+        store_tile(grad_query, n, h, i_begin, gl.where(unit == 0.0, 0.0, dq * unit), q_tile)
         finish_stores()
 
 
@@ -240,6 +282,7 @@ def _attention_backward_keys(
     value,
     log_sum_exp,
     row_dot,
+    row_rescale,
     key_lengths,
     grad_key,
     grad_value,
@@ -264,6 +307,7 @@ def _attention_backward_keys(
     k_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
     v_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS, dtype)
     row_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
 
     n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
     length = visible_length(key_lengths, n, len_k)
@@ -299,7 +343,6 @@ def _attention_backward_keys(
         fetch(grad_output, n, h_ahead, i_ahead, ready.index(slot), do_tiles.index(slot), wanted)
         h_ahead, i_ahead = _next_rows(h_ahead, i_ahead, begin, end, BLOCK_M)
 
-    scale2 = scale * _LOG2E
     dk = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_HEAD], gl.float32, k_layout))
     dv = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_VALUE], gl.float32, v_layout))
     empty = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
@@ -307,19 +350,26 @@ def _attention_backward_keys(
     head_base = (n * kv_heads + h_kv).to(gl.int64) * group * len_q
     lse_rows = log_sum_exp + head_base
     d_rows = row_dot + head_base
+    rescale_rows = row_rescale + head_base
+    # What dS^T is multiplied by to fit fp16.
+    up = gl.full([BLOCK_N], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     i_begin = begin
     here = (i_begin + row < end) & (steps > 0)
     lse_next = gl.load(lse_rows + i_begin + row, mask=here, other=float("inf"))
     d_next = gl.load(d_rows + i_begin + row, mask=here, other=0.0)
+    rescale_next = gl.load(rescale_rows + i_begin + row, mask=here, other=0.0)
     stage = 0
     phase = 0
     mbarrier.wait(keys_ready, 0)
-    if key_lengths is not None:
-        clear_rows_from(length - j_begin, v_tile, rows_layout(BLOCK_VALUE, WARPS, dtype))
     for step in range(steps):
-        lse2 = gl.convert_layout(lse_next * _LOG2E, gl.SliceLayout(0, s_layout))
-        d = gl.convert_layout(d_next, gl.SliceLayout(0, s_layout))
+        factor, shift = _exponents(lse_next, scale)
+        d = d_next
+        rescale = rescale_next
         mbarrier.wait(ready.index(stage), phase)
+        if key_lengths is not None:
+            # Behind them may be rows that see no key, with NaN in Q and dO.
+            clear_rows_from(end - i_begin, q_tiles.index(stage), rows_layout(BLOCK_HEAD, WARPS, dtype))
+            clear_rows_from(end - i_begin, do_tiles.index(stage), rows_layout(BLOCK_VALUE, WARPS, dtype))
         q = matrix(q_tiles.index(stage))
         do = matrix(do_tiles.index(stage))
         s = warpgroup_mma(matrix(k_tile), q.permute((1, 0)), empty, use_acc=False, is_async=True)
@@ -330,17 +380,28 @@ def _attention_backward_keys(
             i_next = begin
             lse_rows += len_q
             d_rows += len_q
+            rescale_rows += len_q
         here = (i_next + row < end) & (step + 1 < steps)
         lse_next = gl.load(lse_rows + i_next + row, mask=here, other=float("inf"))
         d_next = gl.load(d_rows + i_next + row, mask=here, other=0.0)
+        rescale_next = gl.load(rescale_rows + i_next + row, mask=here, other=0.0)
 
         s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-        p = gl.exp2(s * scale2 - lse2[None, :])
+        # Columns take registers, so each is brought into the products' layout as late as possible.
+        factor = gl.convert_layout(factor, column_layout)[None, :]
+        shift = gl.convert_layout(shift, column_layout)[None, :]
+        p = gl.exp2(gl.fma(s, factor, -shift)) * gl.convert_layout(rescale, column_layout)[None, :]
         p = hide(p, i_begin, first, last, all_from, all_to, 0.0, s_layout)
         p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
         dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
         dv = warpgroup_mma(p_left, do, dv, is_async=True)
-        ds = p * (dp - d[None, :])
+        ds = p * (dp - gl.convert_layout(d, column_layout)[None, :])
+        if dtype == gl.float16:
+            up_before = up
+            up = fp16_shrinkage(ds, up)
+            ds *= up[:, None]
+            dk = warpgroup_mma_wait(num_outstanding=1, deps=(dk,))
+            dk = warpgroup_mma_init(dk * gl.convert_layout(up / up_before, gl.SliceLayout(1, k_layout))[:, None])
         dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2)), q, dk, is_async=True)
         # Two accumulators in flight across steps would make ptxas run every product by itself (C7515).
         dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
@@ -357,7 +418,9 @@ def _attention_backward_keys(
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
 
     if grad_key is not None:
-        store_tile(grad_key, n, h_kv, j_begin, dk * scale, k_tile)
+        # A key that no row sees may be NaN, and its value, and then dK too.
+        unit = gl.convert_layout(gl.where(first < last, scale / up, 0.0), gl.SliceLayout(1, k_layout))[:, None]
+        store_tile(grad_key, n, h_kv, j_begin, gl.where(unit == 0.0, 0.0, dk * unit), k_tile)
     if grad_value is not None:
         store_tile(grad_value, n, h_kv, j_begin, dv, v_tile)
     finish_stores()

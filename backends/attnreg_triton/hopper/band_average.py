@@ -6,7 +6,6 @@ A chunk of 64 slots a row, seen straight, fills the upper half of one tile of 64
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,11 +39,12 @@ from attnreg_triton.launch import ceil_div, launch, origin
 from attnreg_triton.tiles import hopper_band_average
 
 
-def band_average(band: Tensor, keys: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float) -> Tensor:
-    """(N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D), of a call that ``serves_band_average`` accepts."""
+def band_average(
+    band: Tensor, keys: Tensor, rows: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float
+) -> None:
+    """Fill ``rows``: (N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D), of a call that ``serves_band_average`` accepts."""
     batch, heads, len_q, _ = band.shape
-    _, kv_heads, len_k, dim = keys.shape
-    rows = torch.empty((batch, heads, len_q, dim), dtype=keys.dtype, device=keys.device)
+    _, kv_heads, len_k, _ = keys.shape
     tiles = hopper_band_average(keys.dtype)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
@@ -66,7 +66,6 @@ def band_average(band: Tensor, keys: Tensor, window: Window, *, key_lengths: Ten
         STAGES=tiles.num_stages,
         device=keys.device,
     )
-    return rows
 
 
 @gluon.jit

@@ -6,7 +6,6 @@ The products of 64 rows with tiles of 64 keys are put side by side, two at a tim
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -47,12 +46,11 @@ from attnreg_triton.tiles import hopper_band_dot
 
 
 def band_dot(
-    rows: Tensor, keys: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float, fill: float
-) -> Tensor:
-    """(N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W), of a call that ``serves_band_dot`` accepts."""
+    rows: Tensor, keys: Tensor, band: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float, fill: float
+) -> None:
+    """Fill ``band``: (N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W), of a call that ``serves_band_dot`` accepts."""
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
-    band = torch.empty((batch, heads, len_q, window.size), dtype=rows.dtype, device=rows.device)
     tiles = hopper_band_dot(rows.dtype, head_dim)
     row_tiles = ceil_div(len_q, tiles.rows)
     vector = vector_width(band)
@@ -78,7 +76,6 @@ def band_dot(
         STAGES=tiles.num_stages,
         device=rows.device,
     )
-    return band
 
 
 @gluon.jit(

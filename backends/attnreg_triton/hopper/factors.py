@@ -14,6 +14,13 @@ def tf32_rest(x):
 
 
 @gluon.jit
+def fp16_shrinkage(x, before):
+    """``before``, or the smaller power of two that brings the largest element of a row of fp32 ``x`` under 2^15."""
+    exponent = gl.maximum((gl.max(gl.abs(x), 1).to(gl.int32, bitcast=True) >> 23) & 0xFF, 20)
+    return gl.minimum(before, ((268 - exponent) << 23).to(gl.float32, bitcast=True))
+
+
+@gluon.jit
 def fp16_factors(x):
     """``(hi, lo, down)``: the fp32 rows are ``(hi + lo) * down[:, None]``, with hi and lo in fp16.
 

@@ -36,14 +36,14 @@ def serves(*tensors: Tensor, bias: Tensor | None, scale: float) -> bool:
     )
 
 
-def serves_band_dot(rows: Tensor, keys: Tensor, window: Window, *, bias: Tensor | None) -> bool:
-    """Whether the Hopper kernel can compute this band, and is the faster one."""
+def serves_band_dot(rows: Tensor, keys: Tensor, band: Tensor, window: Window, *, bias: Tensor | None) -> bool:
+    """Whether the Hopper kernel can compute this band, a new tensor, and is the faster one."""
     return (
         bias is None
         and _on_hopper(rows)
         and hopper_band_dot_pays(rows.dtype, window)
         and _skewed_views()
-        and window.size < _LARGEST_PITCH
+        and band.stride(2) < _LARGEST_PITCH
         and all(_has_tiles(tensor, LARGEST_HEAD_DIM) for tensor in (rows, keys))
     )
 
