@@ -49,6 +49,8 @@ def laid_out(op: str, layout, dtype, device, case: Case = CASE):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.bfloat16))
 def test_results_and_gradients_lie_as_their_tensors(op, layout, value_dim, backend, device, dtype):
+    if backend == "flex" and layout is expanded:
+        pytest.skip("FlexAttention's own autograd orders the gradients of expanded tensors")
     case = Case(**{**CASE.__dict__, "value_dim": value_dim})
     tensors, grad = laid_out(op, layout, dtype, device, case)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
