@@ -67,6 +67,7 @@ def reasons(name, **changes):
             for size in (8, 16, 40, 48, 72, 80, 104, 112)
         ),
         ("flex", {"dtype": torch.float64}, "the dtype is float64"),
+        ("flex", {"dtype": torch.float32}, "gradients are needed in float32"),
         ("flex", BIAS, "a bias is given and gradients are needed"),
         ("flex", KEY_LENGTHS, "key_lengths is given; it takes bias"),
         ("flex", {"head_dim": 8}, "the head_dim of query and key is 8; it takes 16 to 256"),
@@ -98,7 +99,7 @@ def test_flash_has_gradients_of_the_largest_head_dims_on_large_gpus_alone(monkey
         ("flash4", {"head_dim": 80, "value_dim": 80, "needs_grad": False}),
         ("flex", {}),
         ("flex", {**BIAS, "needs_grad": False}),
-        ("flex", {"dtype": torch.float32, "head_dim": 48, "value_dim": 33}),
+        ("flex", {"dtype": torch.float32, "head_dim": 48, "value_dim": 33, "needs_grad": False}),
         ("flex", {"key_length": 10}),
     ],
 )

@@ -34,6 +34,9 @@ def unavailable() -> str | None:
 
 def refuse(problem: Problem) -> str | None:
     """What the capability cannot say."""
+    if problem.dtype == torch.float32 and problem.needs_grad:
+        # Its backward takes the weights from the rounded log-sum-exp, whose error is a share of the scores.
+        return "gradients are needed in float32; where scores are in the hundreds, its are off by more than float32's own error"
     longest = max(problem.query_length, problem.key_length)
     if longest > MOST_POSITIONS:
         return f"a length is {longest}; its mask lists all pairs of blocks, tried up to {MOST_POSITIONS}"
