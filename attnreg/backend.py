@@ -281,6 +281,8 @@ def _by_capability(backend: Backend, problem: Problem) -> Iterator[Callable[[], 
     else:
         if problem.needs_grad and not has_backward(backend, op):
             yield partial("gradients are needed and it has no {}".format, op.backward)
+        if is_composed(backend, op) and problem.dtype.itemsize < 4 and torch.float32 not in capability.dtypes:
+            yield partial("its products would have to run in float32, which it lacks, to make {}".format, op.name)
         taken = backend.taken[op.name]
         for name, _ in problem.given:
             if name not in taken:

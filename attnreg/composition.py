@@ -45,11 +45,6 @@ def complete(backend: Backend) -> Mapping[str, Function]:
     return functions
 
 
-def is_in_float32(backend: Backend, op: Op) -> bool:
-    """Whether ``backend`` runs ``op`` through its products, to which 16-bit tensors go in float32."""
-    return op is ATTENTION and not getattr(backend, op.name)
-
-
 @dataclass(frozen=True)
 class _Part:
     """The sequences and heads that composed attention works on at a time."""

@@ -65,3 +65,20 @@ def test_no_more_of_the_band_is_made_at_a_time_than_the_limit_or_one_key_head(ba
         torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
     # Once in the forward, and once more in the backward.
     assert bands == expected * 2
+
+
+def test_products_without_float32_make_no_attention_of_16_bits():
+    """Scores rounded to 16 bits before the softmax would be off by an eighth at 64."""
+    (block,) = (status.backend for status in attnreg.backends() if status.name == "torch_block")
+    narrow = replace(
+        block,
+        name="narrow",
+        capability=replace(block.capability, dtypes={torch.bfloat16}),
+        local_attention=None,
+        local_attention_backward=None,
+    )
+    query = torch.randn(1, 1, 6, 4, dtype=torch.bfloat16)
+    with attnreg.register(narrow):
+        attnreg.local_dot_product(query, query, WINDOW, backend="narrow")
+        with pytest.raises(attnreg.BackendError, match="products would have to run in float32, which it lacks"):
+            attnreg.local_attention(query, query, query, WINDOW, backend="narrow")
