@@ -387,6 +387,10 @@ def _accepts(function: Function, name: str) -> bool:
     return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
+# Where a backend that was registered at run time comes from.
+THIS_PROCESS = "this process"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A registered backend, and where it comes from.

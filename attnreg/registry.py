@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from attnreg.backend import (
+    THIS_PROCESS,
     Backend,
     Entry,
     Fault,
@@ -32,8 +33,6 @@ from attnreg.tables.store import Tables
 SECONDS_BETWEEN_LOOKS = 1e-3
 # What can differ in what a backend is able to do is bounded for a program, but for its windows.
 MOST_CLASSES = 4096
-# Where a backend that was registered at run time comes from.
-THIS_PROCESS = "this process"
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,8 @@ from pathlib import Path
 
 import torch
 
-from attnreg.backend import Entry
+from attnreg.backend import THIS_PROCESS, Entry
 from attnreg.packages import package_version
-
-# Where a backend comes from that was registered in a process alone: it has no version.
-_THIS_PROCESS = "this process"
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def _sources(entries: Iterable[Entry]) -> dict[str, str]:
         library = entry.backend.library
         version = None if library is None else package_version(library)
         # One without its library cannot run.
-        if entry.distribution != _THIS_PROCESS and (library is None or version is not None):
+        if entry.distribution != THIS_PROCESS and (library is None or version is not None):
             found[entry.backend.name] = (
                 entry.distribution if version is None else f"{entry.distribution}, {library} {version}"
             )

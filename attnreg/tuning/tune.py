@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from attnreg.backend import Entry, refusals
+from attnreg.backend import THIS_PROCESS, Entry, refusals
 from attnreg.device import why_missing
 from attnreg.measured import Figure
 from attnreg.measuring.sizes import square_problem
 from attnreg.measuring.steadiness import disturbed
 from attnreg.op import ATTENTION, OPS
 from attnreg.problem import Problem
-from attnreg.registry import THIS_PROCESS, registry
+from attnreg.registry import registry
 from attnreg.tables.call import as_measured
 from attnreg.tables.environment import environment
 from attnreg.tables.table import Table
