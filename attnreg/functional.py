@@ -1,24 +1,24 @@
 """Local attention: the three public functions. Read this file first.
 
-A call becomes a plan, found by the call's bare facts in ``registry.plans`` or else made by ``attnreg.plan``. The plan names
-the backend and runs the call. On a call whose kind was seen before, nothing else happens. Where somebody watches, a tracer
-or a dispatch mode, the op of ``attnreg.ops`` is called instead, which finds its plan when it runs.
+A call becomes a plan, which names the backend and runs the call. Plans of earlier calls are kept in ``registry.plans`` by
+kind: op, window and what is given. Where a guard finds that the tensors are like those of such a call, its plan serves, and
+nothing else happens; else ``attnreg.plan`` makes one. Where somebody watches, a tracer or a dispatch mode, the op of
+``attnreg.ops`` is called instead, which finds its plan when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnreg.guard import guard
 from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
 from attnreg.ops import (
     AUTOCAST_DEVICES,
-    PLAIN_TYPES,
-    Direct,
     are_transformed,
     call_op,
     differentiated,
@@ -29,8 +29,8 @@ from attnreg.ops import (
     refuse_watchers,
     run,
 )
-from attnreg.plan import REQUEST_KEY, TABLE_KEY, Plan, environment, remember, requests
-from attnreg.problem import check, check_number, problem_of
+from attnreg.plan import TABLE_KEY, Plan, asked_for, environment, keep
+from attnreg.problem import check, check_number
 from attnreg.registry import registry
 from attnreg.window import Window
 
@@ -39,8 +39,10 @@ _is_tracing = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
-_STRIDED = torch.strided
-
+# What the key of a call keeps of a number is that it is given.
+_NUMBERS = frozenset({float, int})
+# Calls of one kind that are kept, newest first; the plans of all others are found by their problem.
+MOST_CALLS = 8
 # What a look-up raises for bad arguments, which the checks then name.
 _BAD = (TypeError, AttributeError, RuntimeError)
 
@@ -155,106 +157,63 @@ def _call(
         return _watched(op, tensors, window, arguments, backend)
     if monotonic() > registry.next_look:
         registry.look_at_tables()
-    call, plan = None, None
-    try:
-        call = (
-            op,
-            window.left,
-            window.right,
-            window.__class__,
-            backend,
-            None if backend is not None else requests.get() or environment.get(REQUEST_KEY),
-            environment.get(TABLE_KEY),
-            _is_grad_enabled(),
-            _FACTS[len(tensors)](*tensors),
-            *[value if value is None else _facts_of_argument(value) for value in arguments],
-        )
-        plan = registry.plans.get(call)
-    except _BAD:
-        pass
     casts = _is_any_autocast_enabled()
-    if plan is None or casts or not _ARE_ALIKE[len(tensors)](plan, *tensors):
-        cast = _autocast(tensors)
-        if cast is not None:
-            return _call(op, cast, window, arguments, backend)
-        check(op, tensors, window, arguments, backend)
-        given = (*tensors, *[value for value in arguments if isinstance(value, Tensor)])
-        if not is_plain(given):
-            return _watched(op, tensors, window, arguments, backend)
-        if plan is None:
-            problem = problem_of(op, tensors, window, arguments, needs_grad=_needs_grad(given))
-            plan = remember(call, problem, backend, arguments)
-    elif is_watched():
+    if casts:
+        tensors = _autocast(tensors) or tensors
+    kind: tuple[object, ...] | None = None
+    asked, given, plan = None, tensors, None
+    try:
+        asked = asked_for(backend)
+        table = environment.get(TABLE_KEY) if asked is None else None
+        kind = (op, window.left, window.right, window.__class__, asked, table, _is_grad_enabled())
+        for place, value in enumerate(arguments):
+            if value is None:
+                continue
+            if value.__class__ in _NUMBERS:
+                kind = (*kind, place)
+            else:
+                kind, given = (*kind, place, Tensor), (*given, value)
+        calls = registry.plans.get(kind)
+        if calls is not None:
+            for tensor in given:
+                if tensor.is_nested:  # a guard would end the process
+                    break
+            else:
+                for are_alike, of_that in calls:
+                    if are_alike(*given):
+                        plan = of_that
+                        break
+    except _BAD:
+        kind = None
+    if plan is None:
+        plan = _find(op, tensors, window, arguments, backend, asked, kind)
+    if plan is None or is_watched():
         return _watched(op, tensors, window, arguments, backend)
     if plan.is_recorded:
-        inputs = (*tensors, *[arguments[place] for place in plan.places]) if plan.places else tensors
-        return (differentiated(Direct(plan, tensors, arguments), inputs),)
-    return run(plan, tensors, arguments) if casts else plan.run(tensors, plan.options_of(arguments))
+        return differentiated(plan, given, arguments)
+    return run(plan, tensors, arguments) if casts else plan.run(tensors, arguments)
 
 
-# What is asked of an op's tensors at every call, by their number: written out, as loops would cost half as much again.
-
-
-def _facts_of_two(first: Tensor, second: Tensor) -> tuple[object, ...]:
-    return (
-        first.shape,
-        second.shape,
-        first.dtype,
-        first.device,
-        first.requires_grad or second.requires_grad,
-    )
-
-
-def _facts_of_three(first: Tensor, second: Tensor, third: Tensor) -> tuple[object, ...]:
-    return (
-        first.shape,
-        second.shape,
-        third.shape,
-        first.dtype,
-        first.device,
-        first.requires_grad or second.requires_grad or third.requires_grad,
-    )
-
-
-def _are_alike_two(plan: Plan, first: Tensor, second: Tensor) -> bool:
-    dtype, plain = plan.dtype, PLAIN_TYPES
-    return (
-        second.dtype is dtype
-        and second.device == plan.device
-        and first.layout is second.layout is _STRIDED
-        and first.__class__ in plain
-        and second.__class__ in plain
-        and not (first.is_neg() or second.is_neg())
-    )
-
-
-def _are_alike_three(plan: Plan, first: Tensor, second: Tensor, third: Tensor) -> bool:
-    dtype, device, plain = plan.dtype, plan.device, PLAIN_TYPES
-    return (
-        second.dtype is dtype
-        and third.dtype is dtype
-        and second.device == device
-        and third.device == device
-        and first.layout is second.layout is third.layout is _STRIDED
-        and first.__class__ in plain
-        and second.__class__ in plain
-        and third.__class__ in plain
-        and not (first.is_neg() or second.is_neg() or third.is_neg())
-    )
-
-
-# What a plan is found by.
-_FACTS: dict[int, Callable[..., tuple[object, ...]]] = {2: _facts_of_two, 3: _facts_of_three}
-# Whether the tensors have the first one's dtype and device, by which the plan was found, and are plain as `are_plain` says.
-_ARE_ALIKE: dict[int, Callable[..., bool]] = {2: _are_alike_two, 3: _are_alike_three}
-
-
-def _facts_of_argument(value: Any) -> object:
-    """What a plan is found by of an optional argument: of a number only that it is one, of a tensor all that makes it plain."""
-    kind = value.__class__
-    if kind is float:
-        return float
-    return kind, value.shape, value.dtype, value.device, value.requires_grad, value.layout, value.is_neg()
+def _find(
+    op: Op,
+    tensors: tuple[Tensor, ...],
+    window: Window,
+    arguments: tuple[Any, ...],
+    backend: str | None,
+    asked: str | bytes | None,
+    kind: object,
+) -> Plan | None:
+    """The plan of a call that is like none before, kept for those like it; None where somebody watches."""
+    check(op, tensors, window, arguments, backend)
+    given = (*tensors, *[value for value in arguments if isinstance(value, Tensor)])
+    if not is_plain(given):
+        return None
+    # Taken before the plan is found: whatever changes meanwhile replaces it.
+    plans = registry.plans
+    plan, is_kept = find_plan(op, tensors, window, arguments, backend, _needs_grad(given), asked)
+    if is_kept and kind is not None:
+        keep(plans, kind, ((guard(given), plan), *plans.get(kind, ())[: MOST_CALLS - 1]))
+    return plan
 
 
 def _watched(
@@ -267,7 +226,7 @@ def _watched(
     check(op, tensors, window, arguments, backend)
     needs_grad = _needs_grad((*tensors, *[each for each in arguments if isinstance(each, Tensor)]))
     if not _is_tracing() and are_transformed((*tensors, *arguments)):
-        plan = find_plan(op, tensors, window, arguments, backend, needs_grad)
+        plan, _ = find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))
         if plan.differentiable:
             return run(plan, tensors, arguments)
         refuse_transforms(op, (*tensors, *arguments))

@@ -26,15 +26,15 @@ from attnreg.backend import Function
 from attnreg.memory import strides_like
 from attnreg.op import ROWS, Op
 from attnreg.plan import (
-    REQUEST_KEY,
     TABLE_KEY,
     Plan,
+    asked_for,
     empty_result,
     environment,
     in_order,
     plan_for,
     remember,
-    requests,
+    request_of,
 )
 from attnreg.problem import check, problem_of
 from attnreg.registry import registry
@@ -71,21 +71,28 @@ class NotDifferentiable(NotImplementedError, RuntimeError):
 
 
 def find_plan(
-    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[Any], backend: str | None, needs_grad: bool
-) -> Plan:
-    """The plan of a call that may come from anywhere: checked, and remembered by its problem.
+    op: Op,
+    tensors: Sequence[Tensor],
+    window: Window,
+    arguments: Sequence[Any],
+    backend: str | None,
+    needs_grad: bool,
+    asked: str | bytes | None,
+) -> tuple[Plan, bool]:
+    """The plan of a call that was checked, found by its problem or made; and whether it is kept.
+
+    ``asked`` is what ``asked_for(backend)`` found.
 
     Raises:
-        TypeError, ValueError, BackendError: as the op's public function.
+        BackendError: as the op's public function.
     """
-    check(op, tensors, window, arguments, backend)
     problem = problem_of(op, tensors, window, arguments, needs_grad=needs_grad)
     if monotonic() > registry.next_look:
         registry.look_at_tables()
-    asked = backend if backend is not None else (requests.get() or environment.get(REQUEST_KEY))
-    call = (problem, asked, environment.get(TABLE_KEY), *(value is None for value in arguments))
+    dims = [value.dim() if isinstance(value, Tensor) else value is None for value in arguments]
+    call = (problem, asked, environment.get(TABLE_KEY), *dims)
     plan: Plan | None = registry.plans.get(call)
-    return plan or remember(call, problem, backend, arguments)
+    return (plan, True) if plan is not None else remember(call, problem, request_of(asked, backend), arguments)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -99,8 +106,8 @@ def run(plan: Plan, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> tupl
     """The results of a call."""
     if _is_any_autocast_enabled():
         with without_autocast(plan.device_type):
-            return plan.run(tensors, plan.options_of(arguments))
-    return plan.run(tensors, plan.options_of(arguments))
+            return plan.run(tensors, arguments)
+    return plan.run(tensors, arguments)
 
 
 def run_backward(
@@ -113,7 +120,7 @@ def run_backward(
     """The wanted gradients in the order of ``needs_grad``, each of its input's shape and in its order in memory."""
     op = plan.op
     with without_autocast(plan.device_type):
-        gradients = plan.run_backward(grads, saved, plan.options_of(arguments), frozenset(needs_grad))
+        gradients = plan.run_backward(grads, saved, arguments, frozenset(needs_grad))
     inputs = inputs_of(op, saved, arguments)
     return [_like(inputs[name], gradients[name]) for name in needs_grad]
 
@@ -241,9 +248,13 @@ class Differentiated(torch.autograd.Function):
         _refuse_forward_mode(ctx.call.op)
 
 
-def differentiated(call: Direct | Traced, inputs: Sequence[Tensor]) -> Any:
-    """What ``call`` returns, with its gradients."""
-    return Differentiated.apply(call, *inputs)  # type: ignore[no-untyped-call]
+# What `Differentiated.apply` runs after it has looked for transforms of torch.func: half of its cost, where there are none.
+_apply: Callable[..., Any] = super(torch.autograd.Function, Differentiated).apply
+
+
+def differentiated(plan: Plan, inputs: Sequence[Tensor], arguments: Sequence[Any]) -> tuple[Tensor]:
+    """The result of a call that nobody watches, with its gradients."""
+    return (_apply(Direct(plan, arguments), *inputs),)
 
 
 class _Call:
@@ -251,43 +262,52 @@ class _Call:
 
     Attributes:
         op: the op.
-        given: the names of the arguments that are tensors.
+        places: of the arguments that are tensors.
+        given: their names.
+        rest: the arguments, None in those places.
     """
 
-    __slots__ = ("_places", "_rest", "given", "op")
+    __slots__ = ("given", "op", "places", "rest")
 
-    def __init__(self, op: Op, arguments: Sequence[Any], places: Sequence[int]) -> None:
-        self.op, self._places, self._rest = op, places, arguments
-        self.given: Sequence[str] = ()
-        if places:
-            self.given = [op.arguments[place].name for place in places]
-            self._rest = [None if place in places else value for place, value in enumerate(arguments)]
+    op: Op
+    places: Sequence[int]
+    given: Sequence[str]
+    rest: Sequence[Any]
 
     def split(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Any]]:
         """The op's tensors, and all arguments as they were given."""
-        if not self._places:
-            return inputs, self._rest
+        if not self.places:
+            return inputs, self.rest
         count = len(self.op.tensors)
-        arguments = [*self._rest]
-        for place, tensor in zip(self._places, inputs[count:]):
+        arguments = [*self.rest]
+        for place, tensor in zip(self.places, inputs[count:]):
             arguments[place] = tensor
         return inputs[:count], arguments
+
+
+def _without(arguments: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
+    """``arguments`` with None in these places."""
+    rest = [*arguments]
+    for place in places:
+        rest[place] = None
+    return rest
 
 
 class Direct(_Call):
     """A call by its plan, where nobody watches."""
 
-    __slots__ = ("_now", "plan")
+    __slots__ = ("plan",)
 
-    def __init__(self, plan: Plan, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-        super().__init__(plan.op, arguments, plan.places)
-        self.plan = plan
-        self._now: tuple[Sequence[Tensor], Sequence[Any]] | None = (tensors, arguments)
+    def __init__(self, plan: Plan, arguments: Sequence[Any]) -> None:
+        self.plan, self.op, self.places, self.given = plan, plan.op, plan.places, plan.given_tensors
+        self.rest = arguments
 
     def forward(self, ctx: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        assert self._now is not None
-        results = run(self.plan, *self._now)
-        self._now = None
+        if self.places:
+            results = run(self.plan, inputs[: len(self.op.tensors)], self.rest)
+            self.rest = _without(self.rest, self.places)
+        else:
+            results = run(self.plan, inputs, self.rest)
         return results[0], results if self.op.keeps_results else ()
 
     def backward(
@@ -306,16 +326,18 @@ class Direct(_Call):
 class Traced(_Call):
     """A call of the op, for whoever watches."""
 
-    __slots__ = ("rest",)
+    __slots__ = ("how",)
 
-    def __init__(self, op: Op, arguments: Sequence[Any], rest: tuple[Any, ...]) -> None:
-        super().__init__(op, arguments, [place for place, each in enumerate(arguments) if isinstance(each, Tensor)])
-        self.rest = rest
+    def __init__(self, op: Op, arguments: Sequence[Any], how: tuple[Any, ...]) -> None:
+        self.op, self.how = op, how
+        self.places = [place for place, each in enumerate(arguments) if isinstance(each, Tensor)]
+        self.given = [op.arguments[place].name for place in self.places]
+        self.rest = _without(arguments, self.places)
 
     def forward(self, ctx: Any, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
         tensors, arguments = self.split(inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, ...] = _OVERLOADS[self.op.name](*tensors, *arguments, *self.rest)
+            results: tuple[Tensor, ...] = _OVERLOADS[self.op.name](*tensors, *arguments, *self.how)
         # Only the first result has a gradient; the last one is the ticket.
         ctx.mark_non_differentiable(*results[1:])
         return results, results if self.op.keeps_results else results[-1:]
@@ -324,7 +346,7 @@ class Traced(_Call):
         self, grad: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]
     ) -> list[Tensor]:
         tensors, arguments = self.split(inputs)
-        left, right, backend, _ = self.rest
+        left, right, backend, _ = self.how
         *results, ticket = kept
         gradients: list[Tensor] = _OVERLOADS[self.op.backward](
             grad, *tensors, *results, *arguments, left, right, backend, ticket, needs_grad
@@ -372,9 +394,17 @@ def _ticket(like: Tensor, plan: Plan | None) -> Tensor:
     return like.new_empty(number, dtype=torch.uint8)[:0]
 
 
+def _checked_plan(
+    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[Any], backend: str | None, needs_grad: bool
+) -> Plan:
+    """The plan of a call that may come from anywhere."""
+    check(op, tensors, window, arguments, backend)
+    return find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))[0]
+
+
 def _kernel(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
     tensors, arguments, (left, right, backend, needs_grad) = _split(op, inputs)
-    plan = find_plan(op, tensors, window_of(left, right), arguments, backend, needs_grad)
+    plan = _checked_plan(op, tensors, window_of(left, right), arguments, backend, needs_grad)
     return (*run(plan, tensors, arguments), _ticket(tensors[0], plan))
 
 
@@ -386,7 +416,7 @@ def _backward_kernel(op: Op, *inputs: Any) -> list[Tensor]:
     tensors, window = saved[: len(op.tensors)], window_of(left, right)
     implementation = registry.by_ticket(ticket.untyped_storage().nbytes())
     if implementation is None:
-        plan = find_plan(op, tensors, window, arguments, backend, True)
+        plan = _checked_plan(op, tensors, window, arguments, backend, True)
     else:
         plan = plan_for(problem_of(op, tensors, window, arguments, needs_grad=True), implementation, arguments)
     return run_backward(plan, grads, saved, arguments, needs_grad)
@@ -414,7 +444,10 @@ def _autograd(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
     if _is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
         tensors, arguments, rest = _split(op, inputs)
         given = [each for each in arguments if isinstance(each, Tensor)]
-        return differentiated(Traced(op, arguments, tuple(rest)), (*tensors, *given))  # type: ignore[no-any-return]
+        # A program that was exported without gradients may be differentiated all the same: its `needs_grad` does not count.
+        call = Traced(op, arguments, (*rest[:-1], True))
+        results: tuple[Tensor, ...] = Differentiated.apply(call, *tensors, *given)  # type: ignore[no-untyped-call]
+        return results
     with torch._C._AutoDispatchBelowAutograd():
         return _OVERLOADS[op.name](*inputs)  # type: ignore[no-any-return]
 

@@ -23,7 +23,7 @@ from attnreg.backend import BackendError, Function, option_values
 from attnreg.dispatch import Decision, choose, select, unknown_backend
 from attnreg.memory import empty_like, strides_like
 from attnreg.op import ROWS, Argument, Op, default_scale
-from attnreg.problem import Problem, check_backend, check_number, prepared_integers
+from attnreg.problem import Problem, check_number, prepared_integers
 from attnreg.registry import Implementation, registry
 from attnreg.request import Request, parse_request
 from attnreg.window import Window, window_of
@@ -60,11 +60,12 @@ class Plan:
         differentiable: whether the forward function consists of torch operations that autograd differentiates.
         window: the window, without what lies outside the sequence on either side where nothing depends on it.
         options: the arguments that the functions get where the call gives none.
-        given: of the arguments that the call gives, the place in the op's row, the name, and what prepares one.
+        given: of the arguments that the call gives, the place in the op's row, the name, and what prepares one, if anything.
         device_type: of the problem's device, which makes the string anew each time it is asked.
         dtype, device: of every tensor.
         is_recorded: whether the backward function has to be recorded for autograd.
         places: of the arguments that the call gives, those of tensors in the op's row.
+        given_tensors: their names.
     """
 
     op: Op
@@ -75,53 +76,63 @@ class Plan:
     differentiable: bool
     window: Window
     options: Mapping[str, Any]
-    given: tuple[tuple[int, str, Callable[[Any], Any]], ...]
+    given: tuple[tuple[int, str, Callable[[Any], Any] | None], ...]
     device_type: str
     dtype: torch.dtype
     device: torch.device
     is_recorded: bool
     places: tuple[int, ...]
+    given_tensors: tuple[str, ...]
 
-    def options_of(self, arguments: Sequence[Any]) -> Mapping[str, Any]:
+    def _options_of(self, arguments: Sequence[Any]) -> Mapping[str, Any]:
         """The arguments that the functions get for a call with these."""
-        if not self.given:
-            return self.options
         options = {**self.options}
         for index, name, prepare in self.given:
-            options[name] = prepare(arguments[index])
+            value = arguments[index]
+            options[name] = value if prepare is None else prepare(value)
         return options
 
-    def run(self, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def run(self, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         """The op's results, each in its order in memory."""
-        # As `rows` does, without its call.
-        given = [each if each.is_contiguous() or each.stride()[-1] == 1 else each.contiguous() for each in tensors]
+        options = self._options_of(arguments) if self.given else self.options
+        first = tensors[0]
+        are_contiguous = True
+        for each in tensors:
+            if not each.is_contiguous():
+                are_contiguous = False
+                tensors = [rows(each) for each in tensors]
+                break
         if self.differentiable:
-            results = self.forward(*given, self.window, **options)
+            results = self.forward(*tensors, self.window, **options)
         else:
             with _below_autograd():
-                results = self.forward(*given, self.window, **options)
+                results = self.forward(*tensors, self.window, **options)
         if results.__class__ is not tuple:
             results = (results,)
-        output, first = results[0], tensors[0]
-        if output.is_contiguous() and first.is_contiguous():
+        output = results[0]
+        if output.is_contiguous() and (are_contiguous or first.is_contiguous()):
             return results  # type: ignore[no-any-return]
         strides, wanted = output.stride(), strides_like(first, output.shape[-1])
         return results if strides == wanted else (in_order(output, wanted), *results[1:])
 
     def run_backward(
-        self, grads: Sequence[Tensor], saved: Sequence[Tensor], options: Mapping[str, Any], needs_grad: frozenset[str]
+        self, grads: Sequence[Tensor], saved: Sequence[Tensor], arguments: Sequence[Any], needs_grad: frozenset[str]
     ) -> Mapping[str, Tensor]:
         """The gradients that are wanted, by name.
 
         Args:
             grads: the incoming gradients.
             saved: the op's tensors, and its results where its backward gets them.
-            options: as for :meth:`run`.
+            arguments: as for :meth:`run`.
             needs_grad: what has to be differentiated.
         """
         assert self.backward is not None
         gradients: Mapping[str, Tensor] = self.backward(
-            *map(rows, grads), *map(rows, saved), self.window, **options, needs_grad=needs_grad
+            *map(rows, grads),
+            *map(rows, saved),
+            self.window,
+            **self._options_of(arguments),
+            needs_grad=needs_grad,
         )
         missing = needs_grad - gradients.keys()
         if missing:
@@ -209,22 +220,30 @@ class use_backend:
         return await_call if inspect.iscoroutinefunction(function) else call  # type: ignore[return-value]
 
 
-def request_of(backend: str | None) -> Request | None:
-    """What is asked for, first come first: the argument, the context, the environment; or None.
+def asked_for(backend: str | None) -> str | bytes | None:
+    """What is asked for, first come first: the argument, the context, the environment (in bytes); or None."""
+    if backend is not None:
+        return backend
+    held = requests.get()
+    return held[-1][0] if held else environment.get(REQUEST_KEY) or None
+
+
+def request_of(asked: str | bytes | None, backend: str | None) -> Request | None:
+    """What :func:`asked_for` found, in parts, with the one who asks.
 
     Raises:
-        TypeError, BackendError: it is no request.
+        BackendError: it is no request.
     """
-    check_backend(backend)
-    held = requests.get()
-    if backend is not None:
-        text, by = backend, "the argument backend="
-    elif held:
-        text, by = held[-1][0], "use_backend"
-    else:
-        text, by = os.fsdecode(environment.get(REQUEST_KEY, b"")), "the environment variable ATTNREG_BACKEND"
-        if not text:
-            return None
+    if asked is None:
+        return None
+    text = asked if isinstance(asked, str) else os.fsdecode(asked)
+    by = (
+        "the argument backend="
+        if backend is not None
+        else "use_backend"
+        if asked is text
+        else "the environment variable ATTNREG_BACKEND"
+    )
     try:
         return parse_request(text, by)
     except ValueError as error:
@@ -233,7 +252,7 @@ def request_of(backend: str | None) -> Request | None:
 
 def explain_problem(problem: Problem, backend: str | None) -> Decision:
     """The decision for ``problem``; nothing is prepared or run."""
-    request = request_of(backend)
+    request = request_of(asked_for(backend), backend)
     registry.look_at_tables()
     entries = registry.entries
     measured, remarks = registry.tables.measured(problem, entries, registry.stamp)
@@ -248,13 +267,12 @@ def explain_problem(problem: Problem, backend: str | None) -> Decision:
     )
 
 
-def make_plan(problem: Problem, backend: str | None, arguments: Sequence[object]) -> Plan:
+def make_plan(problem: Problem, request: Request | None, arguments: Sequence[Any]) -> Plan:
     """Choose and prepare a backend for ``problem``, and for calls that give the same of the optional arguments.
 
     Raises:
         BackendError: the backend that was asked for cannot run it, or none can.
     """
-    request = request_of(backend)
     while True:
         entries = registry.entries
         measured = registry.tables.measured(problem, entries, registry.stamp)[0] if request is None else ()
@@ -272,7 +290,7 @@ def make_plan(problem: Problem, backend: str | None, arguments: Sequence[object]
             return plan_for(problem, registry.implementation(chosen, selected), arguments)
 
 
-def plan_for(problem: Problem, implementation: Implementation, arguments: Sequence[object]) -> Plan:
+def plan_for(problem: Problem, implementation: Implementation, arguments: Sequence[Any]) -> Plan:
     """The plan that runs ``problem``, with these arguments given, by an implementation that can."""
     op, backend = ROWS[problem.op], implementation.backend
     forward, backward = implementation.functions[op.name], implementation.functions.get(op.backward)
@@ -285,6 +303,9 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
     }
     if "scale" in options:
         options["scale"] = default_scale(op, problem.head_dim)
+    places = tuple(
+        place for place, row in enumerate(op.arguments) if row.dims is not None and arguments[place] is not None
+    )
     return Plan(
         op=op,
         problem=problem,
@@ -295,7 +316,7 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         window=_visible_part(op, problem),
         options=options,
         given=tuple(
-            (index, argument.name, _preparation(argument, problem))
+            (index, argument.name, _preparation(argument, problem, arguments[index]))
             for index, argument in enumerate(op.arguments)
             if arguments[index] is not None
         ),
@@ -303,14 +324,13 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         dtype=problem.dtype,
         device=problem.device,
         is_recorded=problem.needs_grad and not differentiable,
-        places=tuple(
-            index for index, row in enumerate(op.arguments) if row.dims is not None and arguments[index] is not None
-        ),
+        places=places,
+        given_tensors=tuple(op.arguments[place].name for place in places),
     )
 
 
-def _preparation(argument: Argument, problem: Problem) -> Callable[[Any], Any]:
-    """What makes an argument, as it is given in such a call, what backends get."""
+def _preparation(argument: Argument, problem: Problem, value: Any) -> Callable[[Any], Any] | None:
+    """What makes an argument, as it is given in such a call, what backends get; None where it is that."""
     if argument.dims is None:
         return functools.partial(_finite, argument.name)
     if argument.kind == "integer":
@@ -319,7 +339,7 @@ def _preparation(argument: Argument, problem: Problem) -> Callable[[Any], Any]:
         return functools.partial(prepared_integers, argument, largest)
     given = problem.gives(argument.name)
     assert given is not None
-    return functools.partial(_broadcastable, given.shape, len(given.shape))
+    return None if value.dim() == len(given.shape) else functools.partial(_broadcastable, given.shape)
 
 
 def _finite(name: str, value: Any) -> float:
@@ -328,26 +348,31 @@ def _finite(name: str, value: Any) -> float:
     return check_number(name, value)
 
 
-def _broadcastable(shape: tuple[int, ...], dimensions: int, value: Tensor) -> Tensor:
+def _broadcastable(shape: tuple[int, ...], value: Tensor) -> Tensor:
     """With all its dimensions."""
-    return value if value.dim() == dimensions else value.view(shape)
+    return value.view(shape)
 
 
-def remember(call: Hashable, problem: Problem, backend: str | None, arguments: Sequence[object]) -> Plan:
-    """Make the plan for ``problem`` and keep it under the facts of the call."""
+def remember(call: Hashable, problem: Problem, request: Request | None, arguments: Sequence[Any]) -> tuple[Plan, bool]:
+    """Make the plan for ``problem``, and keep it under the facts of the call unless the choice is still open."""
     tuner = registry.tuner
     settled = True
-    if tuner is not None and registry.autotunes and request_of(backend) is None and not problem.is_empty:
+    if tuner is not None and registry.autotunes and request is None and not problem.is_empty:
         settled = tuner(problem)
     # Taken before the backends are looked at: one that comes meanwhile replaces it, and the plan serves this call alone.
     plans = registry.plans
-    plan = make_plan(problem, backend, arguments)
-    if len(plans) >= MOST_PLANS:
-        plans.clear()
+    plan = make_plan(problem, request, arguments)
     if settled:
         with suppress(TypeError):  # symbolic sizes, while a call is traced, have no hash
-            plans[call] = plan
-    return plan
+            keep(plans, call, plan)
+    return plan, settled
+
+
+def keep(plans: dict[Any, Any], key: Hashable, value: object) -> None:
+    """Put ``value`` into ``plans``, emptied where it is full."""
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = value
 
 
 def _visible_part(op: Op, problem: Problem) -> Window:

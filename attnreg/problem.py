@@ -18,6 +18,7 @@ from attnreg.window import Window
 
 _LARGEST = sys.float_info.max
 
+_INDEX_DTYPES = (torch.int32, torch.int64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -237,16 +238,13 @@ def prepared_integers(argument: Argument, largest: int | None, value: Tensor) ->
         ValueError: a number lies outside 0 to ``largest``.
     """
     # A subclass may have no values: a fake tensor has none.
-    count = value.numel() if largest is not None and value.__class__ is Tensor else 0
-    if largest is not None and count:
+    if largest is not None and value.__class__ is Tensor:
         # A few numbers are read sooner one by one.
-        bounds = value.tolist() if count <= 64 else [int(bound) for bound in value.aminmax()]
-        lowest, highest = min(bounds), max(bounds)
-        if lowest < 0 or highest > largest:
-            at_fault = lowest if lowest < 0 else highest
-            what = SIZE_NAMES[argument.at_most or ""]
-            raise ValueError(f"{argument.name}: every length must lie in 0..{largest} ({what}), got {at_fault}")
-    if value.dtype not in (torch.int32, torch.int64):
+        for number in value.tolist() if value.numel() <= 64 else [int(bound) for bound in value.aminmax()]:
+            if not 0 <= number <= largest:
+                what = SIZE_NAMES[argument.at_most or ""]
+                raise ValueError(f"{argument.name}: every length must lie in 0..{largest} ({what}), got {number}")
+    if value.dtype not in _INDEX_DTYPES:
         value = value.long()
     return value if value.is_contiguous() else value.contiguous()
 
