@@ -226,8 +226,8 @@ def refusals(backend: Backend, problem: Problem) -> tuple[str, ...]:
 
 
 def is_able(backend: Backend, problem: Problem) -> bool:
-    """Whether a backend's capability and this machine admit ``problem``, which :func:`facts_of_ability` are enough to tell."""
-    return next(_by_capability(backend, problem), None) is None and why_unavailable(backend) is None
+    """Whether a backend's capability admits ``problem``, which :func:`facts_of_ability` are enough to tell."""
+    return next(_by_capability(backend, problem), None) is None
 
 
 def facts_of_ability(problem: Problem) -> tuple[object, ...]:
@@ -247,20 +247,17 @@ def facts_of_ability(problem: Problem) -> tuple[object, ...]:
 
 
 def why_refused(backend: Backend, problem: Problem) -> str | None:
-    """What a backend's own last filter says of a problem that it is able to run."""
-    return None if backend.refuse is None else _ask(backend.refuse, problem)
+    """What this machine, or a backend's own last filter, says against a problem that its capability admits."""
+    reason = why_unavailable(backend)
+    return reason if reason is not None or backend.refuse is None else _ask(backend.refuse, problem)
 
 
 def _refusals(backend: Backend, problem: Problem) -> Iterator[str]:
     reasons = [say() for say in _by_capability(backend, problem)]
-    unavailable = why_unavailable(backend)
-    if unavailable is not None:
-        reasons.append(unavailable)
     yield from reasons
-    if not reasons:
-        answer = why_refused(backend, problem)
-        if answer is not None:
-            yield answer
+    answer = why_unavailable(backend) if reasons else why_refused(backend, problem)
+    if answer is not None:
+        yield answer
 
 
 def _by_capability(backend: Backend, problem: Problem) -> Iterator[Callable[[], str]]:

@@ -163,7 +163,7 @@ def select(
     Args:
         problem: the call.
         entries: the registered backends.
-        able: those of them whose capability and machine admit it.
+        able: those of them whose capability admits it.
         request: the backend that was asked for, if any.
         failed: for backends whose preparation failed, by name, the reason.
         faults: plug-ins that could not be used.

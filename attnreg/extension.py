@@ -17,11 +17,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 
+from attnreg.memo import asked_once
 from attnreg.paths import cache_dir
 
 # Everything uses the stable ABI as it was in torch 2.11.
@@ -163,7 +163,7 @@ def load(library: Path) -> None:
         raise BuildError(f"{library} could not be loaded: {error.__cause__ or error}") from error
 
 
-@cache
+@asked_once
 def find_nvcc() -> str | None:
     """The nvcc to build with, or None."""
     given = os.environ.get("CUDACXX")
@@ -177,7 +177,7 @@ def find_nvcc() -> str | None:
 NO_NVCC = "no nvcc found ($CUDACXX, $CUDA_HOME/bin, PATH, /usr/local/cuda/bin)"
 
 
-@cache
+@asked_once
 def find_cxx() -> str | None:
     """The C++ compiler to build with, or None."""
     given = os.environ.get("CXX")
@@ -189,7 +189,7 @@ def find_cxx() -> str | None:
 NO_CXX = "no C++ compiler found ($CXX; g++, clang++ and c++ on PATH)"
 
 
-@cache
+@asked_once
 def _fingerprint(sources: Path, flags: tuple[str, ...]) -> str:
     """A hash of everything of ours that a build depends on."""
     digest = hashlib.sha256(" ".join(flags).encode())
@@ -199,7 +199,7 @@ def _fingerprint(sources: Path, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-@cache
+@asked_once
 def _version(compiler: str) -> str:
     """The version of nvcc, g++ or clang++: the first number of three parts that it says of itself."""
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout

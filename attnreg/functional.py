@@ -30,7 +30,7 @@ from attnreg.ops import (
     run,
 )
 from attnreg.plan import TABLE_KEY, Plan, asked_for, environment, keep
-from attnreg.problem import check, check_number
+from attnreg.problem import check
 from attnreg.registry import registry
 from attnreg.window import Window
 
@@ -80,8 +80,6 @@ def local_dot_product(
         TypeError, ValueError: an argument is bad; the message names it, what it was and what was expected.
         BackendError: the backend asked for cannot run this call, or none can; a ValueError that lists every reason.
     """
-    if scale is None:
-        check_number("scale", scale)
     return _call(DOT_PRODUCT, (query, key), window, (bias, key_lengths, scale), backend)[0]
 
 
@@ -159,7 +157,7 @@ def _call(
         registry.look_at_tables()
     casts = _is_any_autocast_enabled()
     if casts:
-        tensors = _autocast(tensors) or tensors
+        tensors = autocast(tensors)
     kind: tuple[object, ...] | None = None
     asked, given, plan = None, tensors, None
     try:
@@ -210,7 +208,7 @@ def _find(
         return None
     # Taken before the plan is found: whatever changes meanwhile replaces it.
     plans = registry.plans
-    plan, is_kept = find_plan(op, tensors, window, arguments, backend, _needs_grad(given), asked)
+    plan, is_kept = find_plan(op, tensors, window, arguments, backend, needs_gradients(given), asked)
     if is_kept and kind is not None:
         keep(plans, kind, ((guard(given), plan), *plans.get(kind, ())[: MOST_CALLS - 1]))
     return plan
@@ -222,9 +220,9 @@ def _watched(
     """The results of a call that somebody watches: a tracer, a mode, a transform, a subclass of tensors."""
     if not _is_tracing():
         refuse_watchers(op, (*tensors, *arguments))
-    tensors = _autocast(tensors) or tensors
+    tensors = autocast(tensors)
     check(op, tensors, window, arguments, backend)
-    needs_grad = _needs_grad((*tensors, *[each for each in arguments if isinstance(each, Tensor)]))
+    needs_grad = needs_gradients((*tensors, *[each for each in arguments if isinstance(each, Tensor)]))
     if not _is_tracing() and are_transformed((*tensors, *arguments)):
         plan, _ = find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))
         if plan.differentiable:
@@ -233,17 +231,18 @@ def _watched(
     return call_op(op, tensors, window, arguments, backend, needs_grad)
 
 
-def _needs_grad(tensors: Iterable[Tensor]) -> bool:
+def needs_gradients(tensors: Iterable[Tensor]) -> bool:
+    """Whether a gradient of one of these may be asked for."""
     return _is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _autocast(tensors: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-    """The tensors in autocast's dtype; None where there is nothing to cast. Like torch, it leaves float64 alone."""
+def autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An op's tensors in autocast's dtype, where it is on. Like torch, it leaves float64 alone."""
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return None
+        return tensors
     device_type = tensors[0].device.type
     if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
-        return None
+        return tensors
     dtype = torch.get_autocast_dtype(device_type)
     cast = [tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64) for tensor in tensors]
-    return tuple(tensor.to(dtype) if due else tensor for tensor, due in zip(tensors, cast)) if any(cast) else None
+    return tuple(tensor.to(dtype) if due else tensor for tensor, due in zip(tensors, cast)) if any(cast) else tensors

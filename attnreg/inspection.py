@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnreg.backend import Backend, has_backward, has_op, why_unavailable
 from attnreg.dispatch import Decision
-from attnreg.functional import local_attention, local_dot_product, local_weighted_average
+from attnreg.functional import autocast, local_attention, local_dot_product, local_weighted_average, needs_gradients
 from attnreg.op import OPS, ROWS
 from attnreg.plan import explain_problem
 from attnreg.problem import check, problem_of
@@ -86,14 +85,14 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
         TypeError, ValueError, BackendError: as the op itself.
     """
     row = ROWS[_op_name(op, args, kwargs)]
-    given = inspect.signature(_FUNCTIONS[OPS.index(row.name)]).bind(*args, **kwargs).arguments
-    tensors = tuple(given[name] for name in row.tensors)
-    arguments = tuple(given.get(argument.name) for argument in row.arguments)
-    backend, window = given.get("backend"), given["window"]
+    bound = inspect.signature(_FUNCTIONS[OPS.index(row.name)]).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    tensors = autocast(tuple(given[name] for name in row.tensors))
+    arguments = tuple(given[argument.name] for argument in row.arguments)
+    backend, window = given["backend"], given["window"]
     check(row, tensors, window, arguments, backend)
-    needs_grad = torch.is_grad_enabled() and any(
-        isinstance(each, Tensor) and each.requires_grad for each in (*tensors, *arguments)
-    )
+    needs_grad = needs_gradients(each for each in (*tensors, *arguments) if isinstance(each, Tensor))
     return explain_problem(problem_of(row, tensors, window, arguments, needs_grad=needs_grad), backend)
 
 

@@ -11,8 +11,8 @@ W the window's size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -42,6 +42,8 @@ class Argument:
         differentiable: whether it has a gradient.
         at_most: the letter of the size that an integer must not exceed.
         for_all: whether every backend of the op gets it: it is then no matter of ``Capability.takes``.
+        required: whether None is refused: the op's function has a default of its own.
+        default: what backends get where a call gives none, from the head dim E; None for None.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Argument:
     differentiable: bool = False
     at_most: str | None = None
     for_all: bool = False
+    required: bool = False
+    default: Callable[[int], float] | None = None
 
     @property
     def schema(self) -> str:
@@ -121,15 +125,19 @@ class Op:
         return f"Op({self.name!r})"
 
 
+def _softmax_scale(head_dim: int) -> float:
+    return head_dim**-0.5 if head_dim else 1.0
+
+
 BIAS = Argument("bias", dims="NHQW", broadcasts=True, differentiable=True)
 KEY_LENGTHS = Argument("key_lengths", dims="N", kind="integer", at_most="K")
-SCALE = Argument("scale", for_all=True)
+SCALE = Argument("scale", for_all=True, default=_softmax_scale)
 
 DOT_PRODUCT = Op(
     name="local_dot_product",
     tensors={"query": "NHQE", "key": "NGKE"},
     results={"scores": Result("NHQW", fill=-math.inf)},
-    arguments=(BIAS, KEY_LENGTHS, SCALE),
+    arguments=(BIAS, KEY_LENGTHS, replace(SCALE, required=True, default=None)),
 )
 WEIGHTED_AVERAGE = Op(
     name="local_weighted_average",
@@ -147,8 +155,3 @@ ATTENTION = Op(
 
 ROWS: Mapping[str, Op] = {op.name: op for op in (DOT_PRODUCT, WEIGHTED_AVERAGE, ATTENTION)}
 OPS = tuple(ROWS)
-
-
-def default_scale(op: Op, head_dim: int) -> float:
-    """The factor of the dot products where none is given: ``1 / sqrt(E)`` before a softmax, else 1."""
-    return head_dim**-0.5 if op is ATTENTION and head_dim else 1.0

@@ -389,9 +389,20 @@ def call_op(
     return results[: len(op.results)]
 
 
-def _ticket(like: Tensor, plan: Plan | None) -> Tensor:
-    number = 0 if plan is None else plan.implementation.ticket
+def _ticket(like: Tensor, plan: Plan) -> Tensor:
+    number = registry.ticket(plan.implementation)
+    ticket = _empty_ticket(like, number)
+    return ticket.fill_(number) if ticket.numel() else ticket
+
+
+def _empty_ticket(like: Tensor, number: int = 0) -> Tensor:
+    if like.device.type == "cpu":
+        return like.new_empty(1, dtype=torch.int64)
     return like.new_empty(number, dtype=torch.uint8)[:0]
+
+
+def _number_of(ticket: Tensor) -> int:
+    return int(ticket.item()) if ticket.numel() else ticket.untyped_storage().nbytes()
 
 
 def _checked_plan(
@@ -414,7 +425,7 @@ def _backward_kernel(op: Op, *inputs: Any) -> list[Tensor]:
     arguments, rest = inputs[1 + kept : 1 + kept + len(op.arguments)], inputs[1 + kept + len(op.arguments) :]
     left, right, backend, ticket, needs_grad = rest
     tensors, window = saved[: len(op.tensors)], window_of(left, right)
-    implementation = registry.by_ticket(ticket.untyped_storage().nbytes())
+    implementation = registry.by_ticket(_number_of(ticket))
     if implementation is None:
         plan = _checked_plan(op, tensors, window, arguments, backend, True)
     else:
@@ -425,7 +436,7 @@ def _backward_kernel(op: Op, *inputs: Any) -> list[Tensor]:
 def _fake(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
     tensors, _, (left, right, *_) = _split(op, inputs)
     size = left + right + 1
-    return (*(empty_result(op, name, tensors, size) for name in op.results), tensors[0].new_empty(0, dtype=torch.uint8))
+    return (*(empty_result(op, name, tensors, size) for name in op.results), _empty_ticket(tensors[0]))
 
 
 def _fake_backward(op: Op, *inputs: Any) -> list[Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from importlib import metadata
 
+from attnreg.memo import asked_once
 
-@functools.cache
+
+@asked_once
 def package_version(package: str) -> str | None:
     """The version of an installed package, without importing it; None where it is not."""
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 from attnreg.backend import BackendError, Function, option_values
 from attnreg.dispatch import Decision, choose, select, unknown_backend
 from attnreg.memory import empty_like, strides_like
-from attnreg.op import ROWS, Argument, Op, default_scale
+from attnreg.op import ROWS, Argument, Op
 from attnreg.problem import Problem, check_number, prepared_integers
 from attnreg.registry import Implementation, registry
 from attnreg.request import Request, parse_request
@@ -126,7 +126,10 @@ class Plan:
             arguments: as for :meth:`run`.
             needs_grad: what has to be differentiated.
         """
-        assert self.backward is not None
+        if self.backward is None:
+            raise NotImplementedError(
+                f"backend {self.implementation.backend.name!r} has no {self.op.backward}; the call was made without gradients"
+            )
         gradients: Mapping[str, Tensor] = self.backward(
             *map(rows, grads),
             *map(rows, saved),
@@ -299,10 +302,10 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         forward, backward = functools.partial(_nothing, op), functools.partial(_no_gradients, op)
     taken = backend.taken[op.name]
     options: dict[str, Any] = {
-        argument.name: None for argument in op.arguments if argument.name in taken or argument.for_all
+        argument.name: None if argument.default is None else argument.default(problem.head_dim)
+        for argument in op.arguments
+        if argument.name in taken or argument.for_all
     }
-    if "scale" in options:
-        options["scale"] = default_scale(op, problem.head_dim)
     places = tuple(
         place for place, row in enumerate(op.arguments) if row.dims is not None and arguments[place] is not None
     )
@@ -355,6 +358,7 @@ def _broadcastable(shape: tuple[int, ...], value: Tensor) -> Tensor:
 
 def remember(call: Hashable, problem: Problem, request: Request | None, arguments: Sequence[Any]) -> tuple[Plan, bool]:
     """Make the plan for ``problem``, and keep it under the facts of the call unless the choice is still open."""
+    registry.discover()
     tuner = registry.tuner
     settled = True
     if tuner is not None and registry.autotunes and request is None and not problem.is_empty:

@@ -187,7 +187,7 @@ def check(
             f"(Hkv = {kv_heads}); got {first_name} {_shape(first)} and {second_name} {_shape(second)}"
         )
     for argument, value in zip(op.arguments, arguments):
-        if value is None:
+        if value is None and not argument.required:
             continue
         if argument.dims is None:
             check_number(argument.name, value)

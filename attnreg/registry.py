@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from attnreg.backend import (
 )
 from attnreg.composition import complete
 from attnreg.entry_points import entry_points
+from attnreg.memo import forget
 from attnreg.problem import Problem
 from attnreg.request import Request, parse_request
 from attnreg.tables.store import Tables
@@ -43,13 +43,18 @@ class Implementation:
         backend: the backend.
         request: what asks for it.
         functions: by name (``op`` and ``op_backward``), composed ones included, with the options given to each.
-        ticket: its number in this process, by which a compiled graph's backward finds the backend of its forward.
     """
 
     backend: Backend
     request: Request
     functions: Mapping[str, Function]
-    ticket: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Discovery:
+    """One search for plug-ins, by the thread that makes it."""
+
+    thread: int
 
 
 class Registry:
@@ -64,16 +69,22 @@ class Registry:
         self.tuner: Callable[[Problem], bool] | None = None
         # What was measured.
         self.tables = Tables()
-        self._lock = threading.RLock()
-        self._tickets = itertools.count(1)
+        # Told when a discovery ends.
+        self._lock = threading.Condition(threading.RLock())
+        # What backwards of ops may still ask for, by ticket: a reset and a removal leave it.
+        self._by_ticket: dict[int, Implementation] = {}
+        self._tickets: dict[Implementation, int] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget every backend, fault and plan; plug-ins are discovered anew at the next need."""
         with self._lock:
             self.tables.forget()
+            forget()
             self._discovered = False
-            self._discovering: int | None = None
+            # Who is finding the plug-ins, by a sign that a reset takes away.
+            self._discovering: _Discovery | None = None
+            self._lock.notify_all()
             # What the tables were at the last look.
             self.stamp: Hashable = None
             # When a call by a plan that is there looks at the tables again, by the monotonic clock.
@@ -84,14 +95,15 @@ class Registry:
             self._faults: list[Fault] = []
             self._prepared: set[Backend] = set()
             self._failed: dict[Backend, str] = {}
+            # Held while a backend is prepared: two threads must not build the same extension at once.
+            self._preparing: dict[Backend, threading.RLock] = {}
             self._implementations: dict[tuple[Backend, Request], Implementation] = {}
-            self._by_ticket: dict[int, Implementation] = {}
             self._changed()
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """The registered backends in the order in which they came."""
-        self._discover()
+        self.discover()
         entries, of = self._listed
         if of is not self._entries:
             of = self._entries
@@ -102,7 +114,7 @@ class Registry:
     @property
     def faults(self) -> tuple[Fault, ...]:
         """The plug-ins that could not be used, with their errors."""
-        self._discover()
+        self.discover()
         return tuple(self._faults)
 
     @property
@@ -137,13 +149,31 @@ class Registry:
             found = self._implementations.get((backend, request))
             if found is None:
                 functions = complete(with_options(backend, request.options))
-                found = Implementation(backend, request, functions, next(self._tickets))
-                self._implementations[backend, request] = self._by_ticket[found.ticket] = found
+                found = self._implementations[backend, request] = Implementation(backend, request, functions)
             return found
+
+    def ticket(self, implementation: Implementation) -> int:
+        """A number of this process by which a graph's backward finds the implementation of its forward."""
+        number = self._tickets.get(implementation)
+        if number is None:
+            with self._lock:
+                number = self._tickets.setdefault(implementation, len(self._tickets) + 1)
+                self._by_ticket[number] = implementation
+        return number
 
     def by_ticket(self, ticket: int) -> Implementation | None:
         """The implementation of that number, registered still or not; None where it was forgotten."""
         return self._by_ticket.get(ticket)
+
+    def register(self, backend: Backend) -> None:
+        """Add a backend of this process, after the plug-ins: their names are taken, whoever asks first.
+
+        Raises:
+            TypeError, ValueError: as ``add``.
+        """
+        # Not to be waited for: it may be waiting for the import that this comes from.
+        self.discover(wait=False)
+        self.add(backend, THIS_PROCESS)
 
     def add(self, backend: Backend, distribution: str) -> None:
         """Register ``backend``.
@@ -170,26 +200,38 @@ class Registry:
             entry = self._entries.get(backend.name)
             if entry is not None and entry.backend is backend:
                 self._entries = {name: each for name, each in self._entries.items() if name != backend.name}
+                self._listed = (), {}
                 self._failed.pop(backend, None)
                 self._prepared.discard(backend)
+                self._preparing.pop(backend, None)
+                for key in [key for key in self._implementations if key[0] is backend]:
+                    del self._implementations[key]
                 self._changed()
 
     def prepare(self, backend: Backend) -> bool:
         """Prepare a backend for its first use. Where that fails it is refused, with the reason, from here on."""
         if backend in self._prepared:
             return True
-        # Under the lock: two threads must not build the same extension at once.
         with self._lock:
-            entry = self._entries.get(backend.name)
-            if entry is None or entry.backend is not backend or backend in self._failed:
+            preparing = self._preparing.setdefault(backend, threading.RLock())
+        with preparing:
+            if backend in self._prepared:
+                return True
+            if not self._is_usable(backend):
                 return False
             reason = why_not_prepared(backend)
-            if reason is not None:
-                self._failed = {**self._failed, backend: reason}
-                self._changed()
-                return False
-            self._prepared.add(backend)
-            return True
+            with self._lock:
+                if reason is None:
+                    self._prepared.add(backend)
+                elif self._is_usable(backend):
+                    self._failed = {**self._failed, backend: reason}
+                    self._changed()
+            return reason is None
+
+    def _is_usable(self, backend: Backend) -> bool:
+        """Whether it is registered and its preparation has not failed."""
+        entry = self._entries.get(backend.name)
+        return entry is not None and entry.backend is backend and backend not in self._failed
 
     def look_at_tables(self) -> None:
         """Drop every plan where a table has changed since the plans were made."""
@@ -201,7 +243,7 @@ class Registry:
                 self._changed()
 
     def able(self, problem: Problem, entries: Sequence[Entry]) -> Sequence[Entry]:
-        """Those of the backends that are able to run ``problem``; remembered until a backend comes or goes."""
+        """Those of the backends whose capability admits ``problem``; remembered until a backend comes or goes."""
         facts = facts_of_ability(problem)
         known = self._able.get(facts)
         if known is None or known[0] is not entries:
@@ -225,47 +267,67 @@ class Registry:
             self._changed()
 
     def _after_fork(self) -> None:
-        """In a forked child: a thread that held the lock, or was discovering, is not there to finish."""
-        self._lock = threading.RLock()
-        if self._discovering is not None and self._discovering != threading.get_ident():
-            self._forget_discovery()
+        """In a forked child: a thread that held a lock, or was discovering, is not there to finish."""
+        self._lock = threading.Condition(threading.RLock())
+        self._preparing = {}
+        if self._discovering is not None and self._discovering.thread != threading.get_ident():
+            with self._lock:
+                self._forget_discovery()
 
     def _changed(self) -> None:
         self.plans: dict[Any, Any] = {}
         self._able: dict[tuple[object, ...], tuple[Sequence[Entry], Sequence[Entry]]] = {}
 
-    def _discover(self) -> None:
+    def discover(self, *, wait: bool = True) -> None:
+        """Find the plug-ins, once. While another thread does so, wait for it, or else go on with those found so far."""
         if self._discovered:
             return
+        own = _Discovery(threading.get_ident())
         with self._lock:
             # A plug-in that asks for backends while it is loaded gets those found so far.
+            while wait and self._discovering is not None and self._discovering.thread != own.thread:
+                self._lock.wait()
             if self._discovered or self._discovering is not None:
                 return
-            self._discovering = threading.get_ident()
-            try:
-                for entry_point, distribution in entry_points("attnreg"):
-                    self._load(entry_point, distribution)
-            except BaseException:  # Ctrl-C: the next need begins anew
-                self._forget_discovery()
-                raise
-            self._discovered, self._discovering = True, None
+            self._discovering = own
+        # Without the lock: another thread may hold the import of a plug-in that registers a backend while it is imported.
+        try:
+            for entry_point, distribution in entry_points("attnreg"):
+                self._load(entry_point, distribution, own)
+        except BaseException:  # Ctrl-C: the next need begins anew
+            with self._lock:
+                if self._discovering is own:
+                    self._forget_discovery()
+            raise
+        with self._lock:
+            if self._discovering is own:
+                self._discovered, self._discovering = True, None
+                self._lock.notify_all()
 
     def _forget_discovery(self) -> None:
         self._discovering = None
         self._faults = []
         self._entries = {name: each for name, each in self._entries.items() if each.distribution == THIS_PROCESS}
         self._changed()
+        self._lock.notify_all()
 
-    def _load(self, entry_point: metadata.EntryPoint, distribution: str) -> None:
+    def _load(self, entry_point: metadata.EntryPoint, distribution: str, discovery: _Discovery) -> None:
+        """Add what one plug-in offers, or what is wrong with it, unless a reset has ended the discovery."""
+
         def keep_fault(error: BaseException) -> None:
-            self._faults.append(Fault(entry_point.name, distribution, f"{type(error).__name__}: {error}"))
+            with self._lock:
+                if self._discovering is discovery:
+                    text = f"{type(error).__name__}: {error}"
+                    self._faults = [*self._faults, Fault(entry_point.name, distribution, text)]
 
         try:
             offered = False
             for backend in _offer(entry_point.load(), entry_point.name):
                 offered = True
                 try:
-                    self.add(backend, distribution)
+                    with self._lock:
+                        if self._discovering is discovery:
+                            self.add(backend, distribution)
                 except (TypeError, ValueError) as error:
                     keep_fault(error)
             if not offered:
@@ -327,6 +389,5 @@ def register(backend: Backend) -> Registration:
         TypeError: it is no Backend.
         ValueError: its name is taken.
     """
-    registry.entries  # noqa: B018 - discovery first: a plug-in's name is taken, whoever asks first
-    registry.add(backend, THIS_PROCESS)
+    registry.register(backend)
     return Registration(registry, backend)

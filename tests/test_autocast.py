@@ -8,6 +8,9 @@ from cases import CASES, OPS, make_inputs
 from reference import call
 from running import runs
 
+import attnreg
+from attnreg import Window
+
 CASE = next(case for case in CASES if case.name == "key_lengths_with_bias")
 
 
@@ -89,3 +92,10 @@ def test_float64_is_left_alone_and_a_device_without_autocast_is_no_matter():
         assert attnreg.local_attention(query, query, query, attnreg.Window(2, 1)).dtype == torch.float64
         meta = query.float().to("meta")
         assert attnreg.local_attention(meta, meta, meta, attnreg.Window(2, 1)).dtype == torch.float32
+
+
+def test_explain_speaks_of_the_call_as_autocast_makes_it():
+    tensor = torch.randn(1, 1, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        decision = attnreg.explain(tensor, tensor, tensor, Window(1, 1))
+    assert decision.problem.dtype is torch.bfloat16

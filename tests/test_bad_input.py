@@ -145,3 +145,11 @@ def test_explain_refuses_what_the_op_refuses():
 def test_key_lengths_may_have_any_integer_dtype(dtype):
     expected = attnreg.local_attention(QUERY, KEY, VALUE, WINDOW, key_lengths=LENGTHS)
     assert torch.equal(attnreg.local_attention(QUERY, KEY, VALUE, WINDOW, key_lengths=LENGTHS.to(dtype)), expected)
+
+
+def test_explain_refuses_what_the_call_refuses():
+    tensor = torch.randn(1, 1, 5, 4)
+    call = {"query": tensor, "key": tensor, "window": Window(1, 1), "scale": None}
+    for function in (attnreg.local_dot_product, attnreg.explain):
+        with pytest.raises(TypeError, match="scale must be a float, got None"):
+            function(**call)

@@ -15,7 +15,7 @@ from attnreg.op import ROWS
 # What an argument takes, file by file: all places of one are listed here.
 ADDED = {
     "op.py": [
-        ('SCALE = Argument("scale", for_all=True)', 'SINKS = Argument("sinks", dims="H", differentiable=True)\nSOFTCAP = Argument("softcap")'),
+        ('SCALE = Argument("scale", for_all=True, default=_softmax_scale)', 'SINKS = Argument("sinks", dims="H", differentiable=True)\nSOFTCAP = Argument("softcap")'),
         ('arguments=(BIAS, KEY_LENGTHS, SCALE),\n    keeps_results=True', 'arguments=(BIAS, KEY_LENGTHS, SCALE, SOFTCAP, SINKS),\n    keeps_results=True'),
     ],
     "functional.py": [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import pytest
 import torch
@@ -209,3 +211,131 @@ def test_reset_forgets_and_what_runs_goes_on():
     assert not registry.plans
     output.sum().backward()
     assert query.grad is not None
+
+
+def test_a_backend_may_be_registered_by_a_module_that_another_thread_discovers(tmp_path):
+    """One thread imports the plug-in's module, which registers a backend; the other finds its entry point meanwhile."""
+    info = tmp_path / "slow_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[attnreg]\nslow_plugin = slow_plugin\n")
+    (tmp_path / "slow_plugin.py").write_text(
+        textwrap.dedent(
+            """
+            import builtins, time, attnreg, torch
+            builtins.imported.set()
+            time.sleep(1)
+            def dot(query, key, window, *, scale):
+                return query.new_zeros((*query.shape[:3], window.size))
+            def backend(name):
+                return attnreg.Backend(name=name, capability=attnreg.Capability(dtypes={torch.float32}), local_dot_product=dot)
+            attnreg.register(backend("by_hand"))
+            @attnreg.hookimpl
+            def attnreg_backends():
+                yield backend("by_hook")
+            """
+        )
+    )
+    names = run_python(
+        """
+        import builtins, faulthandler, importlib, threading
+        faulthandler.dump_traceback_later(60, exit=True)
+        import attnreg
+        builtins.imported = threading.Event()
+        thread = threading.Thread(target=importlib.import_module, args=("slow_plugin",))
+        thread.start()
+        builtins.imported.wait()
+        attnreg.backends()
+        thread.join()
+        print(*[status.name for status in attnreg.backends()])
+        """,
+        tmp_path,
+    ).split()
+    assert {"by_hand", "by_hook", "torch"} <= set(names)
+
+
+def test_a_backend_that_is_being_prepared_holds_no_other_up():
+    started, go_on = threading.Event(), threading.Event()
+
+    def prepare():
+        started.set()
+        go_on.wait(60)
+
+    with attnreg.register(painter("slow", 1.0, prepare=prepare)), attnreg.register(painter("quick", 2.0)):
+        thread = threading.Thread(target=painted, kwargs={"backend": "slow"})
+        thread.start()
+        started.wait(60)
+        assert painted(backend="quick") == 2.0
+        go_on.set()
+        thread.join()
+
+
+def test_a_reset_while_plug_ins_are_found_loses_none(interrupting):
+    """Another thread resets in the midst; what is found then is found again."""
+    names = run_python(
+        """
+        import builtins, threading
+        import attnreg
+        def interrupt():
+            builtins.interrupt = lambda: None
+            thread = threading.Thread(target=attnreg.reset)
+            thread.start()
+            thread.join()
+        builtins.interrupt = interrupt
+        first = attnreg.backends()
+        print(*sorted(status.name for status in attnreg.backends()))
+        """,
+        interrupting,
+    ).split()
+    assert {"torch", "torch_block"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+def test_a_backend_that_was_removed_is_not_kept_alive():
+    def use():
+        backend = painter("fleeting", 1.0)
+        with attnreg.register(backend):
+            painted(backend="fleeting")
+        return weakref.ref(backend)
+
+    gone = use()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_backend_that_becomes_unavailable_is_not_chosen_for_a_new_shape():
+    here = [None]
+    with attnreg.register(painter("coming", 1.0, rank=-1, unavailable=lambda: here[0])):
+        assert painted() == 1.0
+        here[0] = "it has gone"
+        longer = torch.randn(1, 1, 7, 4)
+        assert attnreg.explain(longer, longer, WINDOW, op="local_dot_product").backend != "coming"
+        assert attnreg.local_dot_product(longer, longer, WINDOW)[0, 0, 0, 2].item() != 1.0
+
+
+@pytest.mark.parametrize("hooks", ["copied", "as they are"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_backward_runs_on_the_backend_of_its_forward_whatever_becomes_of_saved_tensors(compiled, hooks):
+    def backend(name, mark, rank):
+        def backward(grad_scores, query, key, window, *, scale, needs_grad):
+            return {name: torch.full_like({"query": query, "key": key}[name], mark) for name in needs_grad}
+
+        return painter(name, mark, local_dot_product_backward=backward, rank=rank)
+
+    def call(query):
+        return attnreg.local_dot_product(query, QUERY, WINDOW)
+
+    query = QUERY.clone().requires_grad_()
+    if compiled:
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with attnreg.register(backend("asked", 1.0, 50)), attnreg.register(backend("best", 2.0, -1)):
+        with (
+            attnreg.use_backend("asked"),
+            torch.autograd.graph.saved_tensors_hooks(
+                torch.clone if hooks == "copied" else lambda tensor: tensor, lambda tensor: tensor
+            ),
+        ):
+            scores = call(query)
+        scores.sum().backward()
+    assert (scores == 1.0).all()
+    assert (query.grad == 1.0).all()

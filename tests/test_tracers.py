@@ -232,3 +232,30 @@ def test_a_negative_bit_is_read(given, backend):
         results.append([output, *torch.autograd.grad(output, leaves, named["incoming gradient"])])
     for first, second in zip(*results):
         assert torch.equal(first, second)
+
+
+def test_a_program_exported_without_gradients_can_be_differentiated():
+    """A backend without a backward is the best for the export, and is not taken where a gradient is recorded."""
+
+    class Model(torch.nn.Module):
+        def forward(self, query):
+            return attnreg.local_dot_product(query, query, Window(1, 1))
+
+    def forward_only(query, key, window, *, scale):
+        return query.new_zeros((*query.shape[:3], window.size))
+
+    backend = attnreg.Backend(
+        name="forward_only",
+        capability=attnreg.Capability(dtypes={torch.float32}),
+        local_dot_product=forward_only,
+        rank=-1,
+    )
+    query = torch.randn(1, 2, 5, 4)
+    with attnreg.register(backend):
+        program = export(Model(), (query,)).module()
+        assert (program(query) == 0).all()
+        leaf, expected = query.clone().requires_grad_(), query.clone().requires_grad_()
+        program(leaf).square().sum().backward()
+        Model()(expected).square().sum().backward()
+    assert leaf.grad.any()
+    torch.testing.assert_close(leaf.grad, expected.grad)
