@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from attnreg.backend import BackendError, Entry, Fault, option_values, refusals, why_refused
+from attnreg.backend import BackendError, Entry, Fault, option_values, refusals
 from attnreg.measured import Figure, Measured
 from attnreg.problem import Problem
 from attnreg.request import Request
@@ -90,6 +90,7 @@ def choose(
     problem: Problem,
     entries: Sequence[Entry],
     *,
+    like: Problem | None = None,
     request: Request | None = None,
     failed: Mapping[str, str] | None = None,
     faults: Sequence[Fault] = (),
@@ -106,6 +107,7 @@ def choose(
     Args:
         problem: the call.
         entries: the registered backends.
+        like: the problem by which backends are ranked; None for ``problem`` itself.
         request: the backend that was asked for, if any.
         failed: for backends whose preparation failed, by name, the reason.
         faults: plug-ins that could not be used, kept for the trace.
@@ -115,7 +117,7 @@ def choose(
     Raises:
         BackendError: the forced backend is unknown or refuses, or every backend does; lists every reason.
     """
-    candidates = sorted((_candidate(entry, problem, failed or {}) for entry in entries), key=_order)
+    candidates = sorted((_candidate(entry, problem, like or problem, failed or {}) for entry in entries), key=_order)
     options: tuple[tuple[str, str], ...] = ()
     if request is not None:
         backend = next((entry.backend for entry in entries if entry.backend.name == request.name), None)
@@ -151,8 +153,9 @@ def choose(
 def select(
     problem: Problem,
     entries: Sequence[Entry],
-    able: Sequence[Entry],
+    passing: Sequence[Entry],
     *,
+    like: Problem,
     request: Request | None,
     failed: Mapping[str, str],
     faults: Sequence[Fault],
@@ -163,7 +166,8 @@ def select(
     Args:
         problem: the call.
         entries: the registered backends.
-        able: those of them whose capability admits it.
+        passing: those of them that can run it, as far as they were asked without their ranks.
+        like: the problem by which backends are ranked.
         request: the backend that was asked for, if any.
         failed: for backends whose preparation failed, by name, the reason.
         faults: plug-ins that could not be used.
@@ -173,18 +177,14 @@ def select(
         BackendError: as ``choose``.
     """
     if request is not None:
-        able = [entry for entry in able if entry.backend.name == request.name]
-    candidates = [
-        _ranked(entry, problem)
-        for entry in able
-        if entry.backend.name not in failed and why_refused(entry.backend, problem) is None
-    ]
-    passing = sorted((each for each in candidates if not each.refusals), key=_order)
-    if request is None and passing:
-        return Request(_pick(passing, measured)[0].name)
-    if request is not None and passing and not (request.options and option_values(able[0].backend, request.options)[1]):
+        passing = [entry for entry in passing if entry.backend.name == request.name]
+    candidates = [_ranked(entry, like) for entry in passing]
+    ranked = sorted((each for each in candidates if not each.refusals), key=_order)
+    if request is None and ranked:
+        return Request(_pick(ranked, measured)[0].name)
+    if request is not None and ranked and not option_values(passing[0].backend, request.options)[1]:
         return request
-    return choose(problem, entries, request=request, failed=failed, faults=faults, measured=measured).request
+    return choose(problem, entries, like=like, request=request, failed=failed, faults=faults, measured=measured).request
 
 
 def unknown_backend(request: Request, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
@@ -194,12 +194,12 @@ def unknown_backend(request: Request, entries: Sequence[Entry], faults: Sequence
     return f"no backend is called {request.name!r}, asked for by {request.by}; registered: {names}{broken}"
 
 
-def _candidate(entry: Entry, problem: Problem, failed: Mapping[str, str]) -> Candidate:
+def _candidate(entry: Entry, problem: Problem, like: Problem, failed: Mapping[str, str]) -> Candidate:
     name = entry.backend.name
     reasons = refusals(entry.backend, problem)
     if name in failed:
         reasons = (*reasons, failed[name])
-    return Candidate(name, entry.distribution, None, reasons) if reasons else _ranked(entry, problem)
+    return Candidate(name, entry.distribution, None, reasons) if reasons else _ranked(entry, like)
 
 
 def _ranked(entry: Entry, problem: Problem) -> Candidate:

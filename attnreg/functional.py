@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.environ import variables
 from attnreg.guard import guard
 from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
 from attnreg.ops import (
@@ -29,9 +30,9 @@ from attnreg.ops import (
     refuse_watchers,
     run,
 )
-from attnreg.plan import TABLE_KEY, Plan, asked_for, environment, keep
+from attnreg.plan import MOST_PLANS, TABLE_KEY, Plan, asked_for
 from attnreg.problem import check
-from attnreg.registry import registry
+from attnreg.registry import keep, registry
 from attnreg.window import Window
 
 # Bound once: an attribute look-up on torch at each call would be a tenth of what the look-up of a plan costs.
@@ -162,7 +163,7 @@ def _call(
     asked, given, plan = None, tensors, None
     try:
         asked = asked_for(backend)
-        table = environment.get(TABLE_KEY) if asked is None else None
+        table = variables.get(TABLE_KEY) if asked is None else None
         kind = (op, window.left, window.right, window.__class__, asked, table, _is_grad_enabled())
         for place, value in enumerate(arguments):
             if value is None:
@@ -210,7 +211,7 @@ def _find(
     plans = registry.plans
     plan, is_kept = find_plan(op, tensors, window, arguments, backend, needs_gradients(given), asked)
     if is_kept and kind is not None:
-        keep(plans, kind, ((guard(given), plan), *plans.get(kind, ())[: MOST_CALLS - 1]))
+        keep(plans, kind, ((guard(given), plan), *plans.get(kind, ())[: MOST_CALLS - 1]), MOST_PLANS)
     return plan
 
 

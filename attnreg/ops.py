@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnreg.backend import Function
+from attnreg.environ import variables
 from attnreg.memory import strides_like
 from attnreg.op import ROWS, Op
 from attnreg.plan import (
@@ -30,7 +31,6 @@ from attnreg.plan import (
     Plan,
     asked_for,
     empty_result,
-    environment,
     in_order,
     plan_for,
     remember,
@@ -90,7 +90,7 @@ def find_plan(
     if monotonic() > registry.next_look:
         registry.look_at_tables()
     dims = [value.dim() if isinstance(value, Tensor) else value is None for value in arguments]
-    call = (problem, asked, environment.get(TABLE_KEY), *dims)
+    call = (problem, asked, variables.get(TABLE_KEY), *dims)
     plan: Plan | None = registry.plans.get(call)
     return (plan, True) if plan is not None else remember(call, problem, request_of(asked, backend), arguments)
 

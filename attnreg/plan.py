@@ -19,21 +19,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from attnreg.backend import BackendError, Function, option_values
+from attnreg.backend import BackendError, Function, facts_of_ability, option_values, why_refused
 from attnreg.dispatch import Decision, choose, select, unknown_backend
+from attnreg.environ import variables
 from attnreg.memory import empty_like, strides_like
 from attnreg.op import ROWS, Argument, Op
-from attnreg.problem import Problem, check_number, prepared_integers
-from attnreg.registry import Implementation, registry
+from attnreg.problem import Problem, check_number, prepared_integers, size_class, typical
+from attnreg.registry import MOST_CLASSES, Implementation, keep, registry
 from attnreg.request import Request, parse_request
 from attnreg.window import Window, window_of
 
 # What the enclosing `use_backend` blocks ask for, innermost last, each with the object that asks.
 requests: ContextVar[tuple[tuple[str, use_backend], ...] | None] = ContextVar("attnreg_requests", default=None)
 
-# os.environ.get() encodes and decodes at every call, 0.7 us. The dictionary under it answers in 0.02 us and sees every
-# change that is made through os.environ; on POSIX its keys are bytes.
-environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 REQUEST_KEY = b"ATTNREG_BACKEND"
 TABLE_KEY = b"ATTNREG_TABLE"
 
@@ -47,9 +45,10 @@ _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen, which would make each cost 2 us more: a new shape needs one.
+@dataclass(slots=True, eq=False)
 class Plan:
-    """What one kind of call needs to know to run.
+    """What one kind of call needs to know to run; never changed.
 
     Attributes:
         op: the op.
@@ -228,7 +227,7 @@ def asked_for(backend: str | None) -> str | bytes | None:
     if backend is not None:
         return backend
     held = requests.get()
-    return held[-1][0] if held else environment.get(REQUEST_KEY) or None
+    return held[-1][0] if held else variables.get(REQUEST_KEY) or None
 
 
 def request_of(asked: str | bytes | None, backend: str | None) -> Request | None:
@@ -258,10 +257,12 @@ def explain_problem(problem: Problem, backend: str | None) -> Decision:
     request = request_of(asked_for(backend), backend)
     registry.look_at_tables()
     entries = registry.entries
-    measured, remarks = registry.tables.measured(problem, entries, registry.stamp)
+    like = typical(problem)
+    measured, remarks = registry.tables.measured(like, entries, registry.stamp, of=problem)
     return choose(
         problem,
         entries,
+        like=like,
         request=request,
         failed=registry.failed,
         faults=registry.faults,
@@ -277,20 +278,48 @@ def make_plan(problem: Problem, request: Request | None, arguments: Sequence[Any
         BackendError: the backend that was asked for cannot run it, or none can.
     """
     while True:
-        entries = registry.entries
-        measured = registry.tables.measured(problem, entries, registry.stamp)[0] if request is None else ()
+        # Taken before the backends are looked at: a change replaces it.
+        memory = registry.chosen
+        entries, failed = registry.entries, registry.failed
+        facts = facts_of_ability(problem)
+        passing = [
+            entry
+            for entry in registry.able(problem, facts, entries)
+            if entry.backend.name not in failed and why_refused(entry.backend, problem) is None
+        ]
+        kind = None
+        if request is None:
+            kind = (
+                facts,
+                problem.given,
+                problem.window.left,
+                problem.heads,
+                problem.kv_heads,
+                size_class(problem.batch),
+                size_class(problem.query_length),
+                size_class(problem.key_length),
+                *[entry.backend.name for entry in passing],
+            )
+            chosen = memory.get(kind)
+            if chosen is not None:
+                return plan_for(problem, chosen, arguments)
+        like = typical(problem)
         selected = select(
             problem,
             entries,
-            registry.able(problem, entries),
+            passing,
+            like=like,
             request=request,
-            failed=registry.failed,
+            failed=failed,
             faults=registry.faults,
-            measured=measured,
+            measured=registry.tables.measured(like, entries, registry.stamp)[0] if request is None else (),
         )
-        (chosen,) = (entry.backend for entry in entries if entry.backend.name == selected.name)
-        if registry.prepare(chosen):
-            return plan_for(problem, registry.implementation(chosen, selected), arguments)
+        (backend,) = (entry.backend for entry in entries if entry.backend.name == selected.name)
+        if registry.prepare(backend):
+            implementation = registry.implementation(backend, selected)
+            if kind is not None:
+                keep(memory, kind, implementation, MOST_CLASSES)
+            return plan_for(problem, implementation, arguments)
 
 
 def plan_for(problem: Problem, implementation: Implementation, arguments: Sequence[Any]) -> Plan:
@@ -300,12 +329,6 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
     differentiable = backend.differentiable and not problem.is_empty
     if problem.is_empty:
         forward, backward = functools.partial(_nothing, op), functools.partial(_no_gradients, op)
-    taken = backend.taken[op.name]
-    options: dict[str, Any] = {
-        argument.name: None if argument.default is None else argument.default(problem.head_dim)
-        for argument in op.arguments
-        if argument.name in taken or argument.for_all
-    }
     places = tuple(
         place for place, row in enumerate(op.arguments) if row.dims is not None and arguments[place] is not None
     )
@@ -317,7 +340,7 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         backward=backward,
         differentiable=differentiable,
         window=_visible_part(op, problem),
-        options=options,
+        options=_defaults(op, backend.taken[op.name], problem.head_dim),
         given=tuple(
             (index, argument.name, _preparation(argument, problem, arguments[index]))
             for index, argument in enumerate(op.arguments)
@@ -330,6 +353,16 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         places=places,
         given_tensors=tuple(op.arguments[place].name for place in places),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults(op: Op, taken: frozenset[str], head_dim: int) -> Mapping[str, Any]:
+    """What functions get that take these of the optional arguments, where a call gives none."""
+    return {
+        argument.name: None if argument.default is None else argument.default(head_dim)
+        for argument in op.arguments
+        if argument.name in taken or argument.for_all
+    }
 
 
 def _preparation(argument: Argument, problem: Problem, value: Any) -> Callable[[Any], Any] | None:
@@ -368,15 +401,8 @@ def remember(call: Hashable, problem: Problem, request: Request | None, argument
     plan = make_plan(problem, request, arguments)
     if settled:
         with suppress(TypeError):  # symbolic sizes, while a call is traced, have no hash
-            keep(plans, call, plan)
+            keep(plans, call, plan, MOST_PLANS)
     return plan, settled
-
-
-def keep(plans: dict[Any, Any], key: Hashable, value: object) -> None:
-    """Put ``value`` into ``plans``, emptied where it is full."""
-    if len(plans) >= MOST_PLANS:
-        plans.clear()
-    plans[key] = value
 
 
 def _visible_part(op: Op, problem: Problem) -> Window:

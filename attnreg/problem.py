@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,6 +106,25 @@ class Problem:
         parts += [f"{name}{given}" for name, given in self.given]
         parts.append("with gradients" if self.needs_grad else "forward only")
         return "; ".join(parts)
+
+
+def typical(problem: Problem) -> Problem:
+    """The problem by which backends are compared for all that differ from it in :func:`size_class` of N, Lq or Lk alone.
+
+    A choice among backends then serves the lengths around it: decoding makes a new one at every step.
+    """
+    return replace(
+        problem,
+        batch=size_class(problem.batch),
+        query_length=size_class(problem.query_length),
+        key_length=size_class(problem.key_length),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def size_class(size: int) -> int:
+    """``size`` to the nearest eighth of an octave; below 16 itself."""
+    return size if size < 16 else round(2 ** (round(8 * math.log2(size)) / 8))
 
 
 _FIELDS = {

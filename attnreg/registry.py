@@ -17,13 +17,13 @@ from attnreg.backend import (
     Entry,
     Fault,
     Function,
-    facts_of_ability,
     is_able,
     why_not_prepared,
     with_options,
 )
 from attnreg.composition import complete
 from attnreg.entry_points import entry_points
+from attnreg.environ import variables
 from attnreg.memo import forget
 from attnreg.problem import Problem
 from attnreg.request import Request, parse_request
@@ -31,8 +31,15 @@ from attnreg.tables.store import Tables
 
 # A table that another process writes is noticed so much later at most.
 SECONDS_BETWEEN_LOOKS = 1e-3
-# What can differ in what a backend is able to do is bounded for a program, but for its windows.
+# What can differ in what a backend is able to do is bounded for a program, but for its windows; so are classes of sizes.
 MOST_CLASSES = 4096
+
+
+def keep(memory: dict[Any, Any], key: Hashable, value: object, most: int) -> None:
+    """Put ``value`` into a memory of ``most`` entries, which is emptied where it is full."""
+    if len(memory) >= most:
+        memory.clear()
+    memory[key] = value
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +67,8 @@ class _Discovery:
 class Registry:
     """Backends by name, and the plug-ins that could not be used.
 
-    Discovery runs once, at the first need. Every change replaces ``plans``, the dispatcher's memory of what it chose,
-    so that no stale choice outlives it: who makes a plan takes that dictionary first and looks at the backends then.
+    Discovery runs once, at the first need. Every change replaces ``plans`` and ``chosen``, the memory of what was chosen,
+    so that no stale choice outlives it: who makes a plan takes these dictionaries first and looks at the backends then.
     """
 
     def __init__(self) -> None:
@@ -92,9 +99,9 @@ class Registry:
             self._autotune: bool | None = None
             self._entries: dict[str, Entry] = {}
             self._listed: tuple[tuple[Entry, ...], dict[str, Entry]] = ((), self._entries)
-            self._faults: list[Fault] = []
+            self._faults: tuple[Fault, ...] = ()
             self._prepared: set[Backend] = set()
-            self._failed: dict[Backend, str] = {}
+            self._failed: Mapping[str, str] = {}
             # Held while a backend is prepared: two threads must not build the same extension at once.
             self._preparing: dict[Backend, threading.RLock] = {}
             self._implementations: dict[tuple[Backend, Request], Implementation] = {}
@@ -115,12 +122,12 @@ class Registry:
     def faults(self) -> tuple[Fault, ...]:
         """The plug-ins that could not be used, with their errors."""
         self.discover()
-        return tuple(self._faults)
+        return self._faults
 
     @property
-    def failed(self) -> dict[str, str]:
+    def failed(self) -> Mapping[str, str]:
         """The registered backends whose preparation failed, by name, with the reason."""
-        return {backend.name: reason for backend, reason in tuple(self._failed.items())}
+        return self._failed
 
     def functions(self, text: str) -> Mapping[str, Function]:
         """The functions of a registered backend by name (``op`` and ``op_backward``), composed ones included.
@@ -201,7 +208,7 @@ class Registry:
             if entry is not None and entry.backend is backend:
                 self._entries = {name: each for name, each in self._entries.items() if name != backend.name}
                 self._listed = (), {}
-                self._failed.pop(backend, None)
+                self._failed = {name: reason for name, reason in self._failed.items() if name != backend.name}
                 self._prepared.discard(backend)
                 self._preparing.pop(backend, None)
                 for key in [key for key in self._implementations if key[0] is backend]:
@@ -224,14 +231,14 @@ class Registry:
                 if reason is None:
                     self._prepared.add(backend)
                 elif self._is_usable(backend):
-                    self._failed = {**self._failed, backend: reason}
+                    self._failed = {**self._failed, backend.name: reason}
                     self._changed()
             return reason is None
 
     def _is_usable(self, backend: Backend) -> bool:
         """Whether it is registered and its preparation has not failed."""
         entry = self._entries.get(backend.name)
-        return entry is not None and entry.backend is backend and backend not in self._failed
+        return entry is not None and entry.backend is backend and backend.name not in self._failed
 
     def look_at_tables(self) -> None:
         """Drop every plan where a table has changed since the plans were made."""
@@ -242,15 +249,12 @@ class Registry:
                 self.stamp = stamp
                 self._changed()
 
-    def able(self, problem: Problem, entries: Sequence[Entry]) -> Sequence[Entry]:
-        """Those of the backends whose capability admits ``problem``; remembered until a backend comes or goes."""
-        facts = facts_of_ability(problem)
+    def able(self, problem: Problem, facts: Hashable, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Those of the backends whose capability admits ``problem``, by its ``facts_of_ability``."""
         known = self._able.get(facts)
         if known is None or known[0] is not entries:
             known = entries, [entry for entry in entries if is_able(entry.backend, problem)]
-            if len(self._able) >= MOST_CLASSES:
-                self._able.clear()
-            self._able[facts] = known
+            keep(self._able, facts, known, MOST_CLASSES)
         return known[1]
 
     @property
@@ -258,7 +262,7 @@ class Registry:
         """Whether a call that was never measured is measured: as set, else as ``ATTNREG_AUTOTUNE`` says."""
         if self._autotune is not None:
             return self._autotune
-        return os.environ.get("ATTNREG_AUTOTUNE", "") not in ("", "0")
+        return variables.get(b"ATTNREG_AUTOTUNE", b"") not in (b"", b"0")
 
     def set_autotune(self, on: bool | None) -> None:
         """Turn tuning on first use on or off; None leaves it to the environment."""
@@ -276,7 +280,9 @@ class Registry:
 
     def _changed(self) -> None:
         self.plans: dict[Any, Any] = {}
-        self._able: dict[tuple[object, ...], tuple[Sequence[Entry], Sequence[Entry]]] = {}
+        # What was chosen for problems of about the same sizes.
+        self.chosen: dict[Hashable, Implementation] = {}
+        self._able: dict[Hashable, tuple[Sequence[Entry], Sequence[Entry]]] = {}
 
     def discover(self, *, wait: bool = True) -> None:
         """Find the plug-ins, once. While another thread does so, wait for it, or else go on with those found so far."""
@@ -306,7 +312,7 @@ class Registry:
 
     def _forget_discovery(self) -> None:
         self._discovering = None
-        self._faults = []
+        self._faults = ()
         self._entries = {name: each for name, each in self._entries.items() if each.distribution == THIS_PROCESS}
         self._changed()
         self._lock.notify_all()
@@ -318,7 +324,7 @@ class Registry:
             with self._lock:
                 if self._discovering is discovery:
                     text = f"{type(error).__name__}: {error}"
-                    self._faults = [*self._faults, Fault(entry_point.name, distribution, text)]
+                    self._faults = (*self._faults, Fault(entry_point.name, distribution, text))
 
         try:
             offered = False

@@ -8,6 +8,9 @@ are needed must be the same. A call with optional arguments, such as a bias, is 
 the same ones; where a table has none within reach, by those without any. The nearest entry of a table serves the call; where
 it compares no two candidates that can run the call, as after an interrupted tuning, the next one does.
 
+Whether float32 products may be computed in less, such as TF32, is said by a table's environment: figures of float32 calls that
+were measured so serve no others, and others serve them where there are none (``Tables.stored``).
+
 That the fastest backend depends on the head dim far more than on the window is measured: with each entry of the H100's
 table left out in turn, the others choose a backend for it that takes 1.005 times the time of the best one (geometric
 mean), 1.34 at worst; counted alike in both, 1.016 times and 1.76 (``python -m attnreg_benchmarks.regret --left-out TABLE
@@ -251,8 +254,10 @@ def _by_other_sizes(
 _FIRST = itemgetter(0)
 
 
-def measured(problem: Problem, stored: Sequence[Stored]) -> tuple[Measured, ...]:
+def measured(problem: Problem, stored: Sequence[Stored], of: Problem | None = None) -> tuple[Measured, ...]:
     """What tables have measured for ``problem``, the first to be asked first.
+
+    ``of`` is the call that is asked for, where ``problem`` stands for it: whose very entry one is, its text says.
 
     Raises:
         TableError: one of them turns out to be no table.
@@ -261,8 +266,12 @@ def measured(problem: Problem, stored: Sequence[Stored]) -> tuple[Measured, ...]
     nearest.sort(key=lambda found: (found[0].source == "shipped", len(found[0].remarks), found[1]))
     near = [found for found in nearest if found[1] <= NEAR]
     far = [found for found in nearest if found[1] > NEAR]
+    own, sizes = of or problem, None if of is None else _sizes(of)
     return tuple(
-        entry.measured(octaves == 0 and (not problem.given or entry.call == as_measured(problem)))
+        entry.measured(
+            (octaves == 0 if sizes is None else _octaves_between(entry.sizes, sizes) == 0)
+            and (not own.given or entry.call == as_measured(own))
+        )
         for _, octaves, entry in (*near, *far)
     )
 
