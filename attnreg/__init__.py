@@ -63,7 +63,7 @@ def autotune(on: bool | None = True) -> None:
 
     That takes seconds, once; the figures go into the user's table, as ``attnreg tune`` puts them. Nothing is measured
     while a CUDA graph is captured, in a compiled region, under ``torch.use_deterministic_algorithms``, or where
-    ``ATTNREG_TABLE`` pins a table; nor are calls with Lq != Lk or E != D.
+    ``ATTNREG_TABLE`` pins a table.
 
     Args:
         on: True or False for this process; None leaves it to ``ATTNREG_AUTOTUNE`` again.

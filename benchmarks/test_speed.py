@@ -14,8 +14,10 @@ from attnreg_benchmarks.backends import backends
 from attnreg_benchmarks.floor import floor_seconds
 from attnreg_benchmarks.machine import ceilings
 from attnreg_benchmarks.peers import PEERS
-from attnreg_benchmarks.run import clock, set_stage, verify
+from attnreg_benchmarks.run import clock, verify
 from attnreg_benchmarks.workloads import DIRECTIONS, select
+
+from attnreg.testing.stage import set_stage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONTENDERS = (*backends(), *PEERS)

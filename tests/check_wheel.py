@@ -7,30 +7,26 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from pathlib import Path
 
-MUST_HOLD = (
-    "attnreg/__init__.py",
-    "attnreg/extension.py",
-    "attnreg/py.typed",
-    "attnreg/tables/shipped/cpu.json",
-    "attnreg/tables/shipped/nvidia-h100-80gb-hbm3.json",
-    "attnreg/tables/shipped/nvidia-h200.json",
-    "attnreg_adapters/plugin.py",
-    "attnreg_torch/plugin.py",
-    "attnreg_triton/plugin.py",
-    "attnreg_triton/hopper/attention.py",
-    "attnreg_cublas/plugin.py",
-    "attnreg_cublas/csrc/library.cu",
-    "attnreg_cublas/csrc/unpack.cuh",
-    "attnreg_benchmarks/run.py",
-    "attnreg_benchmarks/peers/flash2.py",
-)
+import attnreg
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+# Every file of these kinds belongs into the wheel, wherever it lies under one of these folders.
+SUFFIXES = frozenset((".py", ".json", ".cpp", ".cu", ".cuh", ".h"))
+FOLDERS = ("attnreg", "backends", "csrc", "benchmarks/attnreg_benchmarks")
 MUST_RUN = """
 import importlib.util, torch, attnreg
 assert attnreg.__file__.startswith({folder!r}), attnreg.__file__
 assert importlib.util.find_spec("backends") is None, "the wheel has a package called backends"
 names = [status.name for status in attnreg.backends()]
-assert sorted(names) == ["cublas_block", "flash", "flash4", "flex", "torch", "torch_block", "triton"], names
+assert sorted(names) == {backends!r}, names
+assert all(status.backend is not None for status in attnreg.backends())
 query = torch.randn(1, 4, 256, 64)
 assert attnreg.local_attention(query, query, query, attnreg.Window.causal(3)).shape == query.shape
 decision = attnreg.explain(query, query, query, attnreg.Window.causal(3))
@@ -50,16 +46,38 @@ if library is not None:
 """
 
 
+def needed() -> set[str]:
+    """Where in the wheel each file of the tree belongs, by pyproject.toml's folders of packages."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {
+        folder: package.replace(".", "/") for package, folder in settings["tool"]["setuptools"]["package-dir"].items()
+    }
+    found = set()
+    for top in FOLDERS:
+        for path in (ROOT / top).rglob("*"):
+            if not path.is_file() or not (path.suffix in SUFFIXES or path.name == "py.typed"):
+                continue
+            folders = [str(parent.relative_to(ROOT)) for parent in path.parents if parent.is_relative_to(ROOT)]
+            folder = next((folder for folder in folders if folder in packages), None)
+            assert folder is not None, f"{path} lies in no folder that pyproject.toml's package-dir names"
+            found.add(f"{packages[folder]}/{path.relative_to(ROOT / folder)}")
+    return found
+
+
 def main(wheel: str) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    missing = [name for name in MUST_HOLD if name not in names]
+    names = set(zipfile.ZipFile(wheel).namelist())
+    missing = sorted(needed() - names)
     assert not missing, f"{wheel} lacks {missing}"
-    unwanted = [name for name in names if name.split("/")[0] in ("backends", "tests", "benchmarks", "csrc")]
+    # What is built for this platform has no counterpart in the tree.
+    unwanted = sorted(name for name in names - needed() if ".dist-info/" not in name and not name.endswith(".so"))
     assert not unwanted, f"{wheel} holds {unwanted}"
+    backends = sorted(status.name for status in attnreg.backends())
     with tempfile.TemporaryDirectory() as folder:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/site", wheel]
         subprocess.run(install, check=True)
-        code = f"import sys; sys.path.insert(0, {folder + '/site'!r})\n" + MUST_RUN.format(folder=folder)
+        code = f"import sys; sys.path.insert(0, {folder + '/site'!r})\n" + MUST_RUN.format(
+            folder=folder, backends=backends
+        )
         # -I keeps the checkout and its editable install's folder off the path; the installed wheel goes before both.
         environment = {**os.environ, "ATTNREG_CACHE_DIR": folder}
         subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=folder, env=environment)

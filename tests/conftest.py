@@ -54,6 +54,28 @@ def no_interpreter(monkeypatch):
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch, no_interpreter):
+    """The user's tables lie here, and none is shipped."""
+    from attnreg.registry import registry
+    from attnreg.tables import store
+
+    monkeypatch.setattr(store, "table_dir", lambda: tmp_path / "tables")
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    registry.tables.forget()
+    registry.look_at_tables()
+    return tmp_path / "tables"
+
+
+@pytest.fixture
+def as_set():
+    """Torch's settings are afterwards what they were."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Uninitialised memory holds NaN: an element that nobody writes shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -12,23 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 from attnreg_benchmarks import results as stored
+from attnreg_benchmarks import run as running
 from attnreg_benchmarks.backends import backends
 from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.floor import Ceilings, floor_seconds, flops, visible_pairs
 from attnreg_benchmarks.peers import PEERS
 from attnreg_benchmarks.plot import plot_results
-from attnreg_benchmarks.run import merge, run, set_stage, verify
+from attnreg_benchmarks.run import merge, run, verify
 from attnreg_benchmarks.workloads import AVERAGE, DIRECTIONS, DOT, FUSED, ON_REQUEST, WORKLOADS, select, series_of
 from reference import brute_force_visible
 from typer.testing import CliRunner
 
 from attnreg import Problem, Window
 from attnreg.cli import app
+from attnreg.device import why_unusable
 from attnreg.measuring.sizes import bytes_moved, square_problem, tensor_shapes
 from attnreg.measuring.timing import measure, measuring_stream, sets_for_cold_cache
 from attnreg.op import OPS
 from attnreg.problem import Given
 from attnreg.testing.inputs import Calls
+from attnreg.testing.stage import set_stage
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 RECORDED = sorted(
@@ -302,6 +305,26 @@ def test_a_failure_costs_only_itself():
         assert len(record.runs) == 3
         assert record.seconds == sorted(record.runs)[1]
         assert record.fraction == record.floor / record.seconds
+
+
+def test_what_follows_a_contender_that_spoils_its_device_is_not_run(monkeypatch):
+    def fail(problem, inputs):
+        raise RuntimeError("CUDA error: illegal access")
+
+    broken = replace(contender("torch"), name="broken", prepare=fail)
+    monkeypatch.setattr(running, "why_unusable", lambda device: "CUDA error: illegal access")
+    records = [*run({"a": small(DOT), "b": small(DOT)}, [broken, contender("torch_block")], ["forward"], CPU, H200)]
+    spoilt = "not run: broken left the device unusable (CUDA error: illegal access)"
+    assert [record.reason for record in records] == ["RuntimeError: CUDA error: illegal access", *[spoilt] * 3]
+
+
+def test_a_device_is_unusable_where_no_tensor_can_be_made_on_it(monkeypatch):
+    assert why_unusable("cpu") is why_unusable(CPU) is None
+    assert "nowhere" in why_unusable("nowhere")
+    monkeypatch.setattr(
+        torch, "zeros", lambda *sizes, **options: (_ for _ in ()).throw(RuntimeError("spoilt\nand more"))
+    )
+    assert why_unusable(CPU) == "spoilt"
 
 
 # The peers

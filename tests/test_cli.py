@@ -36,7 +36,7 @@ def torch_block() -> attnreg.Backend:
 @pytest.fixture
 def broken_plugin():
     registry.entries  # noqa: B018 - discovery, which would begin with no faults
-    registry._faults.append(Fault("oops", LONG_NAME, LONG_ERROR))
+    registry._faults = (*registry._faults, Fault("oops", LONG_NAME, LONG_ERROR))
     yield
     attnreg.reset()
 

@@ -18,7 +18,7 @@ from attnreg.cli.shared import (
     parse_dtype,
     parse_integers,
 )
-from attnreg.device import why_missing
+from attnreg.device import why_unusable
 from attnreg.op import ROWS
 from attnreg.plan import explain_problem
 from attnreg.problem import Problem, check, problem_of
@@ -79,7 +79,7 @@ def explain(
     )
     with backend_errors():
         typer.echo(str(explain_problem(replace(problem, device=on), backend)))
-    missing = why_missing(on)
+    missing = why_unusable(on)
     if missing is not None:
         typer.echo(f"note: this machine has no device {str(on)!r} to put tensors on: {missing}", err=True)
 
@@ -129,7 +129,8 @@ def _describe(
     row = ROWS[op]
     try:
         tensors = [tensor(dtype, *(sizes[letter] for letter in dims)) for dims in row.tensors.values()]
-        given: dict[str, object] = {}
+        # A number decides nothing, whichever it is.
+        given: dict[str, object] = {argument.name: 1.0 for argument in row.arguments if argument.required}
         if bias:
             given["bias"] = tensor(dtype, heads, 1, window.size)
         if key_lengths:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attnreg.backend import BackendError
-from attnreg.device import why_missing
+from attnreg.device import why_unusable
 from attnreg.drawing import MissingMatplotlib
 from attnreg.op import OPS
 from attnreg.problem import dtype_name
@@ -29,7 +29,9 @@ DeviceOption = Annotated[
 BackendOption = Annotated[
     str | None,
     typer.Option(
-        "--backend", metavar="NAME", help="Force this backend. Default: that of ATTNREG_BACKEND, else attnreg chooses."
+        "--backend",
+        metavar="NAME",
+        help="Ask for this backend. Default: that of ATTNREG_BACKEND, else attnreg chooses.",
     ),
 ]
 
@@ -73,7 +75,7 @@ def parse_device(name: str | None) -> torch.device:
 
 def check_device(device: torch.device) -> None:
     """Refuse a device that no tensor can be put on."""
-    missing = why_missing(device)
+    missing = why_unusable(device)
     if missing is not None:
         raise typer.BadParameter(f"cannot put tensors on {str(device)!r}: {missing}", param_hint="--device")
 

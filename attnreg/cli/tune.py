@@ -1,11 +1,15 @@
-"""``attnreg tune``: what it does is :mod:`attnreg.tuning.command`."""
+"""``attnreg tune``: its options, and what it shows; the measuring is :mod:`attnreg.tuning`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
 
 from attnreg.cli.shared import (
     ALL_OPS,
@@ -17,7 +21,15 @@ from attnreg.cli.shared import (
     parse_dtype,
     parse_integers,
     plot_errors,
+    progress_bar,
 )
+from attnreg.tables.call import kinds
+from attnreg.tables.store import pinned
+from attnreg.tables.table import Table
+
+# What measures is imported where it is asked for: the other commands do without.
+if TYPE_CHECKING:
+    from attnreg.tuning.tune import Step
 
 
 def tune(
@@ -72,8 +84,8 @@ def tune(
     Each candidate runs in a child process, is compared with float64 first, and timed with a cold cache. The table lies in
     the user's cache directory (ATTNREG_CACHE_DIR). Ctrl-C keeps what was measured. ATTNREG_TABLE=FILE pins a table instead.
     """
-    # Not before it is asked for: the other commands do without.
-    from attnreg.tuning import command
+    from attnreg.tuning import plot as plotting
+    from attnreg.tuning import writing
 
     on = parse_device(device)
     if sum(given is not None for given in (plot, export, import_)) > 1:
@@ -95,25 +107,80 @@ def tune(
         )
     if import_ is not None:
         with bad_value_of("--import"):
-            merged, not_used_here = command.import_table(import_)
+            merged, not_used_here = writing.import_table(import_)
         typer.echo(f"merged into {merged}")
         for reason in not_used_here:
             typer.echo(f"calls on this machine do not go by it: {reason}")
     elif export is not None:
         with bad_value_of("--export"):
-            command.export_table(on, export)
+            writing.export_table(on, export)
         typer.echo(f"table: {export}")
     elif plot is not None:
         with plot_errors():
-            command.plot_table(on, plot, batch=batch, **options)
+            plotting.plot_table(on, plot, batch=batch, **options)
         typer.echo(f"plot: {plot}")
     else:
         check_device(on)
         with bad_value_of(None):
-            command.tune_table(on, batch=batch, seconds=seconds, console=new_console(), **options)
+            _tune(on, batch=batch, seconds=seconds, console=new_console(), **options)
 
 
 def _heads(given: str) -> tuple[int, int]:
     names = ("H", "HKV") if "," in given else ("H",)
     numbers = parse_integers(given, "--heads", names)
     return numbers[0], numbers[-1]
+
+
+def _tune(device: torch.device, *, console: Console, **options: Any) -> None:
+    """Tune with a progress bar, then show the winners, and where the table lies."""
+    from attnreg.measuring.steadiness import DISTURBED_FROM
+    from attnreg.tuning.tune import tune as measure
+
+    with progress_bar(console) as progress:
+        bar = progress.add_task("measuring")
+
+        def show(step: Step) -> None:
+            progress.update(
+                bar,
+                completed=step.done,
+                total=step.total,
+                description=f"{step.problem.op} {step.problem.window} {step.backend}",
+            )
+
+        found = measure(device=device, progress=show, **options)
+    if found.interrupted:
+        console.print("interrupted; what was measured until here is kept", highlight=False)
+    if found.path is None:
+        console.print("nothing was measured: no backend can run any of these calls", highlight=False)
+        return
+    _print_winners(found.table, console)
+    console.print(f"table: {found.path}", highlight=False, soft_wrap=True)
+    if found.disturbed:
+        console.print(
+            f"measured while something else used the device, as a copy took {DISTURBED_FROM} times its usual time or more; "
+            "better measured again:",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for call, name in found.disturbed:
+            (kind,) = kinds([call])
+            console.print(f"  {name}: {kind} W={call.window.size}", highlight=False, soft_wrap=True)
+    pin = pinned()
+    if pin is not None:
+        console.print(f"calls do not go by it: ATTNREG_TABLE pins {pin}", highlight=False, soft_wrap=True)
+
+
+def _print_winners(table: Table, console: Console) -> None:
+    for kind, calls in kinds(table.rows).items():
+        console.print(f"\n{kind}", highlight=False, soft_wrap=True)
+        grid = Grid(box=None, pad_edge=False, padding=(0, 2))
+        for heading in ("W", "fastest", "ms", "next"):
+            grid.add_column(heading, justify="right" if heading in ("W", "ms") else "left", no_wrap=True)
+        for call in calls:
+            figures = table.rows[call].items()
+            timed = sorted((figure.seconds, name) for name, figure in figures if figure.seconds is not None)
+            first = (timed[0][1], f"{timed[0][0] * 1e3:.4g}") if timed else ("none", "-")
+            second = f"{timed[1][1]} {timed[1][0] / timed[0][0]:.2f}x" if len(timed) > 1 else ""
+            grid.add_row(str(call.window.size), *map(Text, (*first, second)))
+        console.print(grid)
+    console.print()

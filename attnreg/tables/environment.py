@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import platform
@@ -10,11 +9,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from attnreg.backend import THIS_PROCESS, Entry
+from attnreg.memo import asked_once
 from attnreg.packages import package_version
+from attnreg.precision import reduced_precision
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Environment:
         threads: torch's threads where the device is a CPU, else None.
         backends: the distribution that each backend came from, with its version and that of the library that it calls, by the
             backend's name.
+        float32: in what less than float32 torch was allowed to compute float32 products, such as "tf32"; None for nothing less.
     """
 
     device: Device
@@ -54,24 +57,39 @@ class Environment:
     driver: str | None = None
     threads: int | None = None
     backends: Mapping[str, str] = field(default_factory=dict)
+    float32: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The environment as JSON; without ``float32`` where that is None, as in tables older than it."""
+        written = asdict(self)
+        if self.float32 is None:
+            del written["float32"]
+        return written
 
     @property
     def file_name(self) -> str:
         """One name for each environment, told apart by what it holds."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:10]
         return f"{re.sub(r'[^a-z0-9]+', '-', self.device.name.lower()).strip('-')}-{digest}.json"
 
-    def hard_mismatches(self, here: Environment) -> tuple[str, ...]:
-        """Why figures from this environment say nothing ``here``: another device, or other kernels of attnreg."""
+    def hard_mismatches(self, here: Environment, *, of_float32: bool) -> tuple[str, ...]:
+        """Why figures from this environment say nothing ``here``: another device, or other kernels of attnreg.
+
+        ``of_float32`` is for figures of float32 calls: those of products in less, such as TF32, are of a class of their own.
+        """
         found = []
         if self.device != here.device:
             found.append(f"it was measured on {self.device}, this is {here.device}")
         if _release(self.attnreg) != _release(here.attnreg):
             found.append(f"it was measured with attnreg {self.attnreg}, this is {here.attnreg}")
+        if of_float32 and self.float32 not in (None, here.float32):
+            found.append(
+                f"for float32, it was measured with products in {self.float32}, here {here.float32 or 'float32'}"
+            )
         return tuple(found)
 
-    def soft_mismatches(self, here: Environment) -> tuple[str, ...]:
-        """What differs ``here`` and may move a figure a little."""
+    def soft_mismatches(self, here: Environment, *, of_float32: bool) -> tuple[str, ...]:
+        """What differs ``here`` and may move a figure; ``of_float32`` as in :meth:`hard_mismatches`."""
         names = ("attnreg", "torch", "triton", "driver", "threads")
         pairs = [(name, getattr(self, name), getattr(here, name)) for name in names]
         pairs += [
@@ -79,6 +97,8 @@ class Environment:
             for name, source in self.backends.items()
             if name in here.backends
         ]
+        if of_float32:
+            pairs.append(("products in", self.float32 or "float32", here.float32 or "float32"))
         return tuple(f"{name} {was}, here {now}" for name, was, now in pairs if was != now)
 
 
@@ -92,6 +112,7 @@ def environment(device: torch.device, entries: Iterable[Entry]) -> Environment:
         driver=driver() if device.type == "cuda" else None,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
         backends=_sources(entries),
+        float32=reduced_precision(device.type),
     )
 
 
@@ -108,7 +129,7 @@ def _sources(entries: Iterable[Entry]) -> dict[str, str]:
     return found
 
 
-@functools.lru_cache(maxsize=64)
+@asked_once
 def describe(type: str, index: int | None) -> Device:
     """The hardware behind a torch device; a device that is not there has its type for a name."""
     if type == "cuda" and torch.cuda.is_available() and (index or 0) < torch.cuda.device_count():
@@ -129,7 +150,7 @@ def cpu_name() -> str:
         return platform.machine()
 
 
-@functools.cache
+@asked_once
 def driver() -> str | None:
     """The NVIDIA driver's version: a file of the kernel module says it, without a child process."""
     try:

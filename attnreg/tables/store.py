@@ -8,26 +8,26 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from attnreg.backend import Entry
+from attnreg.environ import variables
 from attnreg.measured import Measured
 from attnreg.paths import cache_dir
+from attnreg.precision import reduced_precision
 from attnreg.problem import Problem
 from attnreg.tables.environment import Environment, environment
-from attnreg.tables.lookup import Stored, measured
+from attnreg.tables.lookup import Rows, Stored, measured
 from attnreg.tables.table import Table, TableError, TableText
 
 logger = logging.getLogger("attnreg")
 
 SHIPPED = Path(__file__).parent / "shipped"
-# What :func:`table_dir` hangs on. The dictionary under os.environ answers in 0.02 us, os.environ.get() in 0.7 us.
-_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+# What :func:`table_dir` hangs on.
 _FOLDER_KEYS = (b"ATTNREG_CACHE_DIR", b"XDG_CACHE_HOME", b"HOME")
 _PIN_KEY = b"ATTNREG_TABLE"
 # A folder that was changed so recently may change once more without its time saying so.
@@ -59,10 +59,10 @@ def load(path: Path) -> Table:
 
 @dataclass(frozen=True)
 class _Here:
-    """The tables for one device, and by what they were chosen."""
+    """The tables for one device, for float32 calls or for all others, and by what they were chosen."""
 
     stamp: Hashable
-    threads: int
+    settings: tuple[object, ...]
     entries: tuple[Entry, ...]
     stored: tuple[Stored, ...]
     problems: tuple[str, ...]
@@ -81,7 +81,7 @@ class Tables:
         self._texts: dict[str, tuple[_Status, TableText | TableError]] = {}
         self._folders: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {}
         self._own: tuple[tuple[object, ...], str] | None = None
-        self._here: dict[tuple[str, int | None], _Here] = {}
+        self._here: dict[tuple[str, int | None, bool], _Here] = {}
         # What was logged already.
         self._reported: set[str] = set()
         self.changed()
@@ -97,81 +97,93 @@ class Tables:
         self.changed()
 
     def stamp(self) -> Hashable:
-        """What changes when a table does by which this process chooses, whoever writes it and however. Costs microseconds."""
-        pin = _environment.get(_PIN_KEY)
+        """What changes when the tables do by which this process chooses, whoever writes one and however, or their order.
+
+        Costs microseconds.
+        """
+        pin = variables.get(_PIN_KEY)
         own = (os.fsdecode(pin),) if pin else self._files(self._own_folder(), [])
-        found: list[object] = [self._changes]
+        # What the order of the tables hangs on, of torch's settings.
+        found: list[object] = [self._changes, torch.get_num_threads(), *map(reduced_precision, ("cpu", "cuda"))]
         for path in (*own, *self._files(str(SHIPPED), [])):
             found += (path, _status(path))
         return tuple(found)
 
     def measured(
-        self, problem: Problem, entries: Sequence[Entry], stamp: Hashable | None = None
+        self,
+        problem: Problem,
+        entries: Sequence[Entry],
+        stamp: Hashable | None = None,
+        of: Problem | None = None,
     ) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
         """What the tables say of ``problem``, the first to be asked first, and what is wrong with those that are not used.
 
-        What is wrong is logged, too, once: a call goes on without the table. ``stamp`` is that of just now, if it is at hand.
+        What is wrong is logged, too, once: a call goes on without the table. ``stamp`` is that of just now, if it is at hand,
+        and ``of`` the call that ``problem`` stands for, if it does for another.
         """
         while True:
-            here = self._for(problem.device, tuple(entries), self.stamp() if stamp is None else stamp)
+            here = self._for(problem, tuple(entries), self.stamp() if stamp is None else stamp)
             try:
-                return measured(problem, here.stored), here.problems
+                return measured(problem, here.stored, of), here.problems
             except TableError:  # found only now; the table counts for nothing from here on
                 self._here.clear()
 
-    def stored(self, here: Environment) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
+    def stored(self, here: Environment, *, of_float32: bool) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
         """The tables that say something of this environment, best first, and what is wrong with the others.
 
-        The pinned one, or the user's own, those nearest in versions first; then those shipped for such a device.
+        The pinned one, or the user's own, those nearest in versions first; then those shipped for such a device. ``of_float32``
+        is whether float32 calls are asked for; see ``Environment.hard_mismatches``.
         """
         found: list[Stored] = []
         problems: list[str] = []
+
+        def keep(source: str, name: str, table: Rows, *remarks: str) -> None:
+            differences = table.environment.soft_mismatches(here, of_float32=of_float32)
+            found.append(Stored(table, source, name, (*remarks, *differences)))
+
         pin = pinned()
-        for path in [str(pin)] if pin is not None else self._files(self._own_folder(), problems):
-            name = os.path.basename(path)
-            try:
-                table = self._text(path)
-            except TableError as error:
-                problems.append(f"the table {name} is not used: {error}")
-                continue
-            hard = table.environment.hard_mismatches(here)
-            if hard:
-                # Tables of other devices lie in the same folder by right.
-                if pin is not None or table.environment.device == here.device:
-                    problems.append(f"the table {name} is not used: {'; '.join(hard)}")
-                continue
-            found.append(Stored(table, "tuned", name, table.environment.soft_mismatches(here)))
+        own = [str(pin)] if pin is not None else self._files(self._own_folder(), problems)
+        for name, table in self._readable(own, "table", problems):
+            hard = table.environment.hard_mismatches(here, of_float32=of_float32)
+            if not hard:
+                keep("tuned", name, table)
+            # Tables of other devices lie in the same folder by right.
+            elif pin is not None or table.environment.device == here.device:
+                problems.append(f"the table {name} is not used: {'; '.join(hard)}")
         if pin is None:
-            found += [
-                Stored(unwritten, "tuned", f"{name} (in this process)", unwritten.environment.soft_mismatches(here))
-                for name, unwritten in self._unwritten.items()
-                if not unwritten.environment.hard_mismatches(here)
-            ]
+            for name, unwritten in self._unwritten.items():
+                if not unwritten.environment.hard_mismatches(here, of_float32=of_float32):
+                    keep("tuned", f"{name} (in this process)", unwritten)
         found.sort(key=lambda each: len(each.remarks))
-        for path in self._files(str(SHIPPED), problems):
-            name = os.path.basename(path)
-            try:
-                table = self._text(path)
-            except TableError as error:
-                problems.append(f"the shipped table {name} is not used: {error}")
-                continue
+        for name, table in self._readable(self._files(str(SHIPPED), problems), "shipped table", problems):
             theirs = table.environment.device
             # Shipped for a class of devices: all CPUs, and all GPUs of that capability.
             if theirs.type == here.device.type and (
                 theirs.type == "cpu" or theirs.capability == here.device.capability
             ):
-                remarks = table.environment.soft_mismatches(here)
-                other = (f"measured on {theirs}",) if theirs != here.device else ()
-                found.append(Stored(table, "shipped", name, (*other, *remarks)))
+                keep("shipped", name, table, *((f"measured on {theirs}",) if theirs != here.device else ()))
         return tuple(found), tuple(problems)
 
-    def _for(self, device: torch.device, entries: tuple[Entry, ...], stamp: Hashable) -> _Here:
-        threads = torch.get_num_threads()
-        here = self._here.get((device.type, device.index))
-        if here is None or here.stamp != stamp or here.threads != threads or here.entries != entries:
-            here = _Here(stamp, threads, entries, *self.stored(environment(device, entries)))
+    def _readable(self, paths: Iterable[str], kind: str, problems: list[str]) -> Iterator[tuple[str, TableText]]:
+        """The tables in these files, each with the file's name; why one cannot be read is added to ``problems``."""
+        for path in paths:
+            name = os.path.basename(path)
+            try:
+                table = self._text(path)
+            except TableError as error:
+                problems.append(f"the {kind} {name} is not used: {error}")
+            else:
+                yield name, table
+
+    def _for(self, problem: Problem, entries: tuple[Entry, ...], stamp: Hashable) -> _Here:
+        device, of_float32 = problem.device, problem.dtype is torch.float32
+        settings = (torch.get_num_threads(), reduced_precision(device.type) if of_float32 else None)
+        key = (device.type, device.index, of_float32)
+        here = self._here.get(key)
+        if here is None or here.stamp != stamp or here.settings != settings or here.entries != entries:
+            stored = self.stored(environment(device, entries), of_float32=of_float32)
+            here = self._here[key] = _Here(stamp, settings, entries, *stored)
             self.report(here.problems)
-            self._here[device.type, device.index] = here
         return here
 
     def report(self, problems: Iterable[str]) -> None:
@@ -182,7 +194,7 @@ class Tables:
                 logger.warning("attnreg: %s", problem)
 
     def _own_folder(self) -> str:
-        key = (table_dir, *[_environment.get(each) for each in _FOLDER_KEYS])
+        key = (table_dir, *[variables.get(each) for each in _FOLDER_KEYS])
         if self._own is None or self._own[0] != key:
             self._own = (key, str(table_dir()))
         return self._own[1]

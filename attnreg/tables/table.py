@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,23 +93,29 @@ class TableText:
             _check_text(self.environment.attnreg, self.environment.torch, *asdict(self.environment.device).values())
             if not isinstance(self.environment.backends, dict):
                 raise TypeError("the environment's backends are no object")
-        self._rows = _row_texts(text) if given["format"] == FORMAT else None
+        self._format = given["format"]
 
     def of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
         """The rows of an op, in these dtypes, with or without gradients, in the order of the file."""
         with self._keeping_fault():
-            if self._rows is None:
+            if self._row_texts is None:
                 return self._whole().of_kind(op, dtypes, needs_grad)
             begins = tuple(f'{{"op": "{op}", "dtype": "{dtype_name(dtype)}", ' for dtype in dtypes)
-            holds = f'"needs_grad": {json.dumps(needs_grad)}'
-            rows = [text for text in self._rows if text.startswith(begins)]
-            rows = [text for text in rows if holds in text.partition(_CANDIDATES)[0]]
-            return [self._row(_parsed(f"{_CALL}{text}")) for text in rows]
+            other = f'"needs_grad": {json.dumps(not needs_grad)}'
+            texts = [text for text in self._row_texts if text.startswith(begins) or not _BEGIN.match(text)]
+            texts = [text for text in texts if other not in text.partition(_CANDIDATES)[0]]
+            rows = dict(self._row(_parsed(f"{_CALL}{text}")) for text in texts)
+            # One that is written otherwise shows its kind only now.
+            return Table(self.environment, rows).of_kind(op, dtypes, needs_grad)
 
     def whole(self) -> Table:
         """The whole table."""
         with self._keeping_fault():
             return self._whole()
+
+    @cached_property
+    def _row_texts(self) -> list[str] | None:
+        return _row_texts(self._text) if self._format == FORMAT else None
 
     def _whole(self) -> Table:
         given = _parsed(self._text)
@@ -133,17 +141,21 @@ class TableText:
 
 
 # How the rows of a file are laid out.
-_CALL = '{"call": '
-_CANDIDATES = ', "candidates": '
+_CALL, _CANDIDATES = '{"call": ', ', "candidates": '
+_BEGIN = re.compile(r'{"op": "\w+", "dtype": "\w+", ')
 _BEFORE_ROWS, _BETWEEN_ROWS, _AFTER_ROWS = '"rows": [\n    ', ",\n    ", "\n  ]\n}\n"
 
 
 def _row_texts(text: str) -> list[str] | None:
-    """Of each row what follows ``_CALL``; None where the file is laid out otherwise. No text in JSON holds a line break."""
+    """Of each row what follows ``_CALL``; None where the file is laid out otherwise.
+
+    No text in JSON holds a line break, nor a quotation mark without a backslash.
+    """
     _, found, rows = text.partition(f"{_BEFORE_ROWS}{_CALL}")
     if not found or not rows.endswith(_AFTER_ROWS):
         return None
-    return rows.removesuffix(_AFTER_ROWS).split(f"{_BETWEEN_ROWS}{_CALL}")
+    texts = rows.removesuffix(_AFTER_ROWS).split(f"{_BETWEEN_ROWS}{_CALL}")
+    return texts if len(texts) == text.count('"call"') else None
 
 
 def to_json(table: Table) -> str:
@@ -153,7 +165,7 @@ def to_json(table: Table) -> str:
         lines = [f"{json.dumps(name)}: {json.dumps(_written(figure))}" for name, figure in sorted(figures.items())]
         listed = ",\n      ".join(lines)
         rows.append(f"{_CALL}{json.dumps(call_to_json(call))}{_CANDIDATES}{{\n      {listed}}}}}")
-    environment = json.dumps(asdict(table.environment), indent=2).replace("\n", "\n  ")
+    environment = json.dumps(table.environment.to_json(), indent=2).replace("\n", "\n  ")
     head = f'{{\n  "format": {FORMAT},\n  "environment": {environment},\n  '
     return f"{head}{_BEFORE_ROWS}{_BETWEEN_ROWS.join(rows)}{_AFTER_ROWS}"
 

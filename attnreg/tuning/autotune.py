@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ from attnreg.backend import refusals
 from attnreg.problem import Problem
 from attnreg.registry import registry
 from attnreg.tables.call import as_measured
-from attnreg.tables.environment import environment
+from attnreg.tables.environment import Environment, environment
 from attnreg.tables.lookup import Rows, same_class
 from attnreg.tables.store import pinned
 from attnreg.tables.table import Table, TableError
@@ -19,7 +20,8 @@ from attnreg.testing.oracle import knows
 from attnreg.tuning.tune import SAMPLING_SECONDS, measure_all
 from attnreg.tuning.writing import keep
 
-_one_at_a_time = threading.Lock()
+# A backend that is measured in this process may make calls of its own, and these be measured first.
+_one_at_a_time = threading.RLock()
 
 
 def tune_on_first_use(problem: Problem) -> bool:
@@ -38,8 +40,9 @@ def tune_on_first_use(problem: Problem) -> bool:
         entries = registry.entries
         names = {entry.backend.name for entry in entries if not refusals(entry.backend, problem)}
         here = environment(problem.device, entries)
-        own = [each.table for each in registry.tables.stored(here)[0] if each.source == "tuned"]
-        if len(names) < 2 or _is_known(problem, names, own):
+        stored, _ = registry.tables.stored(here, of_float32=problem.dtype is torch.float32)
+        own = [each.table for each in stored if each.source == "tuned"]
+        if len(names) < 2 or _is_known(problem, names, own, here):
             return True
         figures = {step.backend: step.figure for step in measure_all([problem], seconds=SAMPLING_SECONDS)}
         fault = keep(Table(here, {as_measured(problem): figures}))
@@ -48,8 +51,10 @@ def tune_on_first_use(problem: Problem) -> bool:
     return True
 
 
-def _is_known(problem: Problem, names: set[str], own: list[Rows]) -> bool:
+def _is_known(problem: Problem, names: set[str], own: list[Rows], here: Environment) -> bool:
     for table in own:
+        if problem.dtype is torch.float32 and table.environment.float32 != here.float32:
+            continue
         with suppress(TableError):  # found to be none only now: it is told when a plan is made
             rows = table.of_kind(problem.op, frozenset((problem.dtype,)), problem.needs_grad)
             if any(same_class(call, problem) and names <= figures.keys() for call, figures in rows):
@@ -61,3 +66,12 @@ def _would_do_harm(device: torch.device) -> bool:
     if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _after_fork() -> None:
+    """In a forked child: a thread that was measuring is not there to finish."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

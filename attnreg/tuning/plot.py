@@ -4,16 +4,70 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from attnreg.backend import BackendError
+from attnreg.dispatch import choose
 from attnreg.drawing import check_picture, latency_axes
+from attnreg.measured import Measured
 from attnreg.problem import Problem
-from attnreg.tables.call import kinds
+from attnreg.registry import registry
+from attnreg.tables.call import group, kinds
 from attnreg.tables.table import Table
+from attnreg.tuning.writing import own_table
 
 # Panels side by side.
 MOST_ACROSS = 6
+
+
+def plot_table(
+    device: torch.device,
+    path: Path,
+    *,
+    batch: int = 1,
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    head_dims: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+    windows: Sequence[int] | None = None,
+    gradients: Sequence[bool] | None = None,
+    backends: Sequence[str] | None = None,
+) -> None:
+    """Draw what the user has measured for ``device``, or what is shipped where that is nothing: all, or these calls of it.
+
+    Raises:
+        ValueError: there is no table, or none of these calls in it.
+    """
+    whole = own_table(device, shipped=True)
+
+    def fits(call: Problem) -> bool:
+        shapes = None if heads is None else [(batch * query, query // kv) for query, kv in heads]
+        asked = (
+            (ops, call.op),
+            (dtypes, call.dtype),
+            (head_dims, call.head_dim or call.value_dim),
+            (lengths, call.key_length),
+            (shapes, (call.heads, group(call))),
+            (windows, call.window.size),
+            (gradients, call.needs_grad),
+        )
+        return all(wanted is None or given in wanted for wanted, given in asked)
+
+    table = Table(whole.environment, {call: figures for call, figures in whole.rows.items() if fits(call)})
+    if not table.rows:
+        raise ValueError("the table has none of these calls")
+    chosen = {}
+    for call, figures in table.rows.items():
+        with suppress(BackendError):  # none that can run it here: none is chosen
+            measured = [Measured("tuned", figures)]
+            decision = choose(call, registry.entries, failed=registry.failed, measured=measured)
+            chosen[call] = decision.backend
+    plot(table, chosen, path, backends)
 
 
 def plot(table: Table, chosen: Mapping[Problem, str], path: Path, backends: Sequence[str] | None = None) -> None:

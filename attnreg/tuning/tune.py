@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from attnreg.backend import THIS_PROCESS, Entry, refusals
-from attnreg.device import why_missing
+from attnreg.device import why_unusable
 from attnreg.measured import Figure
 from attnreg.measuring.sizes import square_problem
 from attnreg.measuring.steadiness import disturbed
@@ -23,7 +23,7 @@ from attnreg.registry import registry
 from attnreg.tables.call import as_measured
 from attnreg.tables.environment import environment
 from attnreg.tables.table import Table
-from attnreg.tuning.candidate import Measurement, failed, forget_stage, measure_candidate, why_unusable
+from attnreg.tuning.candidate import Measurement, failed, forget_stage, measure_candidate
 from attnreg.tuning.worker import Worker
 from attnreg.tuning.writing import check_writable, save
 from attnreg.window import Window
@@ -96,7 +96,7 @@ def tune(
     only itself; it is recorded with its reason. Backends that were registered in this process alone run in it. A result
     is compared with float64 first, and a wrong one gets no time. What seems to have been measured while something else used
     the device is measured once more, and named where that does not help. What is measured is kept every few seconds, and
-    at the end, however that comes.
+    at the end, however that comes. Torch's threads and the precision of float32 products are this process', and the table's.
 
     Args:
         ops: which ops.
@@ -219,7 +219,7 @@ def grid(
 def _device(given: torch.device | str | None) -> torch.device:
     if given is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    missing = why_missing(given)
+    missing = why_unusable(given)
     if missing is not None:
         raise ValueError(f"tune: device {str(given)!r} is not to be had: {missing}")
     return torch.device(given)

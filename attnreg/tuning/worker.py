@@ -17,10 +17,13 @@ from dataclasses import asdict
 
 import torch
 
+from attnreg.device import why_unusable
 from attnreg.measured import Figure
+from attnreg.measuring.failure import first_line
 from attnreg.problem import Problem
 from attnreg.tables.call import call_from_json, call_to_json
-from attnreg.tuning.candidate import Measurement, failed, first_line, measure_candidate, why_unusable
+from attnreg.tuning.candidate import Measurement, failed, measure_candidate
+from attnreg.tuning.settings import settings, take_over
 
 # A candidate may compile for that long; one that takes longer is given up.
 LONGEST_SECONDS = 300.0
@@ -38,12 +41,13 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def measure(self, problem: Problem, backend: str, seconds: float) -> Measurement:
-        """As ``measure_candidate``, in the child."""
+        """As ``measure_candidate``, in the child, under this process' settings."""
         order = {
             "problem": call_to_json(problem),
             "device": str(problem.device),
             "backend": backend,
             "seconds": seconds,
+            "settings": settings(),
         }
         process = self._process or self._start()
         assert process.stdin is not None
@@ -112,6 +116,7 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         device = torch.device(order["device"])
+        take_over(order["settings"])
         try:
             found = measure_candidate(call_from_json(order["problem"], device), order["backend"], order["seconds"])
         except SystemExit as error:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from attnreg import Problem
-from attnreg.measuring.sizes import bytes_moved
-from attnreg.measuring.timing import Call, Timing, measure, measuring_stream, sets_for_cold_cache
-from attnreg.testing.checking import Expected, Verdict, check, expectations
-from attnreg.testing.inputs import Inputs, random_inputs
+from attnreg.device import why_unusable
+from attnreg.measuring.failure import first_line, release
+from attnreg.measuring.timing import Call, Timing, measure, measuring_stream
+from attnreg.testing.checking import Verdict, check
+from attnreg.testing.stage import Stage, set_stage
 from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.floor import Ceilings, floor_seconds
 
@@ -56,24 +55,6 @@ class Record:
     def fraction(self) -> float | None:
         """``floor / seconds``: 1.0 is the physical limit."""
         return None if self.seconds is None else self.floor / self.seconds
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """What all contenders for one call share: as many sets of inputs as make the cache cold, and the truth on the first."""
-
-    problem: Problem
-    sets: tuple[Inputs, ...]
-    expected: tuple[Expected, ...]
-
-
-def set_stage(problem: Problem, seed: int = 0) -> Stage:
-    """Random inputs for a call on its device, and what is true of them."""
-    generator = torch.Generator(problem.device).manual_seed(seed)
-    with measuring_stream(problem.device):
-        count = sets_for_cold_cache(bytes_moved(problem, "forward"), problem.device)
-        sets = tuple(random_inputs(problem, generator) for _ in range(count))
-        return Stage(problem, sets, expectations(problem, sets[0]))
 
 
 def verify(stage: Stage, contender: Contender, direction: str) -> Verdict:
@@ -122,8 +103,9 @@ def run(
                         record = replace(record, reason=unusable)
                     elif record.reason is None:
                         record = _measured(record, stage, contender, direction)
-                        if record.reason is not None:
-                            unusable = _why_unusable(device, contender)
+                        fault = why_unusable(device) if record.reason is not None else None
+                        if fault is not None:
+                            unusable = f"not run: {contender.name} left the device unusable ({fault})"
                     # Later repetitions keep the errors, and whatever stands against a time.
                     settled[key] = replace(record, seconds=None, spread=None, runs=(), method=None)
                     yield record
@@ -163,10 +145,10 @@ def _measured(record: Record, stage: Stage | str, contender: Contender, directio
         timing = clock(stage, contender, direction)
     # Whatever a contender raises is its own affair.
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)
     else:
         return replace(record, seconds=timing.median, spread=timing.spread, runs=(timing.median,), method=timing.method)
-    _release()  # not before the traceback, and with it the contender's tensors, is gone
+    release()  # not before the traceback, and with it the contender's tensors, is gone
     return replace(record, reason=reason)
 
 
@@ -175,27 +157,4 @@ def _try_to_set_stage(problem: Problem, seed: int) -> Stage | str:
     try:
         return set_stage(problem, seed)
     except (RuntimeError, MemoryError) as error:
-        return f"its inputs cannot be made: {_first_line(error)}"
-
-
-def _why_unusable(device: torch.device, contender: Contender) -> str | None:
-    """Why nothing more can run on the device after ``contender`` failed; None where it can."""
-    if device.type != "cuda":
-        return None
-    try:
-        torch.cuda.synchronize(device)
-        torch.zeros(1, device=device).item()
-    except RuntimeError as error:
-        return f"not run: {contender.name} left the device unusable ({_first_line(error)})"
-    return None
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        with suppress(RuntimeError):  # a device that has become unusable is told by _why_unusable
-            torch.cuda.empty_cache()
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        return f"its inputs cannot be made: {first_line(error)}"

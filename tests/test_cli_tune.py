@@ -1,0 +1,95 @@
+"""``attnreg tune``, and what it draws, exports and imports."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tabled import CPU, here, problem, run, table_of
+
+from attnreg.measured import Figure
+from attnreg.tables import store
+from attnreg.tables.call import as_measured
+from attnreg.tables.environment import Device
+from attnreg.tables.table import Table
+from attnreg.tuning import plot as plotting
+from attnreg.tuning import writing
+
+
+def test_the_command_tunes_exports_imports_and_plots(folder, tmp_path):
+    sizes = ("--op", "local_dot_product", "--dtype", "float32", "--head-dim", "8", "--length", "64", "--heads", "2,1")
+    result = run(*sizes, "--window", "4", "--window", "8", "--seconds", "0.01", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "torch_block" in result.output
+    exported = tmp_path / "exported.json"
+    assert run("--export", str(exported), "--device", "cpu").exit_code == 0
+    (path,) = folder.glob("*.json")
+    before = store.load(path).rows
+    path.unlink()
+    assert run("--import", str(exported)).exit_code == 0
+    assert store.load(path).rows == before
+    assert run("--plot", str(tmp_path / "p.png"), "--device", "cpu").exit_code == 0
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_an_imported_table_of_another_device_is_kept_and_said_not_to_count_here(folder, tmp_path):
+    table = table_of({"torch": 1.0, "torch_block": 2.0})
+    foreign = Table(replace(table.environment, device=Device("cpu", "Another CPU", "AVX9")), table.rows)
+    writing.write(foreign, tmp_path / "foreign.json")
+    result = run("--import", str(tmp_path / "foreign.json"))
+    assert result.exit_code == 0, result.output
+    assert "calls on this machine do not go by it: it was measured on Another CPU (AVX9)" in result.output
+    assert store.load(folder / foreign.environment.file_name) == foreign
+
+
+def test_the_plot_marks_what_is_chosen_a_tie_by_rank(folder, tmp_path, monkeypatch):
+    marked = {}
+    monkeypatch.setattr(plotting, "plot", lambda table, chosen, *_: marked.update(chosen))
+    near = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.02, spread=0.1)}
+    far = {"torch": Figure(seconds=1.0, spread=0.1), "torch_block": Figure(seconds=1.2, spread=0.1)}
+    keys = as_measured(problem(4)), as_measured(problem(8))
+    writing.save(Table(here(), dict(zip(keys, (near, far)))))
+    plotting.plot_table(CPU, tmp_path / "p.png")
+    assert marked == dict(zip(keys, ("torch_block", "torch")))
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [
+        ({}, {4, 8, 16}),
+        ({"windows": [4, 8]}, {4, 8}),
+        ({"gradients": [True]}, {16}),
+        ({"ops": ["local_attention"], "dtypes": [torch.float32], "head_dims": [8], "lengths": [64]}, {4, 8, 16}),
+        ({"heads": [(2, 1)]}, {4, 8}),
+        ({"batch": 2, "heads": [(2, 2)]}, {16}),
+    ],
+)
+def test_the_plot_shows_the_calls_that_are_asked_for(folder, tmp_path, monkeypatch, asked, drawn):
+    shown = []
+    monkeypatch.setattr(plotting, "plot", lambda table, *_: shown.extend(call.window.size for call in table.rows))
+    figures = {"torch": Figure(seconds=1.0), "torch_block": Figure(seconds=2.0)}
+    problems = (problem(4), problem(8), problem(16, heads=4, kv_heads=4, grad=True))
+    writing.save(Table(here(), {as_measured(each): figures for each in problems}))
+    plotting.plot_table(CPU, tmp_path / "p.png", **asked)
+    assert set(shown) == drawn
+    with pytest.raises(ValueError, match="the table has none of these calls"):
+        plotting.plot_table(CPU, tmp_path / "p.png", windows=[5])
+
+
+def test_whole_tables_are_exported_and_imported(folder, tmp_path):
+    writing.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    result = run("--export", str(tmp_path / "x.json"), "--device", "cpu", "--window", "4")
+    assert result.exit_code == 2
+    assert "--export and --import take whole tables" in result.output
+
+
+def test_the_command_refuses_what_is_no_table(folder, tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    result = run("--import", str(tmp_path / "x.json"))
+    assert result.exit_code == 2
+    assert 'it has no "format"' in result.output
+    assert not folder.exists()
+    result = run("--export", str(tmp_path / "y.json"), "--device", "cpu")
+    assert "there is no table for" in result.output
+    assert not (tmp_path / "y.json").exists()

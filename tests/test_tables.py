@@ -1,0 +1,618 @@
+"""Tables of measured times: what they hold, what is chosen by them, which entry serves a call, and what is shipped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, replace
+from importlib import metadata
+
+import pytest
+import torch
+from tabled import (
+    BIAS,
+    BROKEN,
+    CPU,
+    HARDLY_A_BIAS,
+    LENGTHS,
+    SCALE,
+    broken_text,
+    call,
+    empty_tensors,
+    here,
+    problem,
+    settles,
+    spy,
+    table_of,
+)
+
+import attnreg
+from attnreg import Backend, Capability, Window
+from attnreg.backend import Entry
+from attnreg.dispatch import TIE, choose
+from attnreg.measured import Figure, Measured
+from attnreg.op import OPS
+from attnreg.problem import Given
+from attnreg.registry import registry
+from attnreg.tables import store
+from attnreg.tables.call import as_measured, call_from_json, call_to_json
+from attnreg.tables.environment import Device, Environment, environment
+from attnreg.tables.lookup import FAR, MOST_ENTRIES, NEAR, Stored, distance, measured, same_class
+from attnreg.tables.table import Table, TableError, TableText, from_json, to_json
+from attnreg.tuning import writing
+
+SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from them
+
+
+# What is chosen
+
+
+def test_the_fastest_measured_backend_is_chosen_whatever_its_rank(folder):
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).backend == "torch_block"
+    writing.save(table_of({"torch": 1e-3, "torch_block": 2e-3}))
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert (decision.backend, decision.source) == ("torch", "tuned")
+    assert "1 ms" in decision.reason
+    assert "torch_block (attnreg" in str(decision)
+    assert "2 ms, 2.00 times that" in str(decision)
+
+
+def _entries(*backends):
+    return [Entry(backend, "test") for backend in backends]
+
+
+def _backend(name, rank, **changes):
+    return Backend(
+        name=name,
+        capability=Capability(dtypes=(torch.float32,)),
+        local_attention=lambda *a, **k: None,
+        rank=rank,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(("slower_by", "winner"), [(TIE / 2, "first"), (TIE * 2, "second")])
+def test_times_that_differ_by_less_than_their_spread_go_to_the_lower_rank(slower_by, winner):
+    figures = {"first": Figure(seconds=1 + slower_by, spread=1.0), "second": Figure(seconds=1.0, spread=1.0)}
+    entries = _entries(_backend("first", 1), _backend("second", 2))
+    assert choose(problem(), entries, measured=[Measured("tuned", figures)]).backend == winner
+
+
+def test_a_difference_beyond_the_spread_is_none_to_overlook():
+    figures = {"first": Figure(seconds=1.01, spread=0.001), "second": Figure(seconds=1.0, spread=0.001)}
+    entries = _entries(_backend("first", 1), _backend("second", 2))
+    assert choose(problem(), entries, measured=[Measured("tuned", figures)]).backend == "second"
+
+
+def test_a_measured_winner_that_cannot_run_the_call_is_passed_over_and_said_to_be_faster():
+    figures = {"a": Figure(seconds=1.0), "b": Figure(seconds=2.0), "c": Figure(seconds=3.0)}
+    entries = _entries(_backend("a", 1, refuse=lambda problem: "it is shy"), _backend("b", 2), _backend("c", 3))
+    decision = choose(problem(), entries, measured=[Measured("tuned", figures)])
+    assert decision.backend == "b"
+    assert "0.50 times that; to have it, change:\n     - it is shy" in str(decision)
+
+
+def test_a_figure_of_one_candidate_alone_compares_nothing():
+    entries = _entries(_backend("a", 1), _backend("b", 2))
+    decision = choose(problem(), entries, measured=[Measured("tuned", {"b": Figure(seconds=1.0)})])
+    assert (decision.backend, decision.source) == ("a", "heuristic")
+
+
+def test_a_forced_backend_goes_before_any_table(folder):
+    writing.save(table_of({"torch": 1e-3, "torch_block": 2e-3}))
+    assert attnreg.explain(*empty_tensors(), Window.causal(8), backend="torch_block").source == "forced"
+
+
+def test_a_failed_candidate_has_no_time_and_its_reason_is_shown():
+    figures = {"a": Figure(reason="RuntimeError: boom"), "b": Figure(seconds=1.0)}
+    entries = _entries(_backend("a", 1), _backend("b", 2))
+    decision = choose(problem(), entries, measured=[Measured("tuned", figures)])
+    assert decision.backend == "b"
+    assert "not timed: RuntimeError: boom" in str(decision)
+
+
+# Which entry serves a call
+
+
+@pytest.mark.parametrize("changes", [{"grad": True}, {"dtype": torch.float64}])
+def test_another_direction_or_dtype_says_nothing(changes):
+    assert distance(as_measured(problem(**changes)), as_measured(problem())) == float("inf")
+
+
+def test_half_precisions_stand_in_for_each_other():
+    ours, theirs = as_measured(problem(dtype=torch.float16)), as_measured(problem(dtype=torch.bfloat16))
+    assert 0 < distance(theirs, ours) < NEAR
+    assert not same_class(theirs, ours)
+
+
+def test_the_nearest_entry_by_logarithm_serves_a_call(folder):
+    table = table_of({"torch": 1.0, "torch_block": 2.0}, window=8).merged(
+        table_of({"torch": 2.0, "torch_block": 1.0}, window=32)
+    )
+    writing.save(table)
+    found = {
+        window: attnreg.explain(*empty_tensors(), Window.causal(window)).backend for window in (4, 8, 15, 17, 32, 60)
+    }
+    assert found == {4: "torch", 8: "torch", 15: "torch", 17: "torch_block", 32: "torch_block", 60: "torch_block"}
+
+
+def test_an_entry_of_the_same_head_dim_goes_before_one_of_the_same_window():
+    ours, other_window, other_head_dim = (as_measured(problem(w, head_dim=e)) for w, e in ((8, 64), (64, 64), (8, 128)))
+    assert distance(other_window, ours) < distance(other_head_dim, ours)
+
+
+def test_an_entry_that_compares_nothing_leaves_the_call_to_the_next_one(folder):
+    table = table_of({"torch": 1.0, "torch_block": 2.0}, window=8)
+    writing.save(table.merged(table_of({"torch_block": 1.0}, window=10)))
+    decision = attnreg.explain(*empty_tensors(), Window.causal(10))
+    assert (decision.backend, decision.source) == ("torch", "tuned")
+    assert "the nearest entry, W=8" in decision.reason
+
+
+def test_a_call_further_off_than_the_rule_allows_is_left_to_the_heuristic(folder):
+    writing.save(table_of({"torch": 1.0, "torch_block": 2.0}, window=2))
+    tensors = empty_tensors(4096)
+    assert attnreg.explain(*tensors, Window.causal(2)).source == "tuned"
+    assert distance(as_measured(problem(2)), as_measured(problem(512, length=4096))) > FAR
+    assert attnreg.explain(*tensors, Window.causal(512)).source == "heuristic"
+
+
+def test_a_window_beyond_the_sequence_counts_as_far_as_it_reaches():
+    assert as_measured(problem(window=5000)).window == as_measured(problem(window=64)).window == Window.causal(64)
+
+
+def test_a_users_table_goes_before_a_shipped_one_even_if_less_near_as_long_as_it_is_near(folder):
+    tuned, shipped = (
+        table_of({"torch": 1.0, "torch_block": 2.0}, window=8),
+        table_of({"torch": 2.0, "torch_block": 1.0}, window=12),
+    )
+    stored = [Stored(shipped, "shipped", "s", ()), Stored(tuned, "tuned", "t", ())]
+    assert [each.source for each in measured(problem(12), stored)] == ["tuned", "shipped"]
+    assert next(each.source for each in measured(problem(64), stored)) == "tuned"
+    far = table_of({"torch": 1.0, "torch_block": 2.0}, window=1)
+    stored[1] = Stored(far, "tuned", "t", ())
+    assert [each.source for each in measured(problem(12), stored)] == ["shipped", "tuned"]
+
+
+def test_sizes_within_a_quarter_of_an_octave_are_of_one_class():
+    assert same_class(as_measured(problem(32)), as_measured(problem(36)))
+    assert not same_class(as_measured(problem(32)), as_measured(problem(44)))
+
+
+def test_calls_with_a_bias_go_by_entries_with_a_bias_where_there_are_any_and_others_never_do():
+    plain, biased = {"x": Figure(seconds=1.0)}, {"x": Figure(seconds=2.0)}
+    rows = {as_measured(problem(8)): plain, as_measured(problem(16, given=BIAS)): biased}
+    stored = [Stored(Table(here(), rows), "tuned", "t", ())]
+
+    def served_by(**changes):
+        return [each.figures for each in measured(problem(**changes), stored)]
+
+    assert served_by() == served_by(given=SCALE) == served_by(window=16) == [plain]
+    assert served_by(given=BIAS) == served_by(given=HARDLY_A_BIAS) == served_by(given=BIAS + SCALE) == [biased]
+    assert served_by(given=LENGTHS) == served_by(given=BIAS + LENGTHS) == [plain]  # nothing of its own was measured
+    assert served_by(given=BIAS, window=1, heads=64, kv_heads=32) == [plain]  # nor within reach
+    assert distance(as_measured(problem(given=BIAS)), problem()) == float("inf")
+    assert not same_class(as_measured(problem()), problem(given=BIAS))
+    assert same_class(as_measured(problem(given=HARDLY_A_BIAS)), problem(given=BIAS))
+
+
+def test_an_entry_without_the_bias_is_not_called_the_call_itself():
+    stored = [Stored(table_of({"x": 1.0}), "tuned", "t", ())]
+    (itself,) = measured(problem(), stored)
+    (other,) = measured(problem(given=BIAS), stored)
+    (scaled,) = measured(problem(given=SCALE), stored)
+    assert "nearest" not in itself.text
+    assert "the nearest entry, W=8" in other.text
+    assert scaled is itself
+
+
+def calls_around_a_table(table, count, seed):
+    """Calls of every kind that a table has, of its sizes and of others, so that many entries are as near as another."""
+    generator = random.Random(seed)
+    calls = list(table.rows)
+    for _ in range(count):
+        call = generator.choice(calls)
+        power = 2 ** generator.choice((0, 0, 1, 2))
+        length = generator.choice((call.key_length, call.key_length * power, generator.randint(1, 9000)))
+        width = generator.choice((max(call.head_dim, call.value_dim), generator.randint(1, 300)))
+        window = generator.choice((call.window.size, call.window.size * power, generator.randint(1, 2000)))
+        yield replace(
+            call,
+            dtype=generator.choice((call.dtype, torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+            batch=generator.choice((1, power, generator.randint(1, 9))),
+            query_length=generator.choice((length, length, 1)),
+            key_length=length,
+            head_dim=width if call.head_dim else 0,
+            value_dim=width if call.value_dim else 0,
+            window=generator.choice((Window.causal, Window.centered))(window),
+        )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_entries_that_are_found_are_those_of_least_distance_in_the_order_of_the_file(path):
+    table = store.load(path)
+    (stored,) = (Stored(table, "shipped", path.name, ()),)
+    for asked in calls_around_a_table(table, 1500, seed=len(path.name)):
+        all_of_them = sorted((distance(row, asked), place, row) for place, row in enumerate(table.rows))
+        expected = [(octaves, row) for octaves, _, row in all_of_them[:MOST_ENTRIES] if octaves <= FAR]
+        assert [(octaves, entry.call) for octaves, entry in stored.nearest(asked)] == expected, asked
+
+
+# Files
+
+
+def test_a_call_survives_its_text():
+    for each in (problem(), problem(9, grad=True, batch=3), problem(given=BIAS + LENGTHS + SCALE)):
+        assert call_from_json(json.loads(json.dumps(call_to_json(each))), CPU) == each
+
+
+FIRST_FORM = """{"format": 1, "environment": %s, "rows": [
+{"call": {"op": "local_attention", "dtype": "float32", "head_dim": 8, "value_dim": 8, "group": 2, "window": 8, "queries": 64,
+ "keys": 64, "sequences": 2, "gradients": false}, "candidates": {"torch": {"seconds": 1.0, "spread": 0.1, "measured": "2026"}}}]}"""
+
+
+def test_a_table_in_the_first_form_is_read():
+    text = FIRST_FORM % json.dumps(asdict(here()))
+    figure = Figure(seconds=1.0, spread=0.1, measured="2026")
+    assert from_json(text) == Table(here(), {as_measured(problem()): {"torch": figure}})
+
+
+def test_a_table_survives_its_file():
+    table = table_of({"torch": 1.0}).merged(
+        Table(here(), {as_measured(problem(9)): {"x": Figure(reason="no", measured="m")}})
+    )
+    assert from_json(to_json(table)) == table
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"sort_keys": True}], ids=str)
+def test_a_table_is_read_however_its_text_is_laid_out(layout):
+    table = table_of({"torch": 1.0}).merged(table_of({"torch": 2.0}, grad=True)).merged(table_of({"x": 3.0}, window=9))
+    text = json.dumps(json.loads(to_json(table)), **layout)
+    assert from_json(text) == table
+    kind = ("local_attention", frozenset((torch.float32,)), False)
+    assert len(TableText(text).of_kind(*kind)) == 2
+    assert TableText(text).of_kind(*kind) == TableText(to_json(table)).of_kind(*kind) == table.of_kind(*kind)
+
+
+def otherwise(row):
+    return {name: row[name] for name in sorted(row, reverse=True)}
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("change", ["call", "row", "spaces"])
+def test_a_row_is_found_whatever_the_order_of_its_keys(which, change):
+    table = table_of({"torch": 1.0}).merged(table_of({"torch": 2.0}, grad=True)).merged(table_of({"x": 3.0}, window=9))
+    head, *rows = to_json(table).split('{"call": ')
+    assert len(rows) == 3
+    for place in which:
+        text, end = rows[place][: rows[place].rindex("}") + 1], rows[place][rows[place].rindex("}") + 1 :]
+        if place == 2:
+            text, end = rows[place].removesuffix("\n  ]\n}\n"), "\n  ]\n}\n"
+        row = json.loads(f'{{"call": {text}')
+        if change == "call":
+            row["call"] = otherwise(row["call"])
+        text = json.dumps(otherwise(row) if change == "row" else row)
+        if change == "spaces":
+            text = text.replace('"needs_grad": ', '"needs_grad":')
+        rows[place] = text.removeprefix('{"call": ') + end
+    text = head + "".join(row if row.startswith('{"candidates"') else f'{{"call": {row}' for row in rows)
+    assert from_json(text) == table
+    for needs_grad in (False, True):
+        kind = ("local_attention", frozenset((torch.float32,)), needs_grad)
+        assert TableText(text).of_kind(*kind) == table.of_kind(*kind)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_table_breaks_no_call_is_reported_and_left_alone(folder, kind):
+    name = here().file_name
+    folder.mkdir()
+    (folder / name).write_text(broken_text(kind))
+    assert call().shape == (1, 2, 64, 8)
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert any(name in remark and "is not used" in remark for remark in decision.remarks)
+    assert name in str(decision)
+    path = writing.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    assert path.name != name
+    assert (folder / name).read_text() == broken_text(kind)
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).source == "tuned"
+
+
+def test_a_broken_table_is_reported_once(folder, caplog):
+    folder.mkdir()
+    (folder / "x.json").write_text("hello")
+    for window in (3, 4, 5):
+        call(window=window)
+    (record,) = caplog.records
+    assert "the table x.json is not used: it is not JSON" in record.getMessage()
+
+
+def test_bytes_that_are_no_text_are_a_broken_table(folder):
+    folder.mkdir()
+    (folder / "x.json").write_bytes(b"\xff\xfe\x00")
+    assert call().shape == (1, 2, 64, 8)
+
+
+def test_a_folder_that_cannot_be_read_breaks_no_call(folder):
+    folder.write_text("a file where the folder should be")
+    assert call().shape == (1, 2, 64, 8)
+
+
+def test_what_cannot_be_written_serves_the_process_alone(folder):
+    folder.write_text("a file where the folder should be")
+    assert writing.keep(table_of({"torch": 1.0, "torch_block": 2.0})) is not None
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).backend == "torch"
+    attnreg.reset()
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).source == "heuristic"
+
+
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({"torch": "1.0"}, True),
+        ({"threads": 77}, True),
+        ({"backends": {"torch": "attnreg 0.0.1"}}, True),
+        ({"attnreg": "99.0"}, False),
+        ({"device": Device("cpu", "Another CPU", "AVX9")}, False),
+    ],
+)
+def test_a_hard_mismatch_is_not_used_and_a_soft_one_is_and_is_said(folder, changes, used):
+    table = table_of({"torch": 1.0, "torch_block": 2.0})
+    writing.save(Table(replace(table.environment, **changes), table.rows))
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert decision.source == ("tuned" if used else "heuristic")
+    if used:
+        assert any(", here " in remark for remark in decision.remarks)
+    elif "attnreg" in changes:
+        assert any("attnreg 99.0" in remark for remark in decision.remarks)
+
+
+def test_merging_keeps_both_and_of_the_same_the_one_measured_last():
+    old = Figure(seconds=1.0, measured="2026-01-01")
+    new = Figure(seconds=2.0, measured="2026-02-01")
+    call = as_measured(problem())
+    first, second = Table(here(), {call: {"a": new, "b": old}}), Table(here(), {call: {"a": old, "c": old}})
+    for merged in (first.merged(second), second.merged(first)):
+        assert merged.rows == {call: {"a": new, "b": old, "c": old}}
+
+
+def _save_many(folder, first):
+    store.table_dir = lambda: folder
+    for window in range(first, first + 12):
+        writing.save(table_of({"torch": 1.0}, window=window))
+
+
+def test_two_processes_that_save_at_once_lose_nothing(folder):
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_save_many, args=(folder, first)) for first in (1, 21, 41)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    (path,) = folder.glob("*.json")
+    assert len(store.load(path).rows) == 36
+
+
+def test_of_the_table_of_another_device_only_that_is_read(folder, monkeypatch):
+    table = table_of({"torch": 1.0, "torch_block": 2.0})
+    writing.save(table)
+    foreign = Table(replace(table.environment, device=Device("cpu", "Another CPU", "AVX9")), table.rows)
+    path = folder / foreign.environment.file_name
+    # Nobody gets so far in the text as to see that it is broken.
+    path.write_text(to_json(foreign)[:-100])
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert (decision.source, decision.remarks) == ("tuned", ())
+    with pytest.raises(TableError, match="it is not JSON"):
+        store.load(path)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"grad": True},
+        {"heads": 4, "kv_heads": 1, "batch": 3},
+        {"window": 500},
+        {"window": 500, "query_length": 3},
+        {"batch": 3, "given": (("bias", Given((3, 2, 64, 8), torch.float32)), ("scale", Given()))},
+    ],
+)
+def test_the_form_of_a_call_in_tables_is_its_own(sizes):
+    call = as_measured(problem(**sizes))
+    assert as_measured(call) == call
+
+
+# A stale plan is a bug
+
+
+def test_an_edited_table_serves_the_next_new_call(folder):
+    path = writing.save(table_of({"torch": 1.0, "torch_block": 2.0}))
+    before = registry.tables.stamp()
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).backend == "torch"
+    assert registry.tables.stamp() == before
+    with path.open("r+") as file:  # in place: neither the folder nor the inode changes
+        text = file.read().replace('"seconds": 1.0,', '"seconds": 3.00,')
+        file.seek(0)
+        file.write(text)
+    assert registry.tables.stamp() != before
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).backend == "torch_block"
+    path.unlink()
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).source == "heuristic"
+
+
+def test_a_changed_table_takes_effect_on_the_next_call_in_every_thread_and_after_fork(folder):
+    ran = []
+    with attnreg.register(spy("one", ran)), attnreg.register(spy("two", ran)):
+        writing.save(table_of({"one": 1.0, "two": 2.0}))
+        call()
+        writing.save(Table(here(), {as_measured(problem()): {"two": Figure(seconds=0.1, measured="2027")}}))
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        assert ran == ["one", "two", "two"]
+        child = os.fork()
+        if child == 0:
+            try:
+                writing.save(Table(here(), {as_measured(problem()): {"one": Figure(seconds=0.01, measured="2028")}}))
+                call()
+                os._exit(0 if ran[-1] == "one" else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_pinned_table_stands_for_all_of_the_users_and_takes_effect_at_once(folder, tmp_path, monkeypatch):
+    writing.save(table_of({"one": 1.0, "two": 2.0}))
+    pin = tmp_path / "pinned.json"
+    writing.write(table_of({"one": 2.0, "two": 1.0}), pin)
+    ran = []
+    with attnreg.register(spy("one", ran)), attnreg.register(spy("two", ran)):
+        call()
+        monkeypatch.setenv("ATTNREG_TABLE", str(pin))
+        call()
+        monkeypatch.setenv("ATTNREG_TABLE", str(tmp_path / "missing.json"))
+        assert "missing.json is not used: it cannot be read" in str(attnreg.explain(*empty_tensors(), Window.causal(8)))
+        monkeypatch.delenv("ATTNREG_TABLE")
+        call()
+    assert ran == ["one", "two", "one"]
+
+
+def test_a_call_goes_by_the_table_of_as_many_threads_as_torch_has_now(folder, as_set):
+    torch.set_num_threads(1)
+    writing.save(table_of({"one": 1.0, "two": 2.0}))
+    torch.set_num_threads(2)
+    writing.save(table_of({"one": 2.0, "two": 1.0}))
+    ran = []
+    with attnreg.register(spy("one", ran)), attnreg.register(spy("two", ran)):
+        for threads in (2, 1, 2):
+            torch.set_num_threads(threads)
+            settles()
+            call()
+            assert attnreg.explain(*empty_tensors(), Window.causal(8)).backend == ran[-1]
+    assert ran == ["two", "one", "two"]
+
+
+def test_float32_figures_with_products_in_less_are_of_a_class_of_their_own(folder, as_set):
+    window = Window.causal(8)
+    exact, half = (
+        table_of({"torch": 1.0, "torch_block": 2.0}),
+        table_of({"torch": 1.0, "torch_block": 2.0}, dtype=torch.bfloat16),
+    )
+    writing.save(exact)
+    torch.set_float32_matmul_precision("high")
+    # Nothing else was measured: it serves, and that is said.
+    decision = attnreg.explain(*empty_tensors(), window)
+    assert (decision.backend, decision.source) == ("torch", "tuned")
+    assert any("products in float32, here tf32" in remark for remark in decision.remarks)
+    path = writing.save(table_of({"torch": 2.0, "torch_block": 1.0}).merged(half))
+    assert store.load(path).environment.float32 == "tf32"
+    decision = attnreg.explain(*empty_tensors(), window)
+    assert (decision.backend, decision.remarks) == ("torch_block", ())
+    torch.set_float32_matmul_precision("highest")
+    # Never the other way round; what is no float32 is the same in both.
+    decision = attnreg.explain(*empty_tensors(), window)
+    assert decision.backend == "torch"
+    assert any(f"{path.name} is not used: for float32" in remark for remark in decision.remarks)
+    decision = attnreg.explain(*(each.bfloat16() for each in empty_tensors()), window)
+    assert (decision.backend, decision.source, decision.remarks) == ("torch", "tuned", ())
+
+
+def test_a_running_process_notices_that_the_precision_has_changed(folder, as_set):
+    writing.save(table_of({"one": 1.0, "two": 2.0}))
+    torch.set_float32_matmul_precision("high")
+    writing.save(table_of({"one": 2.0, "two": 1.0}))
+    ran = []
+    with attnreg.register(spy("one", ran)), attnreg.register(spy("two", ran)):
+        for precision in ("high", "highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            settles()
+            call()
+    assert ran == ["two", "one", "two"]
+
+
+def test_the_users_table_as_one_leaves_out_float32_figures_of_another_precision(folder, as_set):
+    single, half = table_of({"torch": 1.0}), table_of({"torch": 2.0}, dtype=torch.bfloat16)
+    torch.set_float32_matmul_precision("high")
+    writing.save(Table(here(), {**single.rows, **half.rows}))
+    assert writing.own_table(CPU).rows == {**single.rows, **half.rows}
+    torch.set_float32_matmul_precision("highest")
+    assert writing.own_table(CPU) == half
+
+
+def test_an_environment_in_which_products_are_exact_is_written_as_it_always_was(as_set):
+    exact = here()
+    assert "float32" not in exact.to_json()
+    torch.set_float32_matmul_precision("high")
+    assert here().to_json() == {**exact.to_json(), "float32": "tf32"}
+    assert here().file_name != exact.file_name == replace(here(), float32=None).file_name
+    assert from_json(to_json(Table(here()))).environment == here()
+
+
+# What is shipped
+
+
+def test_tables_are_shipped_for_the_h100_the_h200_and_cpus():
+    devices = {store.load(path).environment.device for path in SHIPPED}
+    assert {device.type for device in devices} == {"cpu", "cuda"}
+    assert {"NVIDIA H100 80GB HBM3", "NVIDIA H200"} <= {device.name for device in devices}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_table_covers_every_op_with_and_without_gradients(path):
+    table = store.load(path)
+    assert {(call.op, call.needs_grad) for call in table.rows} == {(op, g) for op in OPS for g in (False, True)}
+    assert table.environment.attnreg.split(".")[:2] == attnreg.__version__.split(".")[:2]
+    assert all(any(figure.seconds for figure in figures.values()) for figures in table.rows.values())
+
+
+def test_a_shipped_table_serves_every_cpu_and_says_whose_it_is(monkeypatch):
+    monkeypatch.setattr(store, "SHIPPED", SHIPPED[0].parent)
+    attnreg.reset()
+    decision = attnreg.explain(*empty_tensors(2048), Window.causal(32))
+    assert (decision.source, decision.backend) == ("shipped", "torch_block")
+    other = store.load(next(path for path in SHIPPED if path.stem == "cpu")).environment.device != here().device
+    assert any("measured on" in remark for remark in decision.remarks) == other
+
+
+def test_importing_attnreg_and_a_first_call_load_no_measuring_and_no_plotting():
+    code = (
+        "import sys, torch, attnreg; q = torch.ones(1, 1, 8, 4); attnreg.local_attention(q, q, q, attnreg.Window.causal(2)); "
+        "print(*(name for name in sys.modules if name.startswith(('attnreg.measuring', 'attnreg.testing', 'attnreg.tuning', 'matplotlib'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_the_version_of_a_backends_library_is_part_of_the_environment():
+    (entry,) = (entry for entry in registry.entries if entry.backend.name == "torch_block")
+    with_library = replace(entry, backend=replace(entry.backend, library="pluggy"))
+    without_it = replace(entry, backend=replace(entry.backend, library="not-installed"))
+    version = metadata.version("pluggy")
+    now = environment(CPU, [with_library])
+    assert now.backends == {"torch_block": f"{entry.distribution}, pluggy {version}"}
+    before = replace(now, backends={"torch_block": f"{entry.distribution}, pluggy 0.1"})
+    (said,) = before.soft_mismatches(now, of_float32=True)
+    assert (
+        said
+        == f"the backend torch_block of {entry.distribution}, pluggy 0.1, here {entry.distribution}, pluggy {version}"
+    )
+    # Where it is not installed the backend cannot run, and what another one was measured with is of no account.
+    assert environment(CPU, [without_it]).backends == {}
+    assert now.soft_mismatches(environment(CPU, [without_it]), of_float32=True) == ()
+
+
+def test_an_environment_is_described_by_what_it_runs_on():
+    found = here()
+    assert found.device.type == "cpu"
+    assert found.torch == torch.__version__
+    assert found.backends["torch"].startswith("attnreg ")
+    assert isinstance(json.loads(to_json(Table(found)))["environment"], dict)
+    assert Environment(**found.__dict__).file_name == found.file_name
+    with pytest.raises(TableError):
+        from_json("{}")
