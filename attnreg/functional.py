@@ -26,6 +26,7 @@ from attnreg.ops import (
     find_plan,
     is_plain,
     is_watched,
+    refuse_sharded,
     refuse_transforms,
     refuse_watchers,
     run,
@@ -219,7 +220,9 @@ def _watched(
     op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | None
 ) -> tuple[Tensor, ...]:
     """The results of a call that somebody watches: a tracer, a mode, a transform, a subclass of tensors."""
-    if not _is_tracing():
+    if _is_tracing():
+        refuse_sharded(op, (*tensors, *arguments))
+    else:
         refuse_watchers(op, (*tensors, *arguments))
     tensors = autocast(tensors)
     check(op, tensors, window, arguments, backend)

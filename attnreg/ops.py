@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -31,13 +32,14 @@ from attnreg.plan import (
     Plan,
     asked_for,
     empty_result,
-    in_order,
+    make_plan,
     plan_for,
     remember,
     request_of,
 )
-from attnreg.problem import check, problem_of
+from attnreg.problem import Problem, check, problem_of
 from attnreg.registry import registry
+from attnreg.request import Request
 from attnreg.window import Window, window_of
 
 WHAT_TO_DO = 'backend="torch" has it in eager calls: attnreg.use_backend("torch"), or backend="torch" in the call'
@@ -91,8 +93,25 @@ def find_plan(
         registry.look_at_tables()
     dims = [value.dim() if isinstance(value, Tensor) else value is None for value in arguments]
     call = (problem, asked, variables.get(TABLE_KEY), *dims)
-    plan: Plan | None = registry.plans.get(call)
+    try:
+        plan: Plan | None = registry.plans.get(call)
+    except TypeError:  # sizes without numbers, in a trace, have no hash
+        return _plan_of_symbols(problem, request_of(asked, backend), arguments), False
     return (plan, True) if plan is not None else remember(call, problem, request_of(asked, backend), arguments)
+
+
+def _plan_of_symbols(problem: Problem, request: Request | None, arguments: Sequence[Any]) -> Plan:
+    """The plan of a call that is traced with open sizes: chosen by their numbers here, which it does not hold."""
+    sizes = {field.name: _number(getattr(problem, field.name)) for field in fields(problem)}
+    window = Window(_number(problem.window.left), _number(problem.window.right))
+    given = tuple((name, replace(each, shape=tuple(map(_number, each.shape)))) for name, each in problem.given)
+    with_numbers = replace(problem, **{**sizes, "window": window, "given": given})
+    return plan_for(problem, make_plan(with_numbers, request, arguments).implementation, arguments)
+
+
+def _number(size: Any) -> Any:
+    """The number that a symbolic size has in this trace, 1 where it has none; anything else as it is."""
+    return size if not isinstance(size, torch.SymInt) else 1 if size.node.hint is None else int(size.node.hint)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -122,20 +141,13 @@ def run_backward(
     with without_autocast(plan.device_type):
         gradients = plan.run_backward(grads, saved, arguments, frozenset(needs_grad))
     inputs = inputs_of(op, saved, arguments)
-    return [_like(inputs[name], gradients[name]) for name in needs_grad]
+    return [plan.gradient(name, inputs[name], gradients) for name in needs_grad]
 
 
 def inputs_of(op: Op, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> dict[str, Any]:
     """Tensors and arguments by name."""
     named = {argument.name: value for argument, value in zip(op.arguments, arguments)}
     return {**dict(zip(op.tensors, tensors)), **named}
-
-
-def _like(tensor: Tensor, gradient: Tensor) -> Tensor:
-    if gradient.shape != tensor.shape:
-        gradient = gradient.reshape(tensor.shape)
-    strides = strides_like(tensor)
-    return gradient if gradient.stride() == strides else in_order(gradient, strides)
 
 
 # Who watches
@@ -175,7 +187,7 @@ def refuse_transforms(op: Op, tensors: Sequence[Any]) -> None:
 
     For a backend whose forward consists of torch operations there is no need to ask.
     """
-    if _functorch_transforms() is not None:
+    if _is_transformed():
         raise NotDifferentiable(
             f"{op.name}: transforms of torch.func (grad, vjp, jvp, jacrev, jacfwd, vmap) do not reach into this call's backend; "
             f"{WHAT_TO_DO}. For first derivatives torch.autograd.grad works with every backend"
@@ -188,6 +200,11 @@ def refuse_watchers(op: Op, tensors: Sequence[Any]) -> None:
     """Raise where torch.jit or DTensor asks for a call, which no backend has."""
     if _jit_tracing() is not None:
         raise NotDifferentiable(f"{op.name}: torch.jit.trace is not supported; use torch.export or torch.compile")
+    refuse_sharded(op, tensors)
+
+
+def refuse_sharded(op: Op, tensors: Sequence[Any]) -> None:
+    """Raise where a DTensor is given."""
     for tensor in tensors:
         if type(tensor).__module__.startswith("torch.distributed.tensor"):
             raise NotDifferentiable(
@@ -198,7 +215,23 @@ def refuse_watchers(op: Op, tensors: Sequence[Any]) -> None:
 
 def are_transformed(tensors: Sequence[Any]) -> bool:
     """Whether :func:`refuse_transforms` has something to say of a call whose backend is not made of torch operations."""
-    return _functorch_transforms() is not None or has_tangents(tensors)
+    return _is_transformed() or has_tangents(tensors)
+
+
+def _is_transformed() -> bool:
+    """Whether there is a transform of torch.func but functionalization, which takes the op as it is."""
+    if _functorch_transforms() is None:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() != torch._C._functorch.TransformType.Functionalize for each in stack)
+
+
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether this gradient is one of a batch, which torch.autograd.grad(is_grads_batched=True) maps over."""
+    return bool(torch._C._dispatch_keys(grad).has(_BATCHED))
 
 
 def has_tangents(tensors: Sequence[Any]) -> bool:
@@ -315,8 +348,9 @@ class Direct(_Call):
     ) -> list[Tensor]:
         tensors, arguments = self.split(inputs)
         # Where grad mode is on, somebody means to differentiate the gradients: the op's own autograd refuses that.
-        if not _is_grad_enabled() and is_plain((grad, *inputs, *kept)):
+        if not _is_grad_enabled() and is_plain((grad, *inputs, *kept)) and not _is_batched(grad):
             return run_backward(self.plan, (grad,), (*tensors, *kept), arguments, needs_grad)
+        refuse_watchers(self.op, (grad, *inputs))
         plan, window = self.plan, self.plan.problem.window
         rest = (window.left, window.right, str(plan.implementation.request), _ticket(tensors[0], plan), needs_grad)
         gradients: list[Tensor] = _OVERLOADS[self.op.backward](grad, *tensors, *kept, *arguments, *rest)
@@ -473,12 +507,15 @@ def _autograd_of_backward(op: Op, *inputs: Any) -> list[Tensor]:
 
 
 def _refuse_here(op: Op, inputs: Sequence[Any]) -> None:
-    if torch._C._are_functorch_transforms_active() or has_tangents(inputs):
+    if are_transformed(inputs):
         refuse_transforms(op, inputs)
 
 
 def _batched(op: Op, *inputs: Any) -> NoReturn:
-    raise NotDifferentiable(f"{op.name}: vmap does not reach into this call's backend; {WHAT_TO_DO}")
+    raise NotDifferentiable(
+        f"{op.name}: vmap, which is_grads_batched and vectorize ask for too, does not reach into this call's backend; "
+        f"{WHAT_TO_DO}"
+    )
 
 
 def _split(op: Op, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Any], Sequence[Any]]:
@@ -512,7 +549,8 @@ def _define(op: Op) -> None:
     for name, (kernel, fake, autograd) in kernels.items():
         _library.impl(name, functools.partial(kernel, op), "CompositeExplicitAutograd")
         _library.impl(name, functools.partial(autograd, op), "Autograd")
-        _library.impl(name, functools.partial(_batched, op), "FuncTorchBatched")
+        for key in ("FuncTorchBatched", "Batched"):
+            _library.impl(name, functools.partial(_batched, op), key)
         torch.library.register_fake(f"attnreg::{name}", functools.partial(fake, op), lib=_library)
         _OVERLOADS[name] = getattr(torch.ops.attnreg, name).default
 

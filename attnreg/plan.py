@@ -42,6 +42,8 @@ MOST_PLANS = 16384
 # record nothing, and each costs a quarter less. There is no public name for that.
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
+_is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -65,6 +67,7 @@ class Plan:
         is_recorded: whether the backward function has to be recorded for autograd.
         places: of the arguments that the call gives, those of tensors in the op's row.
         given_tensors: their names.
+        is_checked: whether results of its backend were looked at.
     """
 
     op: Op
@@ -82,6 +85,7 @@ class Plan:
     is_recorded: bool
     places: tuple[int, ...]
     given_tensors: tuple[str, ...]
+    is_checked: bool = False
 
     def _options_of(self, arguments: Sequence[Any]) -> Mapping[str, Any]:
         """The arguments that the functions get for a call with these."""
@@ -101,13 +105,20 @@ class Plan:
                 are_contiguous = False
                 tensors = [rows(each) for each in tensors]
                 break
-        if self.differentiable:
-            results = self.forward(*tensors, self.window, **options)
-        else:
-            with _below_autograd():
+        try:
+            if self.differentiable:
                 results = self.forward(*tensors, self.window, **options)
+            else:
+                with _below_autograd():
+                    results = self.forward(*tensors, self.window, **options)
+        except Exception as error:
+            self._name_backend(error, self.op.name)
+            raise
         if results.__class__ is not tuple:
             results = (results,)
+        if not self.is_checked:
+            self._check_results(results, tensors)
+            self.is_checked = True
         output = results[0]
         if output.is_contiguous() and (are_contiguous or first.is_contiguous()):
             return results  # type: ignore[no-any-return]
@@ -129,20 +140,80 @@ class Plan:
             raise NotImplementedError(
                 f"backend {self.implementation.backend.name!r} has no {self.op.backward}; the call was made without gradients"
             )
-        gradients: Mapping[str, Tensor] = self.backward(
-            *map(rows, grads),
-            *map(rows, saved),
-            self.window,
-            **self._options_of(arguments),
-            needs_grad=needs_grad,
-        )
+        try:
+            gradients: Mapping[str, Tensor] = self.backward(
+                *map(rows, grads),
+                *map(rows, saved),
+                self.window,
+                **self._options_of(arguments),
+                needs_grad=needs_grad,
+            )
+        except Exception as error:
+            self._name_backend(error, self.op.backward)
+            raise
+        if not isinstance(gradients, Mapping):
+            raise self._wrong(self.op.backward, f"returned {type(gradients).__name__}, not the gradients by name")
         missing = needs_grad - gradients.keys()
         if missing:
-            raise RuntimeError(
-                f"backend {self.implementation.backend.name!r}: {self.op.backward} left out the gradient of "
-                f"{', '.join(sorted(missing))}"
-            )
+            raise self._wrong(self.op.backward, f"left out the gradient of {', '.join(sorted(missing))}")
         return gradients
+
+    def gradient(self, name: str, tensor: Tensor, gradients: Mapping[str, Tensor]) -> Tensor:
+        """One of the gradients, in its tensor's shape and order in memory."""
+        found = gradients[name]
+        if found.__class__ is not Tensor or found.shape != tensor.shape or found.dtype is not tensor.dtype:
+            # A bias has all its dimensions where a backend gets it.
+            whole = (*(1,) * (len(self._dims(name)) - tensor.dim()), *tensor.shape)
+            problem = _unlike(found, whole, tensor.dtype, tensor.device)
+            if problem is not None:
+                raise self._wrong(self.op.backward, f"returned as gradient of {name} {problem}")
+            found = found.reshape(tensor.shape)
+        strides = strides_like(tensor)
+        return found if found.stride() == strides else in_order(found, strides)
+
+    def _dims(self, name: str) -> str:
+        return self.op.tensors.get(name) or next(row.dims or "" for row in self.op.arguments if row.name == name)
+
+    def _check_results(self, results: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+        """Raise unless the backend's results are what the op's row says of them.
+
+        Raises:
+            RuntimeError: they are not; names the backend.
+        """
+        op, problem = self.op, self.problem
+        if len(results) != len(op.results):
+            raise self._wrong(op.name, f"returned {len(results)} results, not {len(op.results)}")
+        if not isinstance(problem.key_length, int) or not isinstance(problem.query_length, int):
+            return
+        for result, (name, row) in zip(results, op.results.items()):
+            shape = tuple(problem.size(letter) for letter in row.dims)
+            wrong = _unlike(result, shape, row.dtype(problem.dtype), problem.device)
+            if wrong is not None:
+                raise self._wrong(op.name, f"returned as {name} {wrong}")
+            if not self.differentiable and any(_is_alias_of(result, tensor) for tensor in tensors):
+                raise self._wrong(op.name, f"returned as {name} a view of one of its inputs, not memory of its own")
+
+    def _wrong(self, function: str, what: str) -> RuntimeError:
+        return RuntimeError(f"{self._who}: {function} {what}")
+
+    def _name_backend(self, error: Exception, function: str) -> None:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"raised by {function} of {self._who}, for {self.problem}")
+
+    @property
+    def _who(self) -> str:
+        backend = self.implementation.backend
+        origin = next((each.distribution for each in registry.entries if each.backend is backend), "this process")
+        return f"backend {backend.name!r} of {origin}"
+
+
+def _unlike(found: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str | None:
+    """What ``found`` is and what it should be; None where it is that."""
+    if not isinstance(found, Tensor):
+        return f"{type(found).__name__}, not a tensor"
+    if tuple(found.shape) == shape and found.dtype == dtype and found.device == device:
+        return None
+    return f"a tensor of shape {tuple(found.shape)}, {found.dtype} on {found.device}; expected {shape}, {dtype} on {device}"
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -325,10 +396,13 @@ def make_plan(problem: Problem, request: Request | None, arguments: Sequence[Any
 def plan_for(problem: Problem, implementation: Implementation, arguments: Sequence[Any]) -> Plan:
     """The plan that runs ``problem``, with these arguments given, by an implementation that can."""
     op, backend = ROWS[problem.op], implementation.backend
+    # A symbolic size has no hash.
+    defaults = _defaults if isinstance(problem.head_dim, int) else _defaults.__wrapped__
     forward, backward = implementation.functions[op.name], implementation.functions.get(op.backward)
-    differentiable = backend.differentiable and not problem.is_empty
+    differentiable = backend.differentiable
     if problem.is_empty:
-        forward, backward = functools.partial(_nothing, op), functools.partial(_no_gradients, op)
+        forward = functools.partial(_nothing, op, backend.differentiable)
+        backward = functools.partial(_no_gradients, op)
     places = tuple(
         place for place, row in enumerate(op.arguments) if row.dims is not None and arguments[place] is not None
     )
@@ -340,7 +414,7 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         backward=backward,
         differentiable=differentiable,
         window=_visible_part(op, problem),
-        options=_defaults(op, backend.taken[op.name], problem.head_dim),
+        options=defaults(op, backend.taken[op.name], problem.head_dim),
         given=tuple(
             (index, argument.name, _preparation(argument, problem, arguments[index]))
             for index, argument in enumerate(op.arguments)
@@ -408,7 +482,8 @@ def remember(call: Hashable, problem: Problem, request: Request | None, argument
 def _visible_part(op: Op, problem: Problem) -> Window:
     """The window cut to what a sequence of this length can show; only where no tensor has a column per offset."""
     window = problem.window
-    if op.has_slots:
+    # Sizes without numbers, in a trace, are not cut to: their numbers here are those of one call.
+    if op.has_slots or not isinstance(problem.key_length, int) or not isinstance(problem.query_length, int):
         return window
     for argument in op.arguments:
         given, dims = problem.gives(argument.name), argument.dims or ""
@@ -420,10 +495,19 @@ def _visible_part(op: Op, problem: Problem) -> Window:
     )
 
 
-def _nothing(op: Op, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
-    """The results of a call in which a tensor has no element: no key is visible."""
+def _nothing(op: Op, differentiable: bool, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    """The results of a call in which a tensor has no element: no key is visible.
+
+    Those of a differentiable backend hang on everything, with derivatives of 0.
+    """
     tensors, window = inputs[:-1], inputs[-1]
-    return tuple(empty_result(op, name, tensors, window.size).fill_(row.fill) for name, row in op.results.items())
+    results = tuple(empty_result(op, name, tensors, window.size).fill_(row.fill) for name, row in op.results.items())
+    if differentiable:
+        given = [*tensors, *[value for value in options.values() if isinstance(value, Tensor)]]
+        zeros = [each.new_zeros(()).where(each.new_ones((), dtype=torch.bool), each.sum()) for each in given]
+        zero = sum(each.to(tensors[0].dtype) for each in zeros if each.is_floating_point())
+        results = (results[0] + zero, *results[1:])
+    return results
 
 
 def _no_gradients(op: Op, *inputs: Any, needs_grad: frozenset[str], **options: Any) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from attnreg.op import ROWS, SIZES, Argument, Op
 from attnreg.window import Window
 
 _LARGEST = sys.float_info.max
+# Columns of a band; one row of so many in 16 bits has two terabytes.
+MOST_SLOTS = 2**40
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -198,6 +200,10 @@ def check(
             elif size != sizes[letter]:
                 owner = owners[letter]
                 raise _mismatch(op, name, tensor, letter, owner, tensors[list(op.tensors).index(owner)])
+    if op.has_slots and window.size > MOST_SLOTS:
+        raise ValueError(
+            f"window: {window} makes W = {window.size} columns, more than {op.name} can have, {MOST_SLOTS}"
+        )
     if sizes.get("E") == 0:
         raise ValueError(f"{first_name}: head_dim must be at least 1, got shape {_shape(first)}")
     heads, kv_heads = sizes["H"], sizes["G"]
@@ -258,16 +264,26 @@ def prepared_integers(argument: Argument, largest: int | None, value: Tensor) ->
     Raises:
         ValueError: a number lies outside 0 to ``largest``.
     """
-    # A subclass may have no values: a fake tensor has none.
-    if largest is not None and value.__class__ is Tensor:
+    # A subclass that has its own way with torch's ops may have no values: a fake tensor has none.
+    if largest is not None and value.__class__.__torch_dispatch__ is Tensor.__torch_dispatch__:
         # A few numbers are read sooner one by one.
-        for number in value.tolist() if value.numel() <= 64 else [int(bound) for bound in value.aminmax()]:
+        for number in _numbers(value):
             if not 0 <= number <= largest:
                 what = SIZE_NAMES[argument.at_most or ""]
                 raise ValueError(f"{argument.name}: every length must lie in 0..{largest} ({what}), got {number}")
     if value.dtype not in _INDEX_DTYPES:
         value = value.long()
     return value if value.is_contiguous() else value.contiguous()
+
+
+def _numbers(value: Tensor) -> Sequence[int]:
+    """The numbers in a tensor, or else the least and the largest; none where torch.func maps over it."""
+    try:
+        return value.tolist() if value.numel() <= 64 else [int(bound) for bound in value.aminmax()]
+    except RuntimeError:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            raise
+        return ()
 
 
 def _mismatch(op: Op, name: str, tensor: Any, letter: str, owner: str, theirs: Any) -> ValueError:

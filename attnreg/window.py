@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from operator import index
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -21,7 +23,7 @@ class Window:
 
     Raises:
         TypeError: ``left`` or ``right`` is not an integer.
-        ValueError: ``left`` or ``right`` is negative.
+        ValueError: ``left`` or ``right`` is negative, or larger than 2**62 - 1.
     """
 
     left: int
@@ -57,13 +59,20 @@ def window_of(left: int, right: int) -> Window:
     return Window(left, right)
 
 
+# Torch counts in 64 bits, and W is the sum of both sides and 1.
+_LARGEST = 2**62 - 1
+
+
 def _count(what: str, given: object, *, minimum: int) -> int:
     try:
         if isinstance(given, bool):
             raise TypeError
-        count = index(given)  # type: ignore[arg-type]
+        # A size of a traced tensor, an int to torch.compile, stays one: its number here is that of one call.
+        count: int = given if type(given) in (int, torch.SymInt) else index(given)  # type: ignore[arg-type, assignment]
     except TypeError:
         raise TypeError(f"{what} must be an int, got {given!r} ({type(given).__name__})") from None
     if count < minimum:
         raise ValueError(f"{what} must be at least {minimum}, got {count}")
+    if count > _LARGEST:
+        raise ValueError(f"{what} must be at most 2**62 - 1, got {count}")
     return count
