@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from attnreg_benchmarks import cublas_blocks
-from attnreg_cublas import blocks, build, call, functions, plugin, rule
+from attnreg_benchmarks import cublas_blocks, cublas_lines
+from attnreg_cublas import blocks, build, call, functions, plugin, products, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnreg
@@ -55,7 +55,6 @@ def sides(request, monkeypatch):
     in_place = request.param.endswith("in_place")
     for edge_slots in ("SCORE_EDGE_SLOTS", "AVERAGE_EDGE_SLOTS"):
         monkeypatch.setattr(call, edge_slots, math.inf if in_place else -1)
-    monkeypatch.setattr(call, "SMALLEST_LINE", 0)
     # Several chunks, and bytes instead of MiB to say so.
     monkeypatch.setattr(call, "_MEBIBYTE", 1)
     monkeypatch.setattr(call, "factors_pay", lambda size: request.param == "factors")
@@ -408,14 +407,11 @@ def test_what_is_read_in_place_takes_one_product_and_one_or_two_kernels(monkeypa
     assert dot(query[..., :5], key[..., :5]) == ["pack", "pack", "baddbmm_", "gather_band"]
     assert average(weights, key) == ["scatter_band", "baddbmm_", "mend_rows"]
     assert average(weights, key, lengths) == ["scatter_band", "pack", "baddbmm_", "mend_rows"]
-    # Where each head is a line, its product is spared a copy of each side and of the result, if it is long enough.
+    # Where each head is a line, a product of them all is spared a copy of each side and of the result.
     heads_apart = [_lengths_first(tensor) for tensor in (query, key)]
-    assert dot(*heads_apart) == ["pack", "pack", "baddbmm_", "gather_band"]
-    assert average(_lengths_first(weights), key) == ["scatter_band", "baddbmm_", "unpack", "mend_rows"]
-    monkeypatch.setattr(call, "SMALLEST_LINE", 2 * 128 * 8 * 4)
-    assert dot(*heads_apart) == ["baddbmm_", "baddbmm_", "gather_band"]
-    assert average(_lengths_first(weights), heads_apart[1]) == ["scatter_band", "baddbmm_", "baddbmm_", "mend_rows"]
-    assert average(_lengths_first(weights), key) == ["scatter_band", *["pack", "baddbmm_"] * 2, "mend_rows"]
+    assert dot(*heads_apart) == ["multiply", "gather_band"]
+    assert average(_lengths_first(weights), heads_apart[1]) == ["scatter_band", "multiply", "mend_rows"]
+    assert average(_lengths_first(weights), key) == ["scatter_band", "pack", "multiply", "mend_rows"]
     assert dot(query, heads_apart[1]) == ["pack", "baddbmm_", "gather_band"]
     assert average(_lengths_first(torch.randn(2, 4, 128, window.size)), key[:, :1]) == [
         *("scatter_band", "pack", "baddbmm_", "mend_rows"),
@@ -453,7 +449,7 @@ def test_dense_blocks_keep_to_the_workspace(monkeypatch, heads, at_once):
         owned = [
             (line, block)
             for chunk in chunks
-            for line, dense in chunk.by_line()
+            for line, dense in enumerate(chunk.by_line(), chunk.line)
             for block, _ in enumerate(dense, chunk.begin)
         ]
         assert owned == list(itertools.product(range(heads), range(geometry.count)))
@@ -510,3 +506,45 @@ def test_the_benchmark_of_the_rule_measures_every_product_at_every_block(monkeyp
     rows = list(cublas_blocks.edges(torch.device("cpu")))
     assert len(rows) == 2 * 3 * 3
     assert all(set(row["microseconds"]) == {"edge rows", "copies"} for row in rows)
+
+
+@pytest.mark.usefixtures("library")
+def test_the_benchmark_of_lines_measures_every_product_in_place_and_copied(monkeypatch):
+    copied = []
+    measured = {"HEADS": ((2, 8),), "WINDOWS": (9,), "POSITIONS": (2048,), "SECONDS": 0.001}
+    for name, value in measured.items():
+        monkeypatch.setattr(cublas_lines, name, value)
+    monkeypatch.setattr(cublas_lines, "sets_for_cold_cache", lambda size, device: 1)
+    monkeypatch.setattr(cublas_lines, "eager", lambda runs: copied.append("pack" in launches(runs[0])) or 1.0)
+    monkeypatch.setattr(cublas_lines, "copies", lambda runs: [])
+    rows = list(cublas_lines.rows(torch.device("cpu")))
+    assert [(row["dtype"], row["product"]) for row in rows] == list(
+        itertools.product(("float32", "bfloat16"), cublas_lines.PRODUCTS)
+    )
+    assert all(list(row["graph"]) == list(row["eager"]) == ["contiguous", "in place", "copied"] for row in rows)
+    assert copied == [False, False, True] * len(rows)
+    assert cublas_lines.ratios(rows, "eager", "copied") == "1.000, at most 1.000"
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_by_address_are_those_of_evenly_spaced_matrices(dtype):
+    torch.manual_seed(0)
+    left, right = torch.randn(3, 2, 4, 6).to(dtype), torch.randn(3, 2, 6, 5).to(dtype)
+    # Heads of a group are summed one by one by key alone: the left matrices lie column by column, the right ones row by row.
+    for of_left, of_right, heads in (
+        (False, False, 1),
+        (False, True, 1),
+        (True, False, 1),
+        (True, True, 1),
+        (True, False, 2),
+    ):
+        result = torch.full((2, 4, 3, 7), math.nan, dtype=dtype).permute(2, 0, 1, 3)[..., 1:6]
+        given = [
+            tensor.mT.contiguous().mT if turned else tensor for tensor, turned in ((left, of_left), (right, of_right))
+        ]
+        products.multiply(*given, result, 0.5, heads)
+        tolerance = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            result.double(), 0.5 * left.double() @ right.double(), rtol=tolerance, atol=tolerance
+        )

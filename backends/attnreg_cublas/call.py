@@ -4,8 +4,8 @@ A side of a product is read in place where its tensor is the line already, or li
 (*pack*), or copied as fp16 factors (*split*). *Gather* reads the band out of a dense result, *scatter* writes a band into zeroed
 blocks, *mend* goes over the ends of sequences in an average; gather and mend also compute the edge rows. A product by position
 whose rows are not in the order of the caller's tensors yet is copied there (*unpack*). These kernels are in ``csrc/cuda/``.
-Dense blocks are made a chunk at a time, in a bounded workspace. Read in place, a dot product is one product of each line and one
-of our kernels, an average scatters, multiplies and mends.
+Dense blocks are made a chunk at a time, in a bounded workspace. Read in place, a dot product is one product and one of our
+kernels, an average scatters, multiplies and mends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from attnreg.memory import strides_like
 from attnreg_cublas.blocks import Blocks, Spans, cut, lay
 from attnreg_cublas.build import ops
 from attnreg_cublas.products import multiply, multiply_factors, sums_factors_in_fp32
-from attnreg_cublas.rule import AVERAGE_EDGE_SLOTS, SCORE_EDGE_SLOTS, SMALLEST_LINE, block_rows, factors_pay
+from attnreg_cublas.rule import AVERAGE_EDGE_SLOTS, SCORE_EDGE_SLOTS, block_rows, factors_pay
 from attnreg_cublas.sides import Side, as_heads, as_line, matrices, padded_width
 
 # cuBLAS puts the batch on a grid dimension, in some of its kernels with a limit of 65535.
@@ -44,9 +44,10 @@ class Chunk(NamedTuple):
     end: int
     dense: Tensor
 
-    def by_line(self) -> Iterator[tuple[int, Tensor]]:
-        """Each line, and the room for its blocks."""
-        return zip(range(self.line, self.line + self.lines), self.dense.chunk(self.lines))
+    def by_line(self) -> Tensor:
+        """The dense elements of the blocks of each line: (lines, blocks, ...)."""
+        by_line: Tensor = self.dense.unflatten(0, (self.lines, -1))
+        return by_line
 
 
 class Room(NamedTuple):
@@ -88,7 +89,10 @@ class Call:
         lengths = (self.queries, self.keys, window.left, window.right)
         self.line = _lay(1, self.batch * self.kv_heads, *lengths)
         self.lines_of_heads = _lay(self.kv_heads, self.batch, *lengths)
-        self.block = block or block_rows(self.line.width, rows.dtype, allow_tf32())
+        self.block, self.block_of_heads = (
+            block or block_rows(self.line.width, rows.dtype, allow_tf32(), by_address=by_address)
+            for by_address in (False, True)
+        )
         self.workspace = workspace * _MEBIBYTE
         self.ops = ops()
 
@@ -104,15 +108,14 @@ class Call:
         for chunk in self._chunks(blocks, query, (blocks.rows * self.group, blocks.columns)):
             row_spans = blocks.row_spans(chunk.begin, chunk.end)
             column_spans = blocks.column_spans(chunk.begin, chunk.end)
-            for line, dense in chunk.by_line():
-                if scales is None:
-                    left = self._matrices(rows, blocks, line, row_spans)
-                    right = self._matrices(columns, blocks, line, column_spans)
-                    multiply(left, right.mT, dense, scale)
-                else:
-                    left = self._split(rows, row_spans, scales[0], of_keys=False)
-                    right = self._split(columns, column_spans, scales[1], of_keys=True)
-                    multiply_factors(left, right.mT, dense)
+            if scales is None:
+                left = self._matrices(rows, blocks, chunk, row_spans)
+                right = self._matrices(columns, blocks, chunk, column_spans)
+                multiply(left, right.mT, chunk.by_line(), scale)
+            else:
+                left = self._split(rows, row_spans, scales[0], of_keys=False)
+                right = self._split(columns, column_spans, scales[1], of_keys=True)
+                multiply_factors(left[0], right[0].mT, chunk.dense)
             given = (query, key, chunk.dense, *(scales or (None, None)))
             self.ops.gather_band(*given, band, *visibility, chunk.line, chunk.begin, self.window.left, scale, hidden)
         return band
@@ -125,10 +128,9 @@ class Call:
         visibility = self._visibility(blocks)
         for chunk in self._chunks(blocks, band, (blocks.rows, self.group, blocks.columns)):
             self.ops.scatter_band(band, chunk.dense, *visibility, chunk.line, chunk.begin, self.keys, self.window.left)
-            for line, dense in chunk.by_line():
-                seen = self._matrices(columns, blocks, line, blocks.column_spans(chunk.begin, chunk.end))
-                into = matrices(room.rows[line], blocks.row_spans(chunk.begin, chunk.end))
-                multiply(dense.flatten(1, 2), seen, into, scale)
+            seen = self._matrices(columns, blocks, chunk, blocks.column_spans(chunk.begin, chunk.end))
+            into = _of_lines(room.rows, chunk, blocks.row_spans(chunk.begin, chunk.end))
+            multiply(chunk.by_line().flatten(2, 3), seen, into, scale)
         if not room.is_output:
             self.ops.unpack(room.rows[0], output, self.line.pitch, self.line.query_lead)
         self.ops.mend_rows(band, source, output, *visibility, self.keys, self.window.left, scale)
@@ -144,10 +146,9 @@ class Call:
             self.ops.scatter_band_by_key(
                 band, chunk.dense, *visibility, chunk.line, chunk.begin, self.keys, self.window.left
             )
-            for line, dense in chunk.by_line():
-                seeing = self._matrices(columns, blocks, line, blocks.column_spans(chunk.begin, chunk.end))
-                into = matrices(room.rows[line], blocks.row_spans(chunk.begin, chunk.end))
-                multiply(dense.flatten(1, 2).mT, seeing, into, scale, self.group)
+            seeing = self._matrices(columns, blocks, chunk, blocks.column_spans(chunk.begin, chunk.end))
+            into = _of_lines(room.rows, chunk, blocks.row_spans(chunk.begin, chunk.end))
+            multiply(chunk.by_line().flatten(2, 3).mT, seeing, into, scale, self.group)
         if not room.is_output:
             self.ops.unpack(room.rows[0], output, self.line.pitch, self.line.key_lead)
         self.ops.mend_rows_by_key(band, source, output, *visibility, self.keys, self.window.left, scale)
@@ -177,8 +178,8 @@ class Call:
     def _cut(self, *sides: Side, edge_slots: float = -1) -> Blocks:
         """Blocks of scores: of whichever lines spare copies, or else covering one line."""
         one_line = any(side.line is not None for side in sides)
-        if not one_line and any(side.heads is not None and _is_long(side.heads) for side in sides):
-            blocks = _cut(self.lines_of_heads, self.block, edge_slots=edge_slots)
+        if not one_line and any(side.heads is not None for side in sides):
+            blocks = _cut(self.lines_of_heads, self.block_of_heads, edge_slots=edge_slots)
             if blocks.within:
                 return blocks
         return _cut(self.line, self.block, edge_slots=edge_slots if one_line else -1)
@@ -194,8 +195,8 @@ class Call:
         output = None if is_line else empty_like(like, width)
         if output is not None and heads == 1 and (like.size(2), lead) == (self.line.pitch, 0):
             lines = as_heads(output)
-            if lines is not None and _is_long(lines):
-                blocks = _cut(self.lines_of_heads, self.block, by_key=by_key, edge_slots=AVERAGE_EDGE_SLOTS)
+            if lines is not None:
+                blocks = _cut(self.lines_of_heads, self.block_of_heads, by_key=by_key, edge_slots=AVERAGE_EDGE_SLOTS)
                 if blocks.within:
                     return Room(blocks, lines, output, True)
         edge_slots = AVERAGE_EDGE_SLOTS if columns.line is not None else -1
@@ -206,19 +207,21 @@ class Call:
             return Room(blocks, rows, rows.as_strided(shape, wanted, lead * heads * row), True)
         return Room(blocks, rows, output, False)
 
-    def _matrices(self, side: Side, blocks: Blocks, line: int, spans: Spans) -> Tensor:
-        """The rows, or the columns, of some blocks of a line: (blocks, B * G, E) or (blocks, S * G, E)."""
+    def _matrices(self, side: Side, blocks: Blocks, chunk: Chunk, spans: Spans) -> Tensor:
+        """The rows, or the columns, of some blocks of each line: (lines, blocks, B * G, E) or (lines, blocks, S * G, E)."""
         by_head = blocks.line.lines > 1
         in_place = side.heads if by_head else side.line
         if in_place is not None and blocks.within:
-            return matrices(in_place[line], spans)
-        source = side.source
+            return _of_lines(in_place, chunk, spans)
+        source, length = side.source, blocks.line.length
         packed = source.new_empty(
-            spans.positions, source.size(1) // self.kv_heads, padded_width(source.size(3), source.dtype)
+            (chunk.lines - 1) * length + spans.positions,
+            source.size(1) // self.kv_heads,
+            padded_width(source.size(3), source.dtype),
         )
-        place = (by_head, self.line.pitch, line * blocks.line.length + spans.first, side.lead, *side.seen)
+        place = (by_head, self.line.pitch, chunk.line * length + spans.first, side.lead, *side.seen)
         self.ops.pack(source, packed, self.key_lengths, self.keys, *place)
-        return matrices(packed, spans, spans.first)
+        return matrices(packed, spans, spans.first, lines=chunk.lines, per_line=length * packed.stride(0))
 
     def _split(self, side: Side, spans: Spans, scales: Tensor, *, of_keys: bool) -> Tensor:
         """As ``_matrices``, in three fp16 factors a row; their scales are written to ``scales``."""
@@ -255,6 +258,6 @@ class Call:
                 yield Chunk(line, of_lines, begin, end, room[: of_lines * (end - begin)])
 
 
-def _is_long(heads: Tensor) -> bool:
-    """Whether lines (H, positions, 1, E) are worth a product each."""
-    return heads.size(0) > 1 and heads[0].numel() * heads.element_size() >= SMALLEST_LINE
+def _of_lines(rows: Tensor, chunk: Chunk, spans: Spans) -> Tensor:
+    """Of rows (lines, positions, G, E) those of a chunk's lines, as ``matrices``."""
+    return matrices(rows[chunk.line], spans, lines=chunk.lines, per_line=rows.stride(0))

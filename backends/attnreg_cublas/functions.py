@@ -2,9 +2,10 @@
 
 Each takes the options ``block``, the rows of a block (None: by ``rule``), and ``workspace``, the MiB for dense blocks.
 
-The products are torch's own, so that float32 follows torch's matmul precision setting. ``scale`` rides on the product
-(cuBLAS ``alpha``), before any rounding. As in every product over dense blocks, an infinity or NaN in a *visible* row of an
-average also reaches the other rows of its block, though never those of another sequence; with a bias it reaches none of them.
+The products are torch's own or made by its cuBLAS, so that float32 follows torch's matmul precision setting. ``scale`` rides on
+the product (cuBLAS ``alpha``), before any rounding. As in every product over dense blocks, an infinity or NaN in a *visible* row
+of an average also reaches the other rows of its block, though never those of another sequence; with a bias it reaches none of
+them.
 """
 
 from __future__ import annotations

@@ -1,13 +1,18 @@
-"""The batched products: torch's own, so that cuBLAS is chosen, configured and synchronised as everywhere in torch."""
+"""The batched products, by cuBLAS as torch has it configured: torch's own of one line, those of several in one launch as well.
+
+The matrices of one line are evenly spaced; where there are several, each is found by its address, see ``csrc/cuda/multiply.cuh``.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from attnreg_cublas.build import ops
+
 
 def multiply(left: Tensor, right: Tensor, result: Tensor, scale: float = 1.0, heads: int = 1) -> None:
-    """``result = scale * left @ right`` for (blocks, m, k) and (blocks, k, n): summed in fp32, scaled, then rounded.
+    """``result = scale * left @ right``, (lines, blocks, m, k) and (lines, blocks, k, n): summed in fp32, scaled, then rounded.
 
     Where k interleaves the query heads of a group, ``heads`` is their number: float32 then sums each head on its own
     first, as one sum over all of them would lose accuracy. The narrow dtypes would only be rounded more often.
@@ -15,7 +20,12 @@ def multiply(left: Tensor, right: Tensor, result: Tensor, scale: float = 1.0, he
     sums = heads if result.dtype == torch.float32 else 1
     for head in range(sums):
         every = slice(head, None, sums)
-        result.baddbmm_(left[:, :, every], right[:, every], beta=min(head, 1), alpha=scale)
+        factors = left[..., every], right[..., every, :]
+        if result.size(0) == 1:
+            result[0].baddbmm_(factors[0][0], factors[1][0], beta=min(head, 1), alpha=scale)
+        else:
+            addresses = result.new_empty(3, *result.shape[:2], dtype=torch.int64)
+            ops().multiply(*factors, result, addresses, scale, min(head, 1))
 
 
 def sums_factors_in_fp32() -> bool:

@@ -22,13 +22,13 @@ _WITHOUT_FACTORS = 160
 # averages at 0.8 (5 to 8 % in fp32) and no more at 3 (nothing in fp32, a fifth lost in bf16).
 SCORE_EDGE_SLOTS, AVERAGE_EDGE_SLOTS = 9, 1
 
-# Bytes of a line of one head from which on it is worth a product of its own, which spares copying it: a launch takes some 4 us of
-# the host, a copy of that many bytes 3 us of a GPU that moves 3 TB/s. Not measured.
-SMALLEST_LINE = 4 * 2**20
 
-
-def block_rows(window_size: int, dtype: torch.dtype, tf32: bool) -> int:
-    """B, the rows of a block."""
+def block_rows(window_size: int, dtype: torch.dtype, tf32: bool, *, by_address: bool = False) -> int:
+    """B, the rows of a block; ``by_address``: where cuBLAS is told where each one is."""
+    if by_address and dtype != torch.float32:
+        # Its kernels for blocks of 32 rows are slow there: on an H100, calls take up to 1.7 times as long as on one line, and
+        # 1.05 to 1.3 times with 64 rows. Averages over windows up to 32 alone would be faster with 32 rows, by 4 to 9 %.
+        return 64
     exact = dtype == torch.float32 and not tf32
     return 32 if window_size <= (_NARROW if exact else _NARROW_ON_TENSOR_CORES) else 64
 

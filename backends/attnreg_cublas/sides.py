@@ -30,12 +30,15 @@ class Side(NamedTuple):
     seen: tuple[int, int]
 
 
-def matrices(rows: Tensor, spans: Spans, origin: int = 0) -> Tensor:
-    """(number, height * G, E) of rows by position, (positions, G, E), of which the first one lies at ``origin``."""
+def matrices(rows: Tensor, spans: Spans, origin: int = 0, *, lines: int = 1, per_line: int = 0) -> Tensor:
+    """(lines, number, height * G, E) of rows by position, (positions, G, E), of which the first one lies at ``origin``.
+
+    The rows are those of the first line; each begins ``per_line`` elements after the one before.
+    """
     per_position, per_row, _ = rows.stride()
-    shape = (spans.number, spans.height * rows.size(1), rows.size(2))
+    shape = (lines, spans.number, spans.height * rows.size(1), rows.size(2))
     start = rows.storage_offset() + (spans.first - origin) * per_position
-    return rows.as_strided(shape, (spans.step * per_position, per_row, 1), start)
+    return rows.as_strided(shape, (per_line, spans.step * per_position, per_row, 1), start)
 
 
 def as_line(tensor: Tensor) -> Tensor | None:
@@ -51,10 +54,10 @@ def as_line(tensor: Tensor) -> Tensor | None:
 
 
 def as_heads(tensor: Tensor) -> Tensor | None:
-    """A tensor (N, H, L, E) as a line for each head, (H, N * L, 1, E), likewise: so lies (N, L, H, E)."""
+    """A tensor (N, H, L, E) as a line for each of several heads, (H, N * L, 1, E), likewise: so lies (N, L, H, E)."""
     batch, heads, length, width = tensor.shape
     head, pitch = tensor.stride()[1:3]
-    even = batch == 1 or tensor.stride(0) == length * pitch
+    even = heads > 1 and (batch == 1 or tensor.stride(0) == length * pitch)
     if not (even and _rows_fit(tensor) and head % _unit(tensor.dtype) == 0):
         return None
     return tensor.as_strided((heads, batch * length, 1, width), (head, pitch, pitch, 1), tensor.storage_offset())

@@ -1,10 +1,11 @@
 // The ops of the cublas_block backend, registered through torch's stable ABI: one build serves many torch versions.
 //
-// Every op writes into a tensor that it is given; the products between them are torch's own (cuBLAS). The host kernels
-// are the same code in a plain loop: they test the index arithmetic where there is no GPU.
+// Every op writes into a tensor that it is given; the products between them are torch's own (cuBLAS), or made by its cuBLAS.
+// The host kernels are the same code in a plain loop: they test the index arithmetic where there is no GPU.
 #include "gather.cuh"
 #include "mask.cuh"
 #include "mend.cuh"
+#include "multiply.cuh"
 #include "pack.cuh"
 #include "scatter.cuh"
 #include "split.cuh"
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY(attnreg_cublas, m) {
         "int[] geometry, int keys, int left, float scale) -> ()");
   m.def("mend_rows_by_key(Tensor band, Tensor source, Tensor(a!) output, Tensor? bias, Tensor? key_lengths, "
         "int[] geometry, int keys, int left, float scale) -> ()");
+  m.def("multiply(Tensor left, Tensor right, Tensor(a!) result, Tensor(b!) addresses, float scale, float beta) -> ()");
   m.def("mask_band(Tensor band, Tensor(a!) masked, Tensor? bias, Tensor? key_lengths, int keys, int left) -> ()");
 }
 
@@ -41,6 +43,7 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("scatter_band_by_key", TORCH_BOX(&attnreg::scatter_band_by_key));
   m.impl("mend_rows", TORCH_BOX(&attnreg::mend_rows));
   m.impl("mend_rows_by_key", TORCH_BOX(&attnreg::mend_rows_by_key));
+  m.impl("multiply", TORCH_BOX(&attnreg::multiply));
   m.impl("mask_band", TORCH_BOX(&attnreg::mask_band));
 }
 
