@@ -21,6 +21,7 @@ from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
 from attnreg.ops import (
     AUTOCAST_DEVICES,
     are_transformed,
+    beside_graphs,
     call_op,
     differentiated,
     find_plan,
@@ -149,6 +150,7 @@ def local_attention(
     return _call(ATTENTION, (query, key, value), window, (bias, key_lengths, scale), backend)[0]
 
 
+@beside_graphs
 def _call(
     op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | None
 ) -> tuple[Tensor, ...]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -93,6 +92,8 @@ class Op:
         results: what the op computes, by name; users get the first.
         arguments: the optional arguments.
         keeps_results: whether its backward gets the results.
+        has_slots: whether a tensor or a result has a column for each slot of the window.
+        has_values: whether it has values to average.
     """
 
     name: str
@@ -100,6 +101,13 @@ class Op:
     results: Mapping[str, Result]
     arguments: tuple[Argument, ...]
     keeps_results: bool = False
+    has_slots: bool = field(init=False)
+    has_values: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        tensors, results = self.tensors.values(), [row.dims for row in self.results.values()]
+        object.__setattr__(self, "has_slots", any("W" in dims for dims in (*tensors, *results)))
+        object.__setattr__(self, "has_values", any("D" in dims for dims in tensors))
 
     @property
     def backward(self) -> str:
@@ -110,16 +118,6 @@ class Op:
     def differentiable(self) -> tuple[str, ...]:
         """What has a gradient: the tensors, then arguments."""
         return (*self.tensors, *(argument.name for argument in self.arguments if argument.differentiable))
-
-    @cached_property
-    def has_slots(self) -> bool:
-        """Whether a tensor or a result has a column for each slot of the window."""
-        return any("W" in dims for dims in (*self.tensors.values(), *(row.dims for row in self.results.values())))
-
-    @cached_property
-    def has_values(self) -> bool:
-        """Whether it has values to average."""
-        return any("D" in dims for dims in self.tensors.values())
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from time import monotonic
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,6 +63,22 @@ AUTOCAST_DEVICES = frozenset(
 )
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
+
+
+Traceable = TypeVar("Traceable", bound=Callable[..., Any])
+
+
+def beside_graphs(function: Traceable) -> Traceable:
+    """Let torch.compile leave ``function``, and all that it calls, as it is where it runs beside a graph.
+
+    So it does where a graph broke. Else each function of a backend, down to its kernels' launches, would become a graph of
+    its own. Inside a graph ``function`` is traced as any other.
+    """
+    dynamo: Any = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "_FrameExecStrategy"):  # torch's own, and no promise
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return function
 
 
 class NotDifferentiable(NotImplementedError, RuntimeError):
@@ -206,7 +222,7 @@ def refuse_watchers(op: Op, tensors: Sequence[Any]) -> None:
 def refuse_sharded(op: Op, tensors: Sequence[Any]) -> None:
     """Raise where a DTensor is given."""
     for tensor in tensors:
-        if type(tensor).__module__.startswith("torch.distributed.tensor"):
+        if isinstance(tensor, Tensor) and type(tensor).__module__.startswith("torch.distributed.tensor"):
             raise NotDifferentiable(
                 f"{op.name}: a {type(tensor).__name__} is given; batch and heads are independent: shard by these, and call "
                 f"inside torch.distributed.tensor.experimental.local_map, or on tensor.to_local()"
@@ -260,6 +276,7 @@ class Differentiated(torch.autograd.Function):
     """``apply(call, *inputs) -> results``: ``inputs`` are the op's tensors, then those among the arguments."""
 
     @staticmethod
+    @beside_graphs
     def forward(ctx: Any, call: Direct | Traced, *inputs: Tensor) -> Any:
         ctx.call = call
         returned, kept = call.forward(ctx, inputs)
@@ -267,6 +284,7 @@ class Differentiated(torch.autograd.Function):
         return returned
 
     @staticmethod
+    @beside_graphs
     def backward(ctx: Any, *grads: Any) -> Any:
         call: Direct | Traced = ctx.call
         needed = ctx.needs_input_grad[1:]
@@ -447,12 +465,14 @@ def _checked_plan(
     return find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))[0]
 
 
+@beside_graphs
 def _kernel(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
     tensors, arguments, (left, right, backend, needs_grad) = _split(op, inputs)
     plan = _checked_plan(op, tensors, window_of(left, right), arguments, backend, needs_grad)
     return (*run(plan, tensors, arguments), _ticket(tensors[0], plan))
 
 
+@beside_graphs
 def _backward_kernel(op: Op, *inputs: Any) -> list[Tensor]:
     kept = len(op.tensors) + (len(op.results) if op.keeps_results else 0)
     grads, saved = inputs[:1], inputs[1 : 1 + kept]

@@ -153,3 +153,42 @@ def test_explain_refuses_what_the_call_refuses():
     for function in (attnreg.local_dot_product, attnreg.explain):
         with pytest.raises(TypeError, match="scale must be a float, got None"):
             function(**call)
+
+
+@pytest.mark.parametrize("op", ["local_dot_product", "local_weighted_average", "local_attention"])
+@pytest.mark.parametrize("way", ["eager", "aot_eager"])
+@pytest.mark.parametrize("number", [99, -1])
+def test_a_length_out_of_range_is_refused_in_every_kind_of_tensor_that_has_numbers(op, way, number):
+    plain = torch.tensor([number])
+    kinds = [plain, torch.nn.Parameter(plain, requires_grad=False)]
+    if way == "eager":
+        kinds.append(plain.as_subclass(type("Own", (torch.Tensor,), {})))
+    tensor = torch.randn(1, 1, 5, 3)
+    tensors = (tensor,) * (3 if op == "local_attention" else 2)
+
+    def call(lengths):
+        return getattr(attnreg, op)(*tensors, Window(1, 1), key_lengths=lengths)
+
+    call(torch.tensor([5]))
+    if way != "eager":
+        call = torch.compile(call, backend=way)
+    for lengths in kinds:
+        with pytest.raises(ValueError, match=f"key_lengths: every length must lie in 0..5 .*got {number}"):
+            call(lengths)
+
+
+@pytest.mark.parametrize("number", [2**62, 2**63, 10**40])
+def test_a_window_beyond_torchs_integers_is_refused(number):
+    with pytest.raises(ValueError, match=r"Window: left must be at most 2\*\*62 - 1"):
+        Window(number, 0)
+
+
+def test_a_band_that_no_memory_holds_is_refused_by_the_windows_name():
+    tensor = torch.randn(1, 1, 5, 3)
+    widest = Window(2**62 - 1, 2**62 - 1)
+    with pytest.raises(ValueError, match=r"window: .* columns, more than local_dot_product can have"):
+        attnreg.local_dot_product(tensor, tensor, widest)
+    torch.testing.assert_close(
+        attnreg.local_attention(tensor, tensor, tensor, widest),
+        attnreg.local_attention(tensor, tensor, tensor, Window(9, 9)),
+    )

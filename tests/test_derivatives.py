@@ -9,6 +9,7 @@ from running import runs
 from torch.autograd import forward_ad
 
 import attnreg
+from attnreg.op import ROWS
 
 # Made of torch operations, which have every derivative.
 DIFFERENTIABLE = {status.name for status in attnreg.backends() if status.backend and status.backend.differentiable}
@@ -140,3 +141,47 @@ def test_first_derivatives_are_the_same_where_the_graph_is_kept():
     (kept,) = torch.autograd.grad(run(first).square().sum(), first, create_graph=True)
     (plain,) = torch.autograd.grad(run(first).square().sum(), first)
     assert torch.equal(kept, plain)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batched_gradients_are_there_or_refused(op):
+    """By torch's older vmap, which is_grads_batched and vectorize=True ask for."""
+    query, window = torch.randn(1, 1, 5, 4, requires_grad=True), attnreg.Window(1, 2)
+    second = torch.randn(1, 1, 5, 4)
+
+    def call(backend):
+        tensors = (query, second, second)[: len(ROWS[op].tensors)]
+        return getattr(attnreg, op)(*tensors, window, backend=backend)
+
+    output = call("torch")
+    upstream = torch.randn(3, *output.shape)
+    batched = torch.autograd.grad(output, query, upstream, is_grads_batched=True, retain_graph=True)[0]
+    alone = [torch.autograd.grad(output, query, each, retain_graph=True)[0] for each in upstream]
+    torch.testing.assert_close(batched, torch.stack(alone))
+    with pytest.raises(attnreg.NotDifferentiable, match=r'is_grads_batched .* backend="torch"'):
+        torch.autograd.grad(call("torch_block"), query, upstream, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("empty", ["queries", "keys", "batch"])
+def test_a_call_without_elements_has_all_derivatives_of_torch(empty):
+    query = torch.randn(0 if empty == "batch" else 1, 2, 0 if empty == "queries" else 5, 4)
+    key = torch.randn(0 if empty == "batch" else 1, 2, 0 if empty == "keys" else 5, 4)
+
+    def call(query, key):
+        return attnreg.local_attention(query, key, key, attnreg.Window(1, 1), backend="torch").sum()
+
+    gradients = torch.func.grad(call, argnums=(0, 1))(query, key)
+    assert [each.shape for each in gradients] == [query.shape, key.shape]
+    assert not any(each.any() for each in gradients)
+    _, tangent = torch.func.jvp(call, (query, key), (query, key))
+    assert tangent == 0
+
+
+def test_vmap_over_key_lengths_of_torch():
+    query, window = torch.randn(1, 1, 5, 4), attnreg.Window(1, 1)
+
+    def call(lengths):
+        return attnreg.local_attention(query, query, query, window, key_lengths=lengths, backend="torch")
+
+    lengths = torch.tensor([[3], [5]])
+    torch.testing.assert_close(torch.vmap(call)(lengths), torch.stack([call(each) for each in lengths]))

@@ -178,8 +178,17 @@ def test_a_dtensor_is_refused_with_what_to_do(tmp_path):
     try:
         mesh = init_device_mesh("cpu", (1,))
         query = DTensor.from_local(torch.randn(1, 2, 6, 8), mesh)
-        with pytest.raises(NotImplementedError, match="local_map"):
-            attnreg.local_attention(query, query, query, WINDOW)
+
+        def call(tensor):
+            return attnreg.local_attention(tensor, tensor, tensor, WINDOW)
+
+        for way in (call, torch.compile(call, backend="aot_eager")):
+            with pytest.raises(NotImplementedError, match="local_map"):
+                way(query)
+            leaf = torch.randn(1, 2, 6, 8, requires_grad=True)
+            output = way(leaf)
+            with pytest.raises(NotImplementedError, match="local_map"):
+                torch.autograd.grad(output, leaf, DTensor.from_local(torch.ones_like(output), mesh))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -259,3 +268,89 @@ def test_a_program_exported_without_gradients_can_be_differentiated():
         Model()(expected).square().sum().backward()
     assert leaf.grad.any()
     torch.testing.assert_close(leaf.grad, expected.grad)
+
+
+class WindowOfLength(torch.nn.Module):
+    """Its window depends on a size of what it gets."""
+
+    def forward(self, query):
+        return attnreg.local_attention(query, query, query, Window(query.shape[2] - 1, 0))
+
+
+LONGER = torch.randn(1, 2, 13, 8)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_window_follows_the_length(strict):
+    program = export(
+        WindowOfLength(), (torch.randn(1, 2, 6, 8),), dynamic_shapes=({2: Dim("length", min=2, max=99)},), strict=strict
+    )
+    torch.testing.assert_close(program.module()(LONGER), WindowOfLength()(LONGER))
+
+
+@pytest.mark.parametrize("op", OPS[:1])
+def test_a_traced_window_follows_the_length(op):
+    def call(query):
+        return getattr(attnreg, op)(query, query, Window(query.shape[2] - 1, 0))
+
+    graph = make_fx(call, tracing_mode="symbolic")(torch.randn(1, 2, 6, 8))
+    torch.testing.assert_close(graph(LONGER), call(LONGER))
+    graph = make_fx(WindowOfLength(), tracing_mode="symbolic")(torch.randn(1, 2, 6, 8))
+    torch.testing.assert_close(graph(LONGER), WindowOfLength()(LONGER))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_a_transform_of_torch_is_traced_with_open_sizes(transform):
+    """The window is wider than the traced length: it must not be cut to that."""
+
+    def attend(query):
+        return attnreg.local_attention(query, query, query, Window(10, 0), backend="torch")
+
+    transformed = {
+        "grad": torch.func.grad(lambda query: attend(query).square().sum()),
+        "vmap": torch.vmap(lambda query: attend(query[None])[0]),
+    }[transform]
+    graph = make_fx(transformed, tracing_mode="symbolic")(torch.randn(1, 2, 6, 8))
+    torch.testing.assert_close(graph(LONGER), transformed(LONGER))
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch_block"])
+def test_functionalization_keeps_the_op(backend):
+    def attend(query):
+        return attnreg.local_attention(query, query, query, Window(2, 1), backend=backend)
+
+    functional = torch.func.functionalize(attend)
+    torch.testing.assert_close(functional(LONGER), attend(LONGER))
+    assert "attnreg.local_attention" in make_fx(functional)(LONGER).code
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_compiled_call_is_right_after_one_that_was_refused(needs_grad):
+    """The refusal broke the graph; torch.compile must not make graphs of the functions of a backend then."""
+
+    @torch.compile(backend="aot_eager")
+    def attend(query, scale):
+        return attnreg.local_attention(query, query, query, Window(1, 1), scale=scale, backend="torch_block")
+
+    query = torch.randn(1, 2, 6, 8, requires_grad=needs_grad)
+    with pytest.raises(TypeError, match="scale"):
+        attend(query, "a half")
+    expected = attnreg.local_attention(query, query, query, Window(1, 1), scale=0.5, backend="torch_block")
+    output = attend(query, 0.5)
+    torch.testing.assert_close(output, expected)
+    if needs_grad:
+        upstream = torch.randn_like(output)
+        torch.testing.assert_close(*(torch.autograd.grad(each, query, upstream)[0] for each in (output, expected)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch_block"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_autograd_differentiates_an_eager_call(fullgraph, backend):
+    query = torch.randn(1, 2, 6, 8, requires_grad=True)
+    expected = torch.autograd.grad(
+        attnreg.local_attention(query, query, query, Window(1, 1), backend=backend).sum(), query
+    )[0]
+    compiler = torch.compile(backend="aot_eager", fullgraph=fullgraph)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        attnreg.local_attention(query, query, query, Window(1, 1), backend=backend).sum().backward()
+    torch.testing.assert_close(query.grad, expected)
