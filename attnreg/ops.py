@@ -42,8 +42,6 @@ from attnreg.registry import registry
 from attnreg.request import Request
 from attnreg.window import Window, window_of
 
-WHAT_TO_DO = 'backend="torch" has it in eager calls: attnreg.use_backend("torch"), or backend="torch" in the call'
-
 # Torch's question for one of them is none that torch.compile can trace.
 AUTOCAST_DEVICES = frozenset(
     device
@@ -206,7 +204,7 @@ def refuse_transforms(op: Op, tensors: Sequence[Any]) -> None:
     if _is_transformed():
         raise NotDifferentiable(
             f"{op.name}: transforms of torch.func (grad, vjp, jvp, jacrev, jacfwd, vmap) do not reach into this call's backend; "
-            f"{WHAT_TO_DO}. For first derivatives torch.autograd.grad works with every backend"
+            f"{_who_has_it()}. For first derivatives torch.autograd.grad works with every backend"
         )
     if has_tangents(tensors):
         _refuse_forward_mode(op)
@@ -257,15 +255,24 @@ def has_tangents(tensors: Sequence[Any]) -> bool:
     )
 
 
+def _who_has_it() -> str:
+    """What to do. One that has every op, made of torch operations, has all that torch's autograd and transforms have."""
+    made_of_torch = [entry.backend for entry in registry.entries if entry.backend.differentiable]
+    names = [backend.name for backend in made_of_torch if len(backend.own_ops) == len(ROWS)]
+    if not names:
+        return "a backend that makes every op of torch operations would have it, and none is registered"
+    return f'backend="{names[0]}" has it in eager calls: attnreg.use_backend("{names[0]}"), or backend="{names[0]}" in the call'
+
+
 def _refuse_forward_mode(op: Op) -> NoReturn:
     raise NotDifferentiable(
-        f"{op.name}: forward-mode derivatives (jvp, jacfwd, make_dual) are not there for this call's backend; {WHAT_TO_DO}"
+        f"{op.name}: forward-mode derivatives (jvp, jacfwd, make_dual) are not there for this call's backend; {_who_has_it()}"
     )
 
 
 def _refuse_second_derivative(op: Op) -> NoReturn:
     raise NotDifferentiable(
-        f"{op.name}: second derivatives are not there for this call's backend (once_differentiable); {WHAT_TO_DO}"
+        f"{op.name}: second derivatives are not there for this call's backend (once_differentiable); {_who_has_it()}"
     )
 
 
@@ -534,7 +541,7 @@ def _refuse_here(op: Op, inputs: Sequence[Any]) -> None:
 def _batched(op: Op, *inputs: Any) -> NoReturn:
     raise NotDifferentiable(
         f"{op.name}: vmap, which is_grads_batched and vectorize ask for too, does not reach into this call's backend; "
-        f"{WHAT_TO_DO}"
+        f"{_who_has_it()}"
     )
 
 
