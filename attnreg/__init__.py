@@ -6,6 +6,7 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from attnreg.asking import use_backend
 from attnreg.backend import CONTRACT, Backend, BackendError, Capability
 from attnreg.band import band_from_dense
 from attnreg.dispatch import Decision
@@ -14,7 +15,6 @@ from attnreg.inspection import BackendStatus, backends, explain
 from attnreg.memory import empty_like
 from attnreg.modules import LocalAttention
 from attnreg.ops import NotDifferentiable
-from attnreg.plan import use_backend
 from attnreg.precision import allow_tf32
 from attnreg.problem import Problem
 from attnreg.registry import Registration, register, registry

@@ -46,7 +46,7 @@ class Capability:
         unequal_lengths: whether the numbers of queries and keys may differ.
 
     Raises:
-        TypeError, ValueError: ``takes`` is no collection of names, or has a name that no op has.
+        TypeError, ValueError: a field is not what it should be; the message names it.
     """
 
     dtypes: Collection[torch.dtype]
@@ -58,14 +58,56 @@ class Capability:
     unequal_lengths: bool = True
 
     def __post_init__(self) -> None:
-        if self.takes is None:
-            return
-        if isinstance(self.takes, str) or not isinstance(self.takes, Collection):
-            raise TypeError(f"Capability: takes must be a collection of arguments' names or None, got {self.takes!r}")
+        for name, (kind, holds) in _COLLECTIONS.items():
+            given = getattr(self, name)
+            if given is None and name != "dtypes":
+                continue
+            if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Collection):
+                raise TypeError(f"Capability: {name} must be a collection of {kind}, got {_brief(given)}")
+            if not len(given) and name != "takes":
+                raise ValueError(f"Capability: {name} is empty; nothing could run")
+            for each in (given[0], given[-1]) if isinstance(given, range) and given else given:
+                if not holds(each):
+                    raise TypeError(f"Capability: {name} must be a collection of {kind}, got {_brief(each)} in it")
+            # A copy: what is asked at every call must not change under it.
+            object.__setattr__(self, name, given if isinstance(given, range) else frozenset(given))
+        for name in ("grouped_heads", "unequal_lengths"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Capability: {name} must be True or False, got {_brief(getattr(self, name))}")
         known = {argument.name for op in ROWS.values() for argument in op.arguments}
-        for name in self.takes:
+        for name in sorted(self.takes or ()):
             if name not in known:
                 raise ValueError(f"Capability: takes has {name!r}; the ops' arguments are {', '.join(sorted(known))}")
+
+
+def _is_size(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 1
+
+
+def _is_device_type(given: object) -> bool:
+    return isinstance(given, str) and given.isidentifier()
+
+
+def _is_dtype(given: object) -> bool:
+    return isinstance(given, torch.dtype) and given.is_floating_point
+
+
+# What each collection of a capability holds, in words and as a question.
+_COLLECTIONS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "dtypes": ("floating-point torch.dtype", _is_dtype),
+    "devices": ('device types such as "cuda", without an index', _is_device_type),
+    "head_dims": ("ints of at least 1", _is_size),
+    "window_sizes": ("ints of at least 1", _is_size),
+    "takes": ("arguments' names", lambda given: isinstance(given, str)),
+}
+
+
+def _brief(given: object) -> str:
+    try:
+        text = repr(given)
+    except Exception:
+        text = "an object without a repr"
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(given).__name__})"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,8 +212,13 @@ class Backend:
                 raise TypeError(f"Backend {self.name!r}: {each.name} must be callable, got {given!r}")
         if self.library is not None and not isinstance(self.library, str):
             raise TypeError(f"Backend {self.name!r}: library must be the name of a distribution, got {self.library!r}")
-        if not callable(self.rank) and not isinstance(self.rank, (int, float)):
-            raise TypeError(f"Backend {self.name!r}: rank must be a number or callable, got {self.rank!r}")
+        if not callable(self.rank) and (not isinstance(self.rank, (int, float)) or self.rank != self.rank):
+            raise TypeError(f"Backend {self.name!r}: rank must be a number or callable, got {_brief(self.rank)}")
+        if not isinstance(self.differentiable, bool) or not isinstance(self.summary, str):
+            raise TypeError(
+                f"Backend {self.name!r}: differentiable must be True or False and summary a string, got "
+                f"{_brief(self.differentiable)} and {_brief(self.summary)}"
+            )
         if not isinstance(self.options, Mapping) or not all(
             isinstance(option, str) and option.isidentifier() and callable(parse)
             for option, parse in self.options.items()
@@ -249,7 +296,7 @@ def facts_of_ability(problem: Problem) -> tuple[object, ...]:
 def why_refused(backend: Backend, problem: Problem) -> str | None:
     """What this machine, or a backend's own last filter, says against a problem that its capability admits."""
     reason = why_unavailable(backend)
-    return reason if reason is not None or backend.refuse is None else _ask(backend.refuse, problem)
+    return reason if reason is not None or backend.refuse is None else _ask("refuse", backend.refuse, problem)
 
 
 def _refusals(backend: Backend, problem: Problem) -> Iterator[str]:
@@ -309,7 +356,7 @@ def option_values(backend: Backend, options: tuple[tuple[str, str], ...]) -> tup
             continue
         try:
             values[option] = backend.options[option](written)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             wrong.append(f"the option {option} is {written!r}: {error}")
     return values, tuple(wrong)
 
@@ -330,7 +377,7 @@ def with_options(backend: Backend, options: tuple[tuple[str, str], ...]) -> Back
 
 def why_unavailable(backend: Backend) -> str | None:
     """The reason why ``backend`` cannot run on this machine, or None."""
-    reason = None if backend.unavailable is None else _ask(backend.unavailable)
+    reason = None if backend.unavailable is None else _ask("unavailable", backend.unavailable)
     if reason is None and backend.library is not None and package_version(backend.library) is None:
         return f"{backend.library} is not installed"
     return reason
@@ -338,7 +385,7 @@ def why_unavailable(backend: Backend) -> str | None:
 
 def why_not_prepared(backend: Backend) -> str | None:
     """Prepare ``backend`` for its first use: None, or the reason why that failed."""
-    return None if backend.prepare is None else _ask(backend.prepare)
+    return None if backend.prepare is None else _ask("prepare", backend.prepare)
 
 
 def has_op(backend: Backend, op: Op) -> bool:
@@ -419,12 +466,17 @@ class Fault:
         return f"plug-in {self.plugin!r} of {self.distribution}: {self.error}"
 
 
-def _ask(question: Callable[..., str | None], *arguments: object) -> str | None:
-    """The answer of a backend's own function; one that raises is a reason, not an exception."""
+def _ask(name: str, question: Callable[..., str | None], *arguments: object) -> str | None:
+    """The answer of a backend's own function; one that raises, or answers anything else, is a reason, not an exception."""
     try:
-        return question(*arguments)
-    except Exception as error:
-        return f"its {getattr(question, '__name__', 'filter')}() raised {type(error).__name__}: {error}"
+        answer = question(*arguments)
+    except (Exception, SystemExit) as error:
+        return f"its {name}() raised {type(error).__name__}: {error}"
+    return (
+        answer
+        if answer is None or isinstance(answer, str)
+        else f"its {name}() answered {_brief(answer)}, no reason or None"
+    )
 
 
 def _text(given: object) -> str:

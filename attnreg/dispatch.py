@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 
 from attnreg.backend import BackendError, Entry, Fault, option_values, refusals
 from attnreg.measured import Figure, Measured
 from attnreg.problem import Problem
-from attnreg.request import Request
+from attnreg.request import Request, Wish, did_you_mean
 
 # Times within this part of the shorter one may be a tie.
 TIE = 0.03
@@ -91,7 +92,7 @@ def choose(
     entries: Sequence[Entry],
     *,
     like: Problem | None = None,
-    request: Request | None = None,
+    wish: Wish | None = None,
     failed: Mapping[str, str] | None = None,
     faults: Sequence[Fault] = (),
     measured: Sequence[Measured] = (),
@@ -108,28 +109,28 @@ def choose(
         problem: the call.
         entries: the registered backends.
         like: the problem by which backends are ranked; None for ``problem`` itself.
-        request: the backend that was asked for, if any.
+        wish: what was asked for, if anything.
         failed: for backends whose preparation failed, by name, the reason.
         faults: plug-ins that could not be used, kept for the trace.
         measured: what tables say of such a problem, those to be believed first.
         remarks: what is to be said of the tables.
 
     Raises:
-        BackendError: the forced backend is unknown or refuses, or every backend does; lists every reason.
+        BackendError: the backends that were asked for are unknown or refuse, or every backend does; lists every reason.
     """
-    candidates = sorted((_candidate(entry, problem, like or problem, failed or {}) for entry in entries), key=_order)
+    candidates = sorted(
+        (_candidate(entry, problem, like or problem, failed or {}, wish) for entry in entries), key=_order
+    )
     options: tuple[tuple[str, str], ...] = ()
-    if request is not None:
-        backend = next((entry.backend for entry in entries if entry.backend.name == request.name), None)
-        if backend is None:
-            raise BackendError(unknown_backend(request, entries, faults))
-        candidates.sort(key=lambda candidate: candidate.name != request.name)
-        refused = (*candidates[0].refusals, *option_values(backend, request.options)[1])
-        if refused:
-            reasons = "".join(f"\n  - {reason}" for reason in refused)
-            raise BackendError(f"backend {str(request)!r}, asked for by {request.by}, cannot run {problem}:{reasons}")
+    if wish is not None:
+        names = [entry.backend.name for entry in entries]
+        remarks = (*remarks, *_unknown(wish, names))
+    if wish is not None and wish.preferred:
+        request = _first_able(wish, problem, candidates, entries, faults)
         name, by, options = request.name, measured[0] if measured else None, request.options
-        source, reason = "forced", f"forced by {request.by}"
+        source, reason = "forced", f"forced by {wish.by}"
+        if len(wish.preferred) > 1:
+            reason = f"the first of {', '.join(map(str, wish.preferred))} that can run it, as {wish.by} asks"
     else:
         passing = [candidate for candidate in candidates if not candidate.refusals]
         if not passing:
@@ -150,13 +151,54 @@ def choose(
     return Decision(problem, name, reason, tuple(candidates), tuple(faults), options, source, tuple(remarks))
 
 
+def _first_able(
+    wish: Wish, problem: Problem, candidates: Sequence[Candidate], entries: Sequence[Entry], faults: Sequence[Fault]
+) -> Request:
+    """The first of the preferred backends that can run a problem.
+
+    Raises:
+        BackendError: none can; lists every reason.
+    """
+    backends = {entry.backend.name: entry.backend for entry in entries}
+    refusals_of = {candidate.name: candidate.refusals for candidate in candidates}
+    told: list[tuple[Request, tuple[str, ...]]] = []
+    for request in wish.preferred:
+        if request.name not in backends:
+            if len(wish.preferred) == 1:
+                raise BackendError(unknown_backend(request, wish, entries, faults))
+            told.append((request, (f"no backend of that name is registered{did_you_mean(request.name, [*backends])}",)))
+            continue
+        reasons = (*refusals_of[request.name], *option_values(backends[request.name], request.options)[1])
+        if not reasons:
+            return request
+        told.append((request, reasons))
+    if len(told) == 1:
+        ((request, reasons),) = told
+        listed = "".join(f"\n  - {reason}" for reason in reasons)
+        raise BackendError(f"backend {str(request)!r}, asked for by {wish.by}, cannot run {problem}:{listed}")
+    lines = [f"none of the backends {str(wish)!r}, asked for by {wish.by}, can run {problem}"]
+    for request, reasons in told:
+        lines += [f"{request}:", *(f"  - {reason}" for reason in reasons)]
+    raise BackendError("\n  ".join(lines))
+
+
+def _unknown(wish: Wish, names: Sequence[str]) -> Iterator[str]:
+    """What is to be said of names in a wish that no backend has."""
+    for request in wish.preferred if len(wish.preferred) > 1 else ():
+        if request.name not in names:
+            yield f"{request.name}, asked for by {wish.by}, is not registered{did_you_mean(request.name, names)}"
+    for name in wish.excluded:
+        if name not in names:
+            yield f"-{name}, asked for by {wish.by}, excludes nothing: no such backend{did_you_mean(name, names)}"
+
+
 def select(
     problem: Problem,
     entries: Sequence[Entry],
     passing: Sequence[Entry],
     *,
     like: Problem,
-    request: Request | None,
+    wish: Wish | None,
     failed: Mapping[str, str],
     faults: Sequence[Fault],
     measured: Sequence[Measured],
@@ -168,7 +210,7 @@ def select(
         entries: the registered backends.
         passing: those of them that can run it, as far as they were asked without their ranks.
         like: the problem by which backends are ranked.
-        request: the backend that was asked for, if any.
+        wish: what was asked for, if anything.
         failed: for backends whose preparation failed, by name, the reason.
         faults: plug-ins that could not be used.
         measured: what tables say of such a problem.
@@ -176,29 +218,39 @@ def select(
     Raises:
         BackendError: as ``choose``.
     """
-    if request is not None:
-        passing = [entry for entry in passing if entry.backend.name == request.name]
-    candidates = [_ranked(entry, like) for entry in passing]
-    ranked = sorted((each for each in candidates if not each.refusals), key=_order)
-    if request is None and ranked:
-        return Request(_pick(ranked, measured)[0].name)
-    if request is not None and ranked and not option_values(passing[0].backend, request.options)[1]:
-        return request
-    return choose(problem, entries, like=like, request=request, failed=failed, faults=faults, measured=measured).request
+    ranked = sorted((each for each in (_ranked(entry, like) for entry in passing) if not each.refusals), key=_order)
+    if wish is None or not wish.preferred:
+        if ranked:
+            return Request(_pick(ranked, measured)[0].name)
+    else:
+        able = {each.name for each in ranked}
+        backends = {entry.backend.name: entry.backend for entry in passing if entry.backend.name in able}
+        for request in wish.preferred:
+            backend = backends.get(request.name)
+            if backend is not None and not option_values(backend, request.options)[1]:
+                return request
+    return choose(problem, entries, like=like, wish=wish, failed=failed, faults=faults, measured=measured).request
 
 
-def unknown_backend(request: Request, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
+def unknown_backend(request: Request, wish: Wish, entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
     """The message for a name that no registered backend has."""
-    names = ", ".join(sorted(entry.backend.name for entry in entries)) or "none"
+    names = sorted(entry.backend.name for entry in entries)
     broken = "".join(f"\n  {fault}" for fault in faults)
-    return f"no backend is called {request.name!r}, asked for by {request.by}; registered: {names}{broken}"
+    return (
+        f"no backend is called {request.name!r}, asked for by {wish.by}{did_you_mean(request.name, names)}; "
+        f"registered: {', '.join(names) or 'none'}{broken}"
+    )
 
 
-def _candidate(entry: Entry, problem: Problem, like: Problem, failed: Mapping[str, str]) -> Candidate:
+def _candidate(
+    entry: Entry, problem: Problem, like: Problem, failed: Mapping[str, str], wish: Wish | None
+) -> Candidate:
     name = entry.backend.name
     reasons = refusals(entry.backend, problem)
     if name in failed:
         reasons = (*reasons, failed[name])
+    if wish is not None and name in wish.excluded:
+        reasons = (*reasons, f"excluded by {wish.by}")
     return Candidate(name, entry.distribution, None, reasons) if reasons else _ranked(entry, like)
 
 
@@ -206,7 +258,9 @@ def _ranked(entry: Entry, problem: Problem) -> Candidate:
     backend = entry.backend
     try:
         rank = float(backend.rank(problem) if callable(backend.rank) else backend.rank)
-    except Exception as error:
+        if isnan(rank):
+            raise ValueError("it is no number")
+    except (Exception, SystemExit) as error:
         reasons = (f"its rank() raised {type(error).__name__}: {error}",)
         return Candidate(backend.name, entry.distribution, None, reasons)
     return Candidate(backend.name, entry.distribution, rank, ())

@@ -8,13 +8,15 @@ nothing else happens; else ``attnreg.plan`` makes one. Where somebody watches, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from attnreg.asking import asked_for
 from attnreg.environ import variables
 from attnreg.guard import guard
 from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
@@ -32,10 +34,15 @@ from attnreg.ops import (
     refuse_watchers,
     run,
 )
-from attnreg.plan import MOST_PLANS, TABLE_KEY, Plan, asked_for
+from attnreg.plan import MOST_PLANS, TABLE_KEY, Plan
 from attnreg.problem import check
 from attnreg.registry import keep, registry
+from attnreg.request import written
+from attnreg.unknown import unknown_arguments
 from attnreg.window import Window
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 # Bound once: an attribute look-up on torch at each call would be a tenth of what the look-up of a plan costs.
 _is_tracing = torch.compiler.is_dynamo_compiling
@@ -58,7 +65,8 @@ def local_dot_product(
     bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float = 1.0,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
+    **_unknown: Never,
 ) -> Tensor:
     """The scores of each query against the keys in its window: ``scale * query . key + bias``.
 
@@ -74,7 +82,8 @@ def local_dot_product(
             has its own shape.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
         scale: factor of the dot products.
-        backend: the backend to use, by name; None lets attnreg choose.
+        backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
+            other; None lets attnreg choose.
 
     Returns:
         Scores (N, H, Lq, W) in query's dtype, with W = ``window.size``.
@@ -83,6 +92,8 @@ def local_dot_product(
         TypeError, ValueError: an argument is bad; the message names it, what it was and what was expected.
         BackendError: the backend asked for cannot run this call, or none can; a ValueError that lists every reason.
     """
+    if _unknown:
+        raise unknown_arguments(DOT_PRODUCT, _unknown)
     return _call(DOT_PRODUCT, (query, key), window, (bias, key_lengths, scale), backend)[0]
 
 
@@ -92,7 +103,8 @@ def local_weighted_average(
     window: Window,
     *,
     key_lengths: Tensor | None = None,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
+    **_unknown: Never,
 ) -> Tensor:
     """The average of the values in each query's window, with the given weights: the counterpart of ``local_dot_product``.
 
@@ -103,7 +115,8 @@ def local_weighted_average(
         value: (N, Hkv, Lk, D), of the weights' dtype and device; H is a multiple of Hkv.
         window: which keys a query sees; its size is W.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
-        backend: the backend to use, by name; None lets attnreg choose.
+        backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
+            other; None lets attnreg choose.
 
     Returns:
         Output (N, H, Lq, D) in the weights' dtype; the row of a query without a visible key is 0.
@@ -111,6 +124,8 @@ def local_weighted_average(
     Raises:
         TypeError, ValueError, BackendError: as ``local_dot_product``.
     """
+    if _unknown:
+        raise unknown_arguments(WEIGHTED_AVERAGE, _unknown)
     return _call(WEIGHTED_AVERAGE, (weights, value), window, (key_lengths,), backend)[0]
 
 
@@ -123,7 +138,8 @@ def local_attention(
     bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
+    **_unknown: Never,
 ) -> Tensor:
     """Softmax attention inside a window: ``softmax(scale * query . key + bias) . value`` over each query's visible keys.
 
@@ -139,7 +155,8 @@ def local_attention(
             has its own shape. ``band_from_dense`` makes one of an (Lq, Lk) mask.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
         scale: factor of the dot products; None means ``1 / sqrt(E)``.
-        backend: the backend to use, by name; None lets attnreg choose.
+        backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
+            other; None lets attnreg choose.
 
     Returns:
         Output (N, H, Lq, D) in query's dtype; the row of a query without a visible key is 0.
@@ -147,14 +164,29 @@ def local_attention(
     Raises:
         TypeError, ValueError, BackendError: as ``local_dot_product``.
     """
+    if _unknown:
+        raise unknown_arguments(ATTENTION, _unknown)
     return _call(ATTENTION, (query, key, value), window, (bias, key_lengths, scale), backend)[0]
+
+
+def _hide_unknown(function: Callable[..., Tensor]) -> None:
+    """Leave out of a function's signature what only catches the names of other libraries."""
+    whole = inspect.signature(function)
+    known = [each for each in whole.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    function.__signature__ = whole.replace(parameters=known)  # type: ignore[attr-defined]
+
+
+for _function in (local_dot_product, local_weighted_average, local_attention):
+    _hide_unknown(_function)
 
 
 @beside_graphs
 def _call(
-    op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | None
+    op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | Sequence[str] | None
 ) -> tuple[Tensor, ...]:
     """The results of a call."""
+    if backend.__class__ is not str:
+        backend = written(backend)
     if _is_tracing():
         return _watched(op, tensors, window, arguments, backend)
     if monotonic() > registry.next_look:

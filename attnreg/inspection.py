@@ -16,6 +16,8 @@ from attnreg.op import OPS, ROWS
 from attnreg.plan import explain_problem
 from attnreg.problem import check, problem_of
 from attnreg.registry import registry
+from attnreg.request import written
+from attnreg.unknown import unknown_arguments
 
 _FUNCTIONS = (local_dot_product, local_weighted_average, local_attention)
 
@@ -85,12 +87,16 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
         TypeError, ValueError, BackendError: as the op itself.
     """
     row = ROWS[_op_name(op, args, kwargs)]
-    bound = inspect.signature(_FUNCTIONS[OPS.index(row.name)]).bind(*args, **kwargs)
+    signature = inspect.signature(_FUNCTIONS[OPS.index(row.name)])
+    unknown = [name for name in kwargs if name not in signature.parameters]
+    if unknown:
+        raise unknown_arguments(row, unknown)
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     tensors = autocast(tuple(given[name] for name in row.tensors))
     arguments = tuple(given[argument.name] for argument in row.arguments)
-    backend, window = given["backend"], given["window"]
+    backend, window = written(given["backend"]), given["window"]
     check(row, tensors, window, arguments, backend)
     needs_grad = needs_gradients(each for each in (*tensors, *arguments) if isinstance(each, Tensor))
     return explain_problem(problem_of(row, tensors, window, arguments, needs_grad=needs_grad), backend)

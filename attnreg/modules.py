@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from attnreg.functional import local_attention
-from attnreg.problem import check_backend, check_number, check_window
+from attnreg.problem import check_number, check_window
+from attnreg.request import written
 from attnreg.window import Window
 
 
@@ -18,19 +21,20 @@ class LocalAttention(nn.Module):
     Args:
         window: which keys a query sees.
         scale: factor of the dot products; None means ``1 / sqrt(E)``.
-        backend: the backend to use, by name; None lets attnreg choose at each call.
+        backend: the backend to use, by name, or several in order of preference; None lets attnreg choose at each call.
 
     Raises:
         TypeError, ValueError: the window is no Window, the scale no finite number, or the backend no name.
     """
 
-    def __init__(self, window: Window, *, scale: float | None = None, backend: str | None = None) -> None:
+    def __init__(
+        self, window: Window, *, scale: float | None = None, backend: str | Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         check_window(window)
-        check_backend(backend)
         self.window = window
         self.scale = None if scale is None else check_number("scale", scale)
-        self.backend = backend
+        self.backend = written(backend)
 
     def forward(
         self,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from attnreg.asking import asked_for, wish_of
 from attnreg.backend import Function
 from attnreg.environ import variables
 from attnreg.memory import strides_like
@@ -30,16 +31,14 @@ from attnreg.op import ROWS, Op
 from attnreg.plan import (
     TABLE_KEY,
     Plan,
-    asked_for,
     empty_result,
     make_plan,
     plan_for,
     remember,
-    request_of,
 )
 from attnreg.problem import Problem, check, problem_of
 from attnreg.registry import registry
-from attnreg.request import Request
+from attnreg.request import Wish
 from attnreg.window import Window, window_of
 
 # Torch's question for one of them is none that torch.compile can trace.
@@ -110,17 +109,17 @@ def find_plan(
     try:
         plan: Plan | None = registry.plans.get(call)
     except TypeError:  # sizes without numbers, in a trace, have no hash
-        return _plan_of_symbols(problem, request_of(asked, backend), arguments), False
-    return (plan, True) if plan is not None else remember(call, problem, request_of(asked, backend), arguments)
+        return _plan_of_symbols(problem, wish_of(asked, backend), arguments), False
+    return (plan, True) if plan is not None else remember(call, problem, wish_of(asked, backend), arguments)
 
 
-def _plan_of_symbols(problem: Problem, request: Request | None, arguments: Sequence[Any]) -> Plan:
+def _plan_of_symbols(problem: Problem, wish: Wish | None, arguments: Sequence[Any]) -> Plan:
     """The plan of a call that is traced with open sizes: chosen by their numbers here, which it does not hold."""
     sizes = {field.name: _number(getattr(problem, field.name)) for field in fields(problem)}
     window = Window(_number(problem.window.left), _number(problem.window.right))
     given = tuple((name, replace(each, shape=tuple(map(_number, each.shape)))) for name, each in problem.given)
     with_numbers = replace(problem, **{**sizes, "window": window, "given": given})
-    return plan_for(problem, make_plan(with_numbers, request, arguments).implementation, arguments)
+    return plan_for(problem, make_plan(with_numbers, wish, arguments).implementation, arguments)
 
 
 def _number(size: Any) -> Any:

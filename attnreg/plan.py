@@ -1,4 +1,4 @@
-"""From a problem to a plan: who asks for which backend, the choice, and what a call needs to run it.
+"""From a problem to a plan: the choice, and what a call needs to run it.
 
 Functions in ``attnreg.functional`` keep plans by the bare facts of a call; this module makes those that are missing.
 """
@@ -6,33 +6,25 @@ Functions in ``attnreg.functional`` keep plans by the bare facts of a call; this
 from __future__ import annotations
 
 import functools
-import inspect
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from math import isfinite
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnreg.backend import BackendError, Function, facts_of_ability, option_values, why_refused
-from attnreg.dispatch import Decision, choose, select, unknown_backend
-from attnreg.environ import variables
+from attnreg.asking import asked_for, wish_of
+from attnreg.backend import Function, facts_of_ability, why_refused
+from attnreg.dispatch import Decision, choose, select
 from attnreg.memory import empty_like, strides_like
 from attnreg.op import ROWS, Argument, Op
 from attnreg.problem import Problem, check_number, prepared_integers, size_class, typical
 from attnreg.registry import MOST_CLASSES, Implementation, keep, registry
-from attnreg.request import Request, parse_request
+from attnreg.request import Wish
 from attnreg.window import Window, window_of
 
-# What the enclosing `use_backend` blocks ask for, innermost last, each with the object that asks.
-requests: ContextVar[tuple[tuple[str, use_backend], ...] | None] = ContextVar("attnreg_requests", default=None)
-
-REQUEST_KEY = b"ATTNREG_BACKEND"
 TABLE_KEY = b"ATTNREG_TABLE"
 
 # A program whose lengths never repeat must not fill the memory with plans.
@@ -43,8 +35,6 @@ MOST_PLANS = 16384
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
-
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 # Not frozen, which would make each cost 2 us more: a new shape needs one.
@@ -229,103 +219,9 @@ def in_order(result: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
 
 
-class use_backend:
-    """Ask for a backend in a ``with`` block or in a decorated (also async) function.
-
-    ``use_backend("name", option=value)`` is the same as ``use_backend("name:option=value")``.
-
-    The request belongs to the current context: other threads and asyncio tasks do not see it. The innermost block
-    counts; the argument ``backend=`` of a call goes before it.
-
-    Raises:
-        TypeError: the name is no string.
-        ValueError: an option is given twice, or the name is neither ``NAME`` nor ``NAME:OPTION=VALUE,...``.
-        BackendError: on entry, when no backend of that name is registered, or it does not take the options.
-    """
-
-    def __init__(self, name: str, **options: object) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"use_backend: the backend's name must be a string, got {name!r} ({type(name).__name__})")
-        request = parse_request(name)
-        given = tuple((option, str(value)) for option, value in options.items())
-        self.request = parse_request(str(Request(request.name, (*request.options, *given))), "use_backend")
-        self.name = str(self.request)
-
-    def __enter__(self) -> use_backend:
-        entries = registry.entries
-        backend = next((entry.backend for entry in entries if entry.backend.name == self.request.name), None)
-        if backend is None:
-            raise BackendError(unknown_backend(self.request, entries, registry.faults))
-        _, wrong = option_values(backend, self.request.options)
-        if wrong:
-            raise BackendError(f"backend {self.name!r}, asked for by use_backend: {'; '.join(wrong)}")
-        requests.set((*(requests.get() or ()), (self.name, self)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Its own request, the last one: blocks may be closed in another order than they were opened in.
-        held = requests.get() or ()
-        for place in range(len(held) - 1, -1, -1):
-            if held[place][1] is self:
-                requests.set((*held[:place], *held[place + 1 :]) or None)
-                return
-
-    def __call__(self, function: Decorated) -> Decorated:
-        """Decorate a function or coroutine function: its body runs inside the block."""
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError(
-                f"use_backend cannot decorate the generator function {function.__qualname__}, whose body runs in "
-                f"pieces between its caller's; open a `with use_backend({self.name!r}):` block inside it"
-            )
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return function(*args, **kwargs)
-
-        @functools.wraps(function)
-        async def await_call(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return await function(*args, **kwargs)
-
-        return await_call if inspect.iscoroutinefunction(function) else call  # type: ignore[return-value]
-
-
-def asked_for(backend: str | None) -> str | bytes | None:
-    """What is asked for, first come first: the argument, the context, the environment (in bytes); or None."""
-    if backend is not None:
-        return backend
-    held = requests.get()
-    return held[-1][0] if held else variables.get(REQUEST_KEY) or None
-
-
-def request_of(asked: str | bytes | None, backend: str | None) -> Request | None:
-    """What :func:`asked_for` found, in parts, with the one who asks.
-
-    Raises:
-        BackendError: it is no request.
-    """
-    if asked is None:
-        return None
-    text = asked if isinstance(asked, str) else os.fsdecode(asked)
-    by = (
-        "the argument backend="
-        if backend is not None
-        else "use_backend"
-        if asked is text
-        else "the environment variable ATTNREG_BACKEND"
-    )
-    try:
-        return parse_request(text, by)
-    except ValueError as error:
-        raise BackendError(f"{by}: {error}") from None
-
-
 def explain_problem(problem: Problem, backend: str | None) -> Decision:
     """The decision for ``problem``; nothing is prepared or run."""
-    request = request_of(asked_for(backend), backend)
+    wish = wish_of(asked_for(backend), backend)
     registry.look_at_tables()
     entries = registry.entries
     like = typical(problem)
@@ -334,7 +230,7 @@ def explain_problem(problem: Problem, backend: str | None) -> Decision:
         problem,
         entries,
         like=like,
-        request=request,
+        wish=wish,
         failed=registry.failed,
         faults=registry.faults,
         measured=measured,
@@ -342,7 +238,7 @@ def explain_problem(problem: Problem, backend: str | None) -> Decision:
     )
 
 
-def make_plan(problem: Problem, request: Request | None, arguments: Sequence[Any]) -> Plan:
+def make_plan(problem: Problem, wish: Wish | None, arguments: Sequence[Any]) -> Plan:
     """Choose and prepare a backend for ``problem``, and for calls that give the same of the optional arguments.
 
     Raises:
@@ -356,10 +252,12 @@ def make_plan(problem: Problem, request: Request | None, arguments: Sequence[Any
         passing = [
             entry
             for entry in registry.able(problem, facts, entries)
-            if entry.backend.name not in failed and why_refused(entry.backend, problem) is None
+            if entry.backend.name not in failed
+            and (wish is None or entry.backend.name not in wish.excluded)
+            and why_refused(entry.backend, problem) is None
         ]
         kind = None
-        if request is None:
+        if wish is None or not wish.preferred:
             kind = (
                 facts,
                 problem.given,
@@ -380,10 +278,10 @@ def make_plan(problem: Problem, request: Request | None, arguments: Sequence[Any
             entries,
             passing,
             like=like,
-            request=request,
+            wish=wish,
             failed=failed,
             faults=registry.faults,
-            measured=registry.tables.measured(like, entries, registry.stamp)[0] if request is None else (),
+            measured=registry.tables.measured(like, entries, registry.stamp)[0] if kind is not None else (),
         )
         (backend,) = (entry.backend for entry in entries if entry.backend.name == selected.name)
         if registry.prepare(backend):
@@ -463,16 +361,16 @@ def _broadcastable(shape: tuple[int, ...], value: Tensor) -> Tensor:
     return value.view(shape)
 
 
-def remember(call: Hashable, problem: Problem, request: Request | None, arguments: Sequence[Any]) -> tuple[Plan, bool]:
+def remember(call: Hashable, problem: Problem, wish: Wish | None, arguments: Sequence[Any]) -> tuple[Plan, bool]:
     """Make the plan for ``problem``, and keep it under the facts of the call unless the choice is still open."""
     registry.discover()
     tuner = registry.tuner
     settled = True
-    if tuner is not None and registry.autotunes and request is None and not problem.is_empty:
+    if tuner is not None and registry.autotunes and wish is None and not problem.is_empty:
         settled = tuner(problem)
     # Taken before the backends are looked at: one that comes meanwhile replaces it, and the plan serves this call alone.
     plans = registry.plans
-    plan = make_plan(problem, request, arguments)
+    plan = make_plan(problem, wish, arguments)
     if settled:
         with suppress(TypeError):  # symbolic sizes, while a call is traced, have no hash
             keep(plans, call, plan, MOST_PLANS)

@@ -212,6 +212,7 @@ def check(
         raise ValueError(
             f"{second_name}: the number of query heads (H = {heads}) must be a multiple of the number of key/value heads "
             f"(Hkv = {kv_heads}); got {first_name} {_shape(first)} and {second_name} {_shape(second)}"
+            f"{_if_transposed(first, second)}"
         )
     for argument, value in zip(op.arguments, arguments):
         if value is None and not argument.required:
@@ -297,6 +298,14 @@ def _mismatch(op: Op, name: str, tensor: Any, letter: str, owner: str, theirs: A
     return ValueError(
         f"{name}: its {SIZES[letter]} must be {owner}'s, {size}; got {owner} {_shape(theirs)} and {name} {_shape(tensor)}"
     )
+
+
+def _if_transposed(first: Any, second: Any) -> str:
+    """What to do where the numbers of heads would fit if heads stood after the length, as other libraries have them."""
+    heads, kv_heads = first.shape[2], second.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        return ""
+    return "; of tensors in (N, L, H, E) give tensor.transpose(1, 2), which copies nothing"
 
 
 def _check_tensor(name: str, dims: str, tensor: object, first_name: str, first: Any) -> None:

@@ -33,6 +33,11 @@ from attnreg.tables.store import Tables
 SECONDS_BETWEEN_LOOKS = 1e-3
 # What can differ in what a backend is able to do is bounded for a program, but for its windows; so are classes of sizes.
 MOST_CLASSES = 4096
+# What the environment may say of a switch.
+_SWITCH = {
+    **dict.fromkeys((b"", b"0", b"false", b"no", b"off"), False),
+    **dict.fromkeys((b"1", b"true", b"yes", b"on"), True),
+}
 
 
 def keep(memory: dict[Any, Any], key: Hashable, value: object, most: int) -> None:
@@ -259,10 +264,18 @@ class Registry:
 
     @property
     def autotunes(self) -> bool:
-        """Whether a call that was never measured is measured: as set, else as ``ATTNREG_AUTOTUNE`` says."""
+        """Whether a call that was never measured is measured: as set, else as ``ATTNREG_AUTOTUNE`` says.
+
+        Raises:
+            ValueError: the variable is neither on nor off.
+        """
         if self._autotune is not None:
             return self._autotune
-        return variables.get(b"ATTNREG_AUTOTUNE", b"") not in (b"", b"0")
+        given = variables.get(b"ATTNREG_AUTOTUNE", b"")
+        on = _SWITCH.get(given.lower())
+        if on is None:
+            raise ValueError(f"the environment variable ATTNREG_AUTOTUNE must be 1 or 0, got {os.fsdecode(given)!r}")
+        return on
 
     def set_autotune(self, on: bool | None) -> None:
         """Turn tuning on first use on or off; None leaves it to the environment."""
