@@ -484,3 +484,11 @@ def test_the_block_mask_of_flex_lists_every_block_once_and_none_full_that_is_not
         assert len(set(listed)) == len(listed)
         assert set(some[row].nonzero().flatten().tolist()) <= set(listed)
         assert all(every[row, block] for block in full)
+
+
+def test_flex_keeps_no_inference_tensor_for_a_training_call():
+    flex._block_mask.cache_clear()
+    with torch.inference_mode():
+        mask, bounds = flex._block_mask(2, 1, 300, 300, torch.device("cpu"))
+    assert not bounds.is_inference()
+    assert not mask.kv_indices.is_inference()

@@ -119,6 +119,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it is kept, and a training call saves it, which no inference tensor can be
 def _block_mask(left: int, right: int, queries: int, keys: int, device: torch.device) -> tuple[Any, Tensor]:
     """The mask of a window, worked out by block: torch's own maker looks at every pair of positions.
 
