@@ -86,6 +86,10 @@ def _tune_on_first_use(problem: Problem) -> bool:
 registry.tuner = _tune_on_first_use
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
 def __getattr__(name: str) -> _Any:
     # Only a plug-in needs pluggy, only who tunes the tuning, only a curious reader the version: no import pays for them.
     if name == "hookimpl":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan
+from typing import Any
 
 from attnreg.backend import BackendError, Entry, Fault, option_values, refusals
 from attnreg.measured import Figure, Measured
@@ -62,6 +63,10 @@ class Decision:
     def request(self) -> Request:
         """The chosen backend with its options, which asks for the same again."""
         return Request(self.backend, self.options)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython and notebooks show."""
+        printer.text(str(self))
 
     def __str__(self) -> str:
         lines = [str(self.problem), f"-> {self.request}: {self.reason}"]
