@@ -238,17 +238,19 @@ class Backend:
 
     @cached_property
     def taken(self) -> Mapping[str, frozenset[str]]:
-        """The optional arguments that it handles, by op; a composed op takes what its products and the composition do."""
+        """The optional arguments that it handles, by op.
+
+        Of composed attention, those that its dot product takes and shows in the scores, where the average takes them too or does
+        not have them.
+        """
         own = {op.name: self._takes(op) for op in ROWS.values() if getattr(self, op.name)}
         if is_composed(self, ATTENTION):
-            known = COMPOSED_ARGUMENTS
-            for product in (DOT_PRODUCT, WEIGHTED_AVERAGE):
-                known -= {argument.name for argument in product.arguments} - own[product.name]
-            own[ATTENTION.name] = known
+            without = {argument.name for argument in WEIGHTED_AVERAGE.arguments} - own[WEIGHTED_AVERAGE.name]
+            own[ATTENTION.name] = _optional(ATTENTION) & own[DOT_PRODUCT.name] - without
         return own
 
     def _takes(self, op: Op) -> frozenset[str]:
-        optional = frozenset(argument.name for argument in op.arguments if not argument.for_all)
+        optional = _optional(op)
         if self.capability.takes is not None:
             return optional & frozenset(self.capability.takes)
         return optional.intersection(*(_named(function) for function in self._functions(op)))
@@ -405,8 +407,9 @@ def is_composed(backend: Backend, op: Op) -> bool:
     return not getattr(backend, op.name) and has_op(backend, op)
 
 
-# What attention composed of the two products can pass on to them.
-COMPOSED_ARGUMENTS = frozenset({"bias", "key_lengths"})
+def _optional(op: Op) -> frozenset[str]:
+    """The arguments of ``op`` that a backend may not handle."""
+    return frozenset(argument.name for argument in op.arguments if not argument.for_all)
 
 
 def _has_products(backend: Backend, suffix: str) -> bool:

@@ -7,16 +7,18 @@ weights, is in float32 or wider: rounded to 16 bits, scores of 64 would be off b
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import fold, pad
 
 from attnreg.backend import Backend, Function
-from attnreg.memory import empty_like
+from attnreg.memory import empty_like, laid_out, strides_like, with_gradient_laid_out
 from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, WEIGHTED_AVERAGE, Op
 from attnreg.window import Window
 
@@ -34,15 +36,42 @@ def complete(backend: Backend) -> Mapping[str, Function]:
             if own is not None:
                 functions[name] = own
     products = (DOT_PRODUCT, WEIGHTED_AVERAGE)
+    parts = _Products(functions, backend.taken, backend.differentiable)
     if functions.keys() >= {op.name for op in products}:
-        functions.setdefault(ATTENTION.name, functools.partial(_attention, functions))
+        composed = _attention_of_torch if backend.differentiable else _attention
+        functions.setdefault(ATTENTION.name, functools.partial(composed, parts))
     if backend.differentiable:
         for op in ROWS.values():
             if op.name in functions:
                 functions.setdefault(op.backward, functools.partial(_backward_by_autograd, op, functions[op.name]))
     if functions.keys() >= {op.backward for op in products}:
-        functions.setdefault(ATTENTION.backward, functools.partial(_attention_backward, functions))
+        functions.setdefault(ATTENTION.backward, functools.partial(_attention_backward, parts))
     return functions
+
+
+@dataclass(frozen=True)
+class _Products:
+    """What attention is composed of.
+
+    Attributes:
+        functions: the backend's functions by name.
+        taken: the optional arguments that they take, by op.
+        differentiable: whether they consist of torch operations.
+    """
+
+    functions: Mapping[str, Function]
+    taken: Mapping[str, frozenset[str]]
+    differentiable: bool
+
+    def options_of(self, op: Op, options: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+        """What the functions of ``op`` get: attention's arguments, and for those that attention does not have what none gives."""
+        return {
+            argument.name: options[argument.name]
+            if argument.name in options
+            else argument.default and argument.default(head_dim)
+            for argument in op.arguments
+            if argument.for_all or argument.name in self.taken[op.name]
+        }
 
 
 @dataclass(frozen=True)
@@ -60,18 +89,15 @@ class _Part:
         return tensor[self.batch, self.kv_heads]
 
     def of(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each tensor among the arguments its share; a dimension of 1 broadcasts."""
+        """Of each tensor among the arguments its share."""
         return {
-            argument.name: self._share(argument.dims, options[argument.name])
+            argument.name: self.share(argument.dims, options[argument.name])
             for argument in ATTENTION.arguments
             if argument.name in options
         }
 
-    def share(self, bias: Tensor) -> Tensor:
-        shares: Tensor = self._share("NH", bias)
-        return shares
-
-    def _share(self, dims: str | None, value: Any) -> Any:
+    def share(self, dims: str | None, value: Any) -> Any:
+        """Of a tensor its share; a dimension of 1 broadcasts."""
         if dims is None or value is None:
             return value
         slices = {"N": self.batch, "H": self.heads}
@@ -99,21 +125,41 @@ def _parts(query: Tensor, key: Tensor, window: Window) -> Iterator[_Part]:
 
 
 def _attention(
-    functions: Mapping[str, Function], query: Tensor, key: Tensor, value: Tensor, window: Window, **options: Any
+    products: _Products, query: Tensor, key: Tensor, value: Tensor, window: Window, **options: Any
 ) -> tuple[Tensor, Tensor]:
     output = empty_like(query, value.shape[3])
     log_sum_exp = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
     for part in _parts(query, key, window):
-        call = _Call(
-            functions, part.of_queries(query), part.of_keys(key), part.of_keys(value), window, part.of(options)
-        )
-        part.of_queries(output).copy_(call.output())
-        part.of_queries(log_sum_exp).copy_(call.log_sum_exp())
+        result, of_rows = _Call.of_part(part, products, query, key, value, window, options).results()
+        part.of_queries(output).copy_(result)
+        part.of_queries(log_sum_exp).copy_(of_rows)
     return output, log_sum_exp
 
 
+def _attention_of_torch(
+    products: _Products, query: Tensor, key: Tensor, value: Tensor, window: Window, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of products that are differentiated: nothing is written into, which autograd would keep and vmap cannot do."""
+    query, key, value = map(with_gradient_laid_out, (query, key, value))
+    for argument in ATTENTION.arguments:
+        if argument.differentiable and options.get(argument.name) is not None:
+            options[argument.name] = with_gradient_laid_out(options[argument.name])
+    parts = [*_parts(query, key, window)]
+    results = [_Call.of_part(part, products, query, key, value, window, options).results() for part in parts]
+    output, log_sum_exp = (_joined(parts, each) for each in zip(*results))
+    return laid_out(output.to(query.dtype), strides_like(query, value.shape[3])), log_sum_exp
+
+
+def _joined(parts: Sequence[_Part], results: Sequence[Tensor]) -> Tensor:
+    """The results of all parts, in their order, as one."""
+    if len(parts) == 1:
+        return results[0]
+    of_sequences = itertools.groupby(zip(parts, results), lambda each: each[0].batch)
+    return torch.cat([torch.cat([result for _, result in of_heads], 1) for _, of_heads in of_sequences])
+
+
 def _attention_backward(
-    functions: Mapping[str, Function],
+    products: _Products,
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -126,40 +172,42 @@ def _attention_backward(
     **options: Any,
 ) -> dict[str, Tensor]:
     del output, log_sum_exp  # The weights are made anew, at no more rounding than the forward's.
-    of = {"query": query, "key": key, "value": value}
-    gradients = {name: empty_like(of[name]) for name in needs_grad & of.keys()}
-    bias = options.get("bias")
-    if "bias" in needs_grad and bias is not None:
+    tensors = {"query": query, "key": key, "value": value}
+    gradients = {name: empty_like(tensors[name]) for name in needs_grad & tensors.keys()}
+    given = {
+        argument.name: argument
+        for argument in ATTENTION.arguments
+        if argument.name in needs_grad and options.get(argument.name) is not None
+    }
+    for name in given:
         # What the parts give of one gradient is added up in fp32 or wider, and rounded once.
-        gradients["bias"] = torch.zeros(
-            bias.shape, dtype=torch.promote_types(torch.float32, bias.dtype), device=bias.device
-        )
+        gradients[name] = torch.zeros_like(options[name], dtype=_wide(options[name].dtype))
     for part in _parts(query, key, window):
-        call = _Call(
-            functions, part.of_queries(query), part.of_keys(key), part.of_keys(value), window, part.of(options)
-        )
-        for name, gradient in call.gradients(part.of_queries(grad_output), needs_grad).items():
-            if name == "bias":
-                total = part.share(gradients[name])
-                total += gradient
+        call = _Call.of_part(part, products, query, key, value, window, options)
+        found = call.gradients(part.of_queries(grad_output), needs_grad)
+        del call  # Its bands would stay until the next one has made its own.
+        for name, gradient in found.items():
+            if name in given:
+                part.share(given[name].dims, gradients[name]).add_(gradient)
             elif name == "query":
                 part.of_queries(gradients[name]).copy_(gradient)
             else:
                 part.of_keys(gradients[name]).copy_(gradient)
-    if bias is not None and "bias" in gradients:
-        gradients["bias"] = gradients["bias"].to(bias.dtype)
-    return gradients
+    return gradients | {name: gradients[name].to(options[name].dtype) for name in given}
 
 
 class _Call:
     """Attention of one part, from its products.
 
     ``S = scale * Q K^T + bias``, ``P = softmax(S)``, ``O = P V``.
+
+    What the average is not told, that a bias hides, is hidden from it here: with zeros for weights, for values that no row sees
+    and for what is returned to rows that see nothing.
     """
 
     def __init__(
         self,
-        functions: Mapping[str, Function],
+        products: _Products,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -167,49 +215,62 @@ class _Call:
         options: Mapping[str, Any],
     ) -> None:
         wide = _wide(query.dtype)
-        self.functions = functions
-        self.window = window
+        self.products, self.window = products, window
         self.query, self.key, self.value = query.to(wide), key.to(wide), value.to(wide)
-        self.of_dot = _of(DOT_PRODUCT, options)
-        self.of_average = _of(WEIGHTED_AVERAGE, options)
-        bias = options.get("bias")
-        self.is_biased = bias is not None
-        if bias is not None and bias.dtype.itemsize < wide.itemsize:
-            self.of_dot["bias"] = bias.to(wide)
-        every_row_sees_a_key = (
-            bias is None and options.get("key_lengths") is None and (key.shape[2] - query.shape[2] + window.right >= 0)
-        )
-        self.scores: Tensor = functions[DOT_PRODUCT.name](self.query, self.key, window, **self.of_dot)
-        self.highest = self.scores.amax(-1, keepdim=True)
+        self.of_dot = {
+            name: _widened(each, wide)
+            for name, each in products.options_of(DOT_PRODUCT, options, query.shape[3]).items()
+        }
+        self.of_average = products.options_of(WEIGHTED_AVERAGE, options, 0)
+        given = {name for name, each in options.items() if isinstance(each, Tensor)}
+        every_row_sees_a_key = not given and key.shape[2] - query.shape[2] + window.right >= 0
+        self.scores: Tensor = products.functions[DOT_PRODUCT.name](self.query, self.key, window, **self.of_dot)
+        self.highest = self.scores.detach().amax(-1, keepdim=True)
         # A row without a visible key has scores of -inf alone, of which softmax would make NaN: its weights are 0.
         self.unseeing = None if every_row_sees_a_key else self.highest == -torch.inf
+        self.hidden = self.scores == -torch.inf if given - self.of_average.keys() else None
         if self.unseeing is None:
             self.weights: Tensor = self.scores.softmax(-1)
         else:
-            self.weights = self.scores.masked_fill(self.unseeing, 0.0).softmax(-1).masked_fill(self.unseeing, 0.0)
-        self.hidden = self.scores == -torch.inf if self.is_biased else None
+            without = self.unseeing if self.hidden is None else self.hidden
+            self.weights = self.scores.masked_fill(self.unseeing, 0.0).softmax(-1).masked_fill(without, 0.0)
         if self.hidden is not None:
-            self.value = self._seen(self.value)
+            self.value = self.value.where(self._is_seen(self.hidden), 0.0)
 
-    def output(self) -> Tensor:
-        result: Tensor = self.functions[WEIGHTED_AVERAGE.name](self.weights, self.value, self.window, **self.of_average)
-        return result
+    @classmethod
+    def of_part(
+        cls,
+        part: _Part,
+        products: _Products,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: Window,
+        options: Mapping[str, Any],
+    ) -> _Call:
+        return cls(products, part.of_queries(query), part.of_keys(key), part.of_keys(value), window, part.of(options))
 
-    def log_sum_exp(self) -> Tensor:
-        """The largest weight is ``exp(max(S) - log-sum-exp)``."""
-        log_sum_exp: Tensor = self.highest - self.weights.amax(-1, keepdim=True).log()
+    def results(self) -> tuple[Tensor, Tensor]:
+        """The output and the log-sum-exp; the largest weight is ``exp(max(S) - log-sum-exp)``."""
+        average = self.products.functions[WEIGHTED_AVERAGE.name]
+        output: Tensor = average(self.weights, self.value, self.window, **self.of_average)
+        log_sum_exp = self.highest - self.weights.detach().amax(-1, keepdim=True).log()
         if self.unseeing is not None:
             log_sum_exp = log_sum_exp.masked_fill(self.unseeing, -torch.inf)
-        return log_sum_exp.squeeze(-1)
+            if self.products.differentiable:
+                # It is 0 there; so is then what autograd brings back.
+                output = output.masked_fill(self.unseeing, 0.0)
+        return output, log_sum_exp.squeeze(-1)
 
     def gradients(self, grad_output: Tensor, needs_grad: frozenset[str]) -> dict[str, Tensor]:
         grad_output = grad_output.to(self.weights.dtype)
         if self.unseeing is not None:
             grad_output = grad_output.masked_fill(self.unseeing, 0.0)
+        functions = self.products.functions
         of_dot = needs_grad & frozenset(DOT_PRODUCT.differentiable)
         # dP = dO . V and dV = P^T dO
         found = dict(
-            self.functions[WEIGHTED_AVERAGE.backward](
+            functions[WEIGHTED_AVERAGE.backward](
                 grad_output,
                 self.weights,
                 self.value,
@@ -226,29 +287,29 @@ class _Call:
         # dS = P * (dP - rowsum(P * dP)), one kernel of torch. The row sum equals rowsum(dO * O), but cancels to the last bit.
         grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, self.weights, -1, self.weights.dtype)
         return found | dict(
-            self.functions[DOT_PRODUCT.backward](
+            functions[DOT_PRODUCT.backward](
                 grad_scores, self.query, self.key, self.window, **self.of_dot, needs_grad=of_dot
             )
         )
 
-    def _seen(self, value: Tensor) -> Tensor:
-        """``value`` with zeros where the bias hides a key from every row: the average does not know of the bias.
+    def _is_seen(self, hidden: Tensor) -> Tensor:
+        """Which keys a row sees, (N, Hkv, Lk, 1): the average does not know of the bias.
 
-        How many rows see a key is ``A^T 1``, with A = 1 in visible slots.
+        Slot ``c`` of row ``i`` is key ``i + c + Lk - Lq - left``: rows that see a key are summed as ``fold`` sums windows.
         """
-        assert self.hidden is not None
-        visible = (~self.hidden).to(value.dtype)
-        one = value.new_ones(()).expand(*visible.shape[:3], 1).contiguous()
-        width = value[..., :1].contiguous()
-        count = self.functions[WEIGHTED_AVERAGE.backward](
-            one, visible, width, self.window, **self.of_average, needs_grad=frozenset({"value"})
-        )["value"]
-        return value.where(count > 0, 0.0)
+        batch, heads, rows, size = hidden.shape
+        keys, kv_heads = self.value.shape[2], self.value.shape[1]
+        of_kv_heads = (~hidden).view(batch, kv_heads, heads // kv_heads, rows, size).any(2)
+        windows = of_kv_heads.flatten(0, 1).mT.to(torch.float32, memory_format=torch.contiguous_format)
+        count = fold(windows, output_size=(1, rows + size - 1), kernel_size=(1, size))
+        of_keys = pad(count, (keys - rows - self.window.left, -self.window.right))
+        return of_keys.view(batch, kv_heads, keys, 1) > 0
 
 
-def _of(op: Op, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that are arguments of ``op``."""
-    return {argument.name: options[argument.name] for argument in op.arguments if argument.name in options}
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor that is narrower than ``dtype`` in it, anything else as it is."""
+    is_narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < dtype.itemsize
+    return value.to(dtype) if is_narrow else value
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

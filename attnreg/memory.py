@@ -32,6 +32,26 @@ def empty_like(tensor: Tensor, last_dim: int | None = None, dtype: torch.dtype |
     )
 
 
+def laid_out(result: Tensor, strides: Sequence[Any]) -> Tensor:
+    """``result``, dense, with these strides; nothing is written into, which autograd would keep and vmap cannot do."""
+    order, back = _order(strides)
+    found = result.permute(order).contiguous().permute(back)
+    return found if found.stride() == strides else found.as_strided(found.shape, strides)
+
+
+def with_gradient_laid_out(tensor: Tensor) -> Tensor:
+    """``tensor``, whose gradient will lie in memory as itself: it takes the way back through rows that lie in that order."""
+    order, back = _order(strides_like(tensor))
+    in_order = tensor.permute(order)
+    return in_order.flatten(0, 2).view(in_order.shape).permute(back)
+
+
+def _order(strides: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """The dimensions as they follow each other in memory, outermost first; and the way back."""
+    order = sorted(range(len(strides)), key=lambda dimension: strides[dimension], reverse=True)
+    return order, [order.index(dimension) for dimension in range(len(strides))]
+
+
 def strides_like(tensor: Tensor, last_dim: Any = None) -> tuple[Any, ...]:
     """The strides of ``empty_like(tensor, last_dim)``; symbolic where the sizes are."""
     if not tensor.dim():

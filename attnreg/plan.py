@@ -18,7 +18,7 @@ from torch import Tensor
 from attnreg.asking import asked_for, wish_of
 from attnreg.backend import Function, facts_of_ability, why_refused
 from attnreg.dispatch import Decision, choose, select
-from attnreg.memory import empty_like, strides_like
+from attnreg.memory import empty_like, laid_out, strides_like
 from attnreg.op import ROWS, Argument, Op
 from attnreg.problem import Problem, check_number, prepared_integers, size_class, typical
 from attnreg.registry import MOST_CLASSES, Implementation, keep, registry
@@ -216,7 +216,7 @@ def in_order(result: Tensor, strides: tuple[int, ...]) -> Tensor:
     same = all(own == wanted or size == 1 for own, wanted, size in zip(result.stride(), strides, result.shape))
     if same:
         return result.as_strided(result.shape, strides)
-    return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
+    return laid_out(result, strides)
 
 
 def explain_problem(problem: Problem, backend: str | None) -> Decision:

@@ -1,4 +1,4 @@
-"""Attention made of two products: how much of the band there is at a time."""
+"""Attention made of two products: how much of the band there is at a time, what they get, and its derivatives."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from composed import composed
+from torch.autograd import forward_ad
 
 import attnreg
 from attnreg import Window, composition
+from attnreg.op import DOT_PRODUCT, WEIGHTED_AVERAGE, Argument
 
 WINDOW = Window.causal(8)
 BATCH, HEADS, KV_HEADS, LENGTH = 3, 8, 2, 100
@@ -27,15 +30,7 @@ def bands():
         made.append(scores.nbytes)
         return scores
 
-    alone = replace(
-        block,
-        name="composed",
-        capability=replace(block.capability, takes={"bias", "key_lengths"}),
-        local_dot_product=local_dot_product,
-        local_attention=None,
-        local_attention_backward=None,
-    )
-    with attnreg.register(alone):
+    with attnreg.register(composed("torch_block", local_dot_product=local_dot_product)):
         yield made
 
 
@@ -69,16 +64,103 @@ def test_no_more_of_the_band_is_made_at_a_time_than_the_limit_or_one_key_head(ba
 
 def test_products_without_float32_make_no_attention_of_16_bits():
     """Scores rounded to 16 bits before the softmax would be off by an eighth at 64."""
-    (block,) = (status.backend for status in attnreg.backends() if status.name == "torch_block")
-    narrow = replace(
-        block,
-        name="narrow",
-        capability=replace(block.capability, dtypes={torch.bfloat16}),
-        local_attention=None,
-        local_attention_backward=None,
-    )
+    wide = composed("torch_block")
+    narrow = replace(wide, capability=replace(wide.capability, dtypes={torch.bfloat16}))
     query = torch.randn(1, 1, 6, 4, dtype=torch.bfloat16)
     with attnreg.register(narrow):
-        attnreg.local_dot_product(query, query, WINDOW, backend="narrow")
+        attnreg.local_dot_product(query, query, WINDOW, backend="composed")
         with pytest.raises(attnreg.BackendError, match="products would have to run in float32, which it lacks"):
-            attnreg.local_attention(query, query, query, WINDOW, backend="narrow")
+            attnreg.local_attention(query, query, query, WINDOW, backend="composed")
+
+
+def test_products_without_backward_make_attention_with_a_bias():
+    bare = {"local_dot_product_backward": None, "local_weighted_average_backward": None}
+    query = torch.randn(1, 2, 6, 4)
+    bias = torch.randn(6, WINDOW.size).masked_fill(torch.rand(6, WINDOW.size) < 0.5, -torch.inf)
+    expected = attnreg.local_attention(query, query, query, WINDOW, bias=bias, backend="torch")
+    with attnreg.register(composed("torch_block", **bare)):
+        output = attnreg.local_attention(query, query, query, WINDOW, bias=bias, backend="composed")
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["torch", "torch_block"])
+def test_a_product_gets_the_default_of_what_attention_does_not_have(of, monkeypatch):
+    """The arguments are added to the rows of the products alone."""
+    slopes, gain = Argument("slopes", dims="H"), Argument("gain", default=lambda head_dim: float(head_dim))
+    for op in (DOT_PRODUCT, WEIGHTED_AVERAGE):
+        # The row is frozen, its dictionary is not.
+        monkeypatch.setitem(op.__dict__, "arguments", (*op.arguments, slopes, gain))
+    got = []
+    plain = composed(of)
+
+    def taking_more(function):
+        def call(*inputs, slopes, gain, **options):
+            got.append((slopes, gain))
+            return function(*inputs, **options)
+
+        return call
+
+    names = [f"{op}{end}" for op in ("local_dot_product", "local_weighted_average") for end in ("", "_backward")]
+    functions = {name: taking_more(getattr(plain, name)) for name in names if getattr(plain, name) is not None}
+    capability = replace(plain.capability, takes={"bias", "key_lengths", "slopes", "gain"})
+    query = torch.randn(1, 2, 6, 4, requires_grad=True)
+    with attnreg.register(replace(plain, capability=capability, **functions)):
+        output = attnreg.local_attention(query, query, query, WINDOW, backend="composed")
+        (gradient,) = torch.autograd.grad(output.square().sum(), query)
+    expected = attnreg.local_attention(query, query, query, WINDOW, backend="torch")
+    assert torch.allclose(gradient, torch.autograd.grad(expected.square().sum(), query)[0], atol=1e-5)
+    # The head dim is that of a query, which an average does not have.
+    assert set(got) == {(None, 4.0), (None, 0.0)}
+
+
+def derivative_by_make_dual(function, tensor):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(tensor, tensor.cos()))).tangent
+
+
+def derivative_twice_in_reverse(function, tensor):
+    return torch.autograd.functional.hessian(lambda each: function(each).sin().sum(), tensor)
+
+
+TRANSFORMS = {
+    "vmap": lambda function, tensor: torch.func.vmap(function)(torch.stack([tensor, tensor.cos()])),
+    "vmap of grad": lambda function, tensor: torch.func.vmap(torch.func.grad(lambda each: function(each).sin().sum()))(
+        torch.stack([tensor, tensor.cos()])
+    ),
+    "jvp": lambda function, tensor: torch.func.jvp(function, (tensor,), (tensor.cos(),))[1],
+    "jacrev": lambda function, tensor: torch.func.jacrev(function)(tensor),
+    "hessian": lambda function, tensor: torch.func.hessian(lambda each: function(each).sin().sum())(tensor),
+    "make_dual": derivative_by_make_dual,
+    "twice in reverse": derivative_twice_in_reverse,
+}
+
+
+@pytest.mark.parametrize("limit", [composition.LARGEST_BAND, 1])
+@pytest.mark.parametrize("lengths", [None, [5, 0]])
+@pytest.mark.parametrize("place", [0, 1, 2, 3], ids=["query", "key", "value", "bias"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_attention_of_differentiable_products_has_every_derivative(transform, place, lengths, limit, monkeypatch):
+    monkeypatch.setattr(composition, "LARGEST_BAND", limit)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2), (4, 5, 4)]
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    hidden = torch.rand(shapes[3], generator=generator) < 0.3
+    key_lengths = None if lengths is None else torch.tensor(lengths)
+
+    def function(backend):
+        def call(tensor):
+            *tensors, bias = (*given[:place], tensor, *given[place + 1 :])
+            return attnreg.local_attention(
+                *tensors,
+                Window(2, 1),
+                bias=bias.masked_fill(hidden, -torch.inf),
+                key_lengths=key_lengths,
+                backend=backend,
+            )
+
+        return call
+
+    expected = TRANSFORMS[transform](function("torch"), given[place])
+    with attnreg.register(composed("torch")):
+        found = TRANSFORMS[transform](function("composed"), given[place])
+    assert torch.allclose(found, expected, atol=1e-12)

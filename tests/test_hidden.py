@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import OPS, Case, make_inputs
+from composed import composed
 from reference import call
 from running import runs
 
+import attnreg
 from attnreg import Window
 from attnreg.op import ROWS
 
@@ -78,6 +80,40 @@ def poison(op: str, case: Case, inputs, bad: float) -> None:
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32, torch.bfloat16))
 def test_what_is_hidden_reaches_nothing(op, case, bad, backend, device, dtype):
     """But for a rounding step, where a backend computes anew what a product over hidden slots has spoilt."""
+    assert_nothing_reaches(op, case, bad, backend, device, dtype)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("of", ["torch", "torch_block"])
+def test_what_is_hidden_reaches_nothing_of_composed_attention(case, bad, of):
+    with attnreg.register(composed(of)):
+        assert_nothing_reaches("local_attention", case, bad, "composed", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("query_length", "key_length", "window"),
+    [
+        (320, 320, Window(6, 0)),
+        (300, 300, Window(3, 5)),
+        (300, 330, Window(6, 2)),
+        (330, 290, Window(2, 30)),
+        (320, 250, Window(0, 0)),
+        (200, 320, Window(40, 70)),
+    ],
+)
+def test_in_many_blocks_those_at_the_ends_alone_are_cut(query_length, key_length, window):
+    case = Case("blocks", batch=1, query_length=query_length, key_length=key_length, window=window)
+    clean, dirty = (make_inputs("local_attention", case, torch.float32) for _ in range(2))
+    poison("local_attention", case, dirty, torch.nan)
+    expected, expected_gradients = call("local_attention", clean, window, backend="torch")
+    output, gradients = call("local_attention", dirty, window, backend="torch_block")
+    assert torch.allclose(output, expected, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected_gradients[name], atol=1e-5), name
+
+
+def assert_nothing_reaches(op, case, bad, backend, device, dtype):
     clean, dirty = (make_inputs(op, case, dtype, device) for _ in range(2))
     poison(op, case, dirty, bad)
     expected, expected_gradients = call(op, clean, case.window, backend=backend)

@@ -154,3 +154,26 @@ def test_a_wide_bias_beyond_the_narrow_range_hides_nothing(bound, dtype, backend
     output = attnreg.local_attention(query, key, value, Window(1, 1), bias=bias, backend=backend)
     expected = attnreg.local_attention(query, key, value, Window(1, 1), backend="torch")
     assert torch.allclose(output, expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("lengths", [None, [290]])
+@pytest.mark.parametrize("length", [3, 300, 320])
+@pytest.mark.parametrize(("size", "scale"), [(1e20, None), (1.0, -1e300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "torch_block"])
+def test_scores_that_are_all_below_the_range_are_equal(backend, dtype, size, scale, length, lengths):
+    """As those that a product gives are: from the lowest number on."""
+    if lengths is not None and length < 290:
+        lengths = [2]
+    one = torch.ones(1, 1, length, 4, dtype=dtype)
+    value = random(1, 1, length, 4, dtype=dtype, device="cpu").requires_grad_()
+    query = size * one if scale is None else one
+    arguments = {"key_lengths": None if lengths is None else torch.tensor(lengths), "backend": backend}
+    output = attnreg.local_attention(
+        query, -query if scale is None else one, value, Window(1, 1), scale=scale, **arguments
+    )
+    (gradient,) = torch.autograd.grad(output.sum(), value)
+    zero = torch.zeros_like(one)
+    expected = attnreg.local_attention(zero, zero, value, Window(1, 1), **arguments)
+    assert torch.equal(output, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected.sum(), value)[0])

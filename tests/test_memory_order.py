@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import OPS, Case, make_inputs
+from composed import composed
 from running import runs
 
 import attnreg
+from attnreg import composition
 from attnreg.op import ROWS
 
 CASE = Case("order", batch=2, heads=3, kv_heads=3, query_length=21, key_length=21, head_dim=16, value_dim=16)
@@ -59,6 +61,23 @@ def test_results_and_gradients_lie_as_their_tensors(op, layout, value_dim, backe
     assert output.stride() == expected
     gradients = torch.autograd.grad(output, leaves, grad)
     for name, gradient, tensor in zip(ROWS[op].tensors, gradients, tensors):
+        assert gradient.stride() == torch.empty_like(tensor).stride(), name
+
+
+@pytest.mark.parametrize("limit", [composition.LARGEST_BAND, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("of", ["torch", "torch_block"])
+def test_so_do_those_of_composed_attention(of, layout, dtype, limit, monkeypatch):
+    monkeypatch.setattr(composition, "LARGEST_BAND", limit)
+    tensors, grad = laid_out("local_attention", layout, dtype, "cpu")
+    bias = layout(torch.randn(2, 3, 21, CASE.window.size)).to(dtype)
+    leaves = [tensor.detach().requires_grad_() for tensor in (*tensors, bias)]
+    with attnreg.register(composed(of)):
+        output = attnreg.local_attention(*leaves[:3], CASE.window, bias=leaves[3], backend="composed")
+        gradients = torch.autograd.grad(output, leaves, grad)
+    assert output.stride() == attnreg.empty_like(tensors[0]).stride()
+    for name, gradient, tensor in zip((*ROWS["local_attention"].tensors, "bias"), gradients, (*tensors, bias)):
         assert gradient.stride() == torch.empty_like(tensor).stride(), name
 
 

@@ -180,6 +180,18 @@ class Blocks:
         shape = (*dense.shape[:-1], self.window.size)
         return dense.as_strided(shape, (*outer, self.keys + 1, 1))
 
+    def beside_band(self, dense: Tensor) -> Tensor:
+        """All that lies outside the band, as a view (…, G, B - 1, B): from one row's last slot to the next one's first."""
+        *outer, _, _ = dense.stride()
+        shape = (*dense.shape[:-2], self.rows - 1, self.rows)
+        return dense.as_strided(shape, (*outer, self.keys + 1, 1), dense.storage_offset() + self.window.size)
+
+    def at_the_ends(self) -> tuple[range, range]:
+        """The blocks that see positions before the first key, and those that see some past the last."""
+        first_inside = min(max(-(self.first_key // self.rows), 0), self.count)
+        inside = (self.key_length - self.keys - self.first_key) // self.rows + 1
+        return range(first_inside), range(min(max(inside, first_inside), self.count), self.count)
+
     def dense_from_band(self, band: Tensor, outside: float) -> Tensor:
         """(N, H, Lq, W) -> (N, Hkv, blocks, G, B, P), ``outside`` the band and in padded rows."""
         batch, heads = band.shape[:2]
@@ -190,13 +202,12 @@ class Blocks:
         return dense
 
     def add_bias(self, dense: Tensor, bias: Tensor) -> None:
-        """Add ``bias`` to dense scores; a visible slot's score is never -inf, which would hide it."""
+        """Add ``bias`` to dense scores, -inf as a finite number."""
         lowest, highest = torch.finfo(dense.dtype).min, torch.finfo(dense.dtype).max
         # A bias in a wider dtype may be beyond this one's range.
         band = bias.to(dense.dtype).clamp(lowest, highest).expand(-1, -1, self.query_length, self.window.size)
         for in_blocks, in_rows in self.pairs(self.band(dense), band):
             in_blocks.add_(in_rows)
-        dense.clamp_(min=lowest)
 
     def bias_gradient(self, dense: Tensor, bias: Tensor) -> Tensor:
         """The gradient of the scores in dense blocks, summed to the shape of ``bias``."""
@@ -234,15 +245,44 @@ class Hidden:
             return self.blocks.dense_from_band(self.band, True)
         columns = torch.arange(self.blocks.keys, device=self.device)
         slots = columns - torch.arange(self.blocks.rows, device=self.device)[:, None]
-        outside = (slots < 0) | (slots >= self.blocks.window.size)
+        outside = slots != slots.clamp(0, self.blocks.window.size - 1)
         first_columns = self.blocks.first_key + self.blocks.rows * torch.arange(self.blocks.count, device=self.device)
         missing = self._missing(first_columns[:, None] + columns)
         return outside | missing[..., None, None, :]
 
+    @cached_property
+    def ends(self) -> tuple[slice, ...] | None:
+        """The blocks in which more is hidden than what lies beside the band; None where they are not worth telling apart."""
+        if self.bias is not None or self.key_lengths is not None:
+            return None
+        ends = self.blocks.at_the_ends()
+        are_few = 2 * sum(map(len, ends)) < self.blocks.count
+        return tuple(slice(end.start, end.stop) for end in ends if end) if are_few else None
+
+    def hide(self, scores: Tensor) -> None:
+        """-inf in hidden slots of dense scores, and nowhere else: what is below the range is its lowest number."""
+        lowest = torch.finfo(scores.dtype).min
+        if self.ends is None:
+            scores.clamp_(min=lowest).masked_fill_(self.dense, -torch.inf)
+            return
+        # The same through half of the memory.
+        self.blocks.beside_band(scores).fill_(-torch.inf)
+        self.blocks.band(scores).clamp_(min=lowest)
+        for end in self.ends:
+            scores[:, :, end].masked_fill_(self.dense[end], -torch.inf)
+
+    def clear(self, weights: Tensor) -> None:
+        """Zeros in the rows of dense weights that see no key, of which softmax made NaN."""
+        if self.ends is None:
+            weights.masked_fill_(self.dense, 0.0)
+            return
+        for end in self.ends:
+            weights[:, :, end].masked_fill_(self.dense[end], 0.0)
+
     def _missing(self, positions: Tensor) -> Tensor:
         """Which of these positions (·, ·) have no key, broadcasting to (N, 1, ·, ·)."""
         end = self.blocks.key_length
-        missing = (positions < 0) | (positions >= end)
+        missing = positions != positions.clamp(0, end - 1)
         return missing if self.key_lengths is None else missing | (positions >= self.key_lengths[:, None, None, None])
 
     @cached_property
@@ -353,7 +393,9 @@ def local_attention(
     weights, scores = _softmax(blocks, rows, keys, bias, hidden, scale)
     # The highest score's weight is 1 over the sum of all exp(S - highest).
     highest = scores.amax(-1, keepdim=True)
-    log_sum_exp = torch.where(highest == -torch.inf, highest, highest - weights.amax(-1, keepdim=True).log())
+    log_sum_exp = highest - weights.amax(-1, keepdim=True).log()
+    if not hidden.all_seen:
+        log_sum_exp = torch.where(highest == -torch.inf, highest, log_sum_exp)
     del scores
     values = blocks.split_keys(value, hidden.keys)
     output = blocks.join_rows(blocks.average(weights.to(values.dtype), values), query)
@@ -410,10 +452,10 @@ def _softmax(
     scores = blocks.product_for_softmax(rows, keys, scale)
     if bias is not None:
         blocks.add_bias(scores, bias)
-    scores.masked_fill_(hidden.dense, -torch.inf)
+    hidden.hide(scores)
     weights = scores.softmax(-1)
-    if blocks.padded or not hidden.all_seen:  # a row that sees no key is NaN
-        weights.masked_fill_(hidden.dense, 0.0)
+    if blocks.padded or not hidden.all_seen:
+        hidden.clear(weights)
     return weights, scores
 
 

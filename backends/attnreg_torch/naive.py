@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnreg import Window
-from attnreg.memory import strides_like
+from attnreg.memory import laid_out, strides_like, with_gradient_laid_out
 
 
 def local_dot_product(
@@ -20,14 +20,15 @@ def local_dot_product(
 ) -> Tensor:
     """``scores[n, h, i, c] = scale * query[n, h, i] . key[n, h', j] + bias[n, h, i, c]`` with ``j = i + Lk - Lq - left + c``."""
     scores, visible = _scores(query, key, window, bias, key_lengths, scale)
-    return _laid_out(_clamped(scores.to(query.dtype)).where(visible, -torch.inf), query)
+    scores = _clamped(scores.to(query.dtype)).where(visible, -torch.inf)
+    return laid_out(scores, strides_like(query, window.size))
 
 
 def local_weighted_average(weights: Tensor, value: Tensor, window: Window, *, key_lengths: Tensor | None) -> Tensor:
     """``output[n, h, i] = sum over c of weights[n, h, i, c] * value[n, h', j]``, over visible slots."""
     visible = _visible(weights.shape[2], value.shape[2], window, None, key_lengths, value.device)
-    output = _average(_accumulated(_gradient_laid_out(weights)), value, window, visible)
-    return _laid_out(output.to(weights.dtype), weights)
+    output = _average(_accumulated(with_gradient_laid_out(weights)), value, window, visible)
+    return laid_out(output.to(weights.dtype), strides_like(weights, value.shape[3]))
 
 
 def local_attention(
@@ -45,8 +46,8 @@ def local_attention(
     scores = scores.where(visible, -torch.inf)
     # A row without a visible key gets finite scores, so that softmax stays finite; its weights are then 0 as a whole.
     weights = scores.where(visible.any(-1, keepdim=True), 0.0).softmax(-1)
-    output = _laid_out(_average(weights, value, window, visible).to(query.dtype), query)
-    return output, scores.detach().logsumexp(-1)
+    output = _average(weights, value, window, visible).to(query.dtype)
+    return laid_out(output, strides_like(query, value.shape[3])), scores.detach().logsumexp(-1)
 
 
 def _scores(
@@ -55,10 +56,12 @@ def _scores(
     """Scores, arbitrary in invisible slots, in float32 or float64; and which slots are visible."""
     visible = _visible(query.shape[2], key.shape[2], window, bias, key_lengths, query.device)
     keys = _gathered(key, query.shape[1], query.shape[2], window, visible)
-    scores = scale * (_accumulated(_gradient_laid_out(query)).unsqueeze(-2) * keys).sum(-1)
+    scores = scale * (_accumulated(with_gradient_laid_out(query)).unsqueeze(-2) * keys).sum(-1)
     if bias is not None:
         # A bias in a wider dtype may be beyond this one's range.
-        scores = scores + _clamped(_gradient_laid_out(bias).to(scores.dtype, copy=True), torch.finfo(scores.dtype).max)
+        scores = scores + _clamped(
+            with_gradient_laid_out(bias).to(scores.dtype, copy=True), torch.finfo(scores.dtype).max
+        )
     return _clamped(scores), visible.expand(scores.shape)
 
 
@@ -79,7 +82,7 @@ def _average(weights: Tensor, value: Tensor, window: Window, visible: Tensor) ->
 def _gathered(key: Tensor, heads: int, query_length: int, window: Window, visible: Tensor) -> Tensor:
     """The keys of each query's window side by side, (N, H, Lq, W, E), 0 in invisible slots."""
     positions = _positions(query_length, key.shape[2], window, key.device).clamp(0, key.shape[2] - 1)
-    of_query_heads = _accumulated(_gradient_laid_out(key)).repeat_interleave(heads // key.shape[1], dim=1)
+    of_query_heads = _accumulated(with_gradient_laid_out(key)).repeat_interleave(heads // key.shape[1], dim=1)
     return of_query_heads[:, :, positions].where(visible.unsqueeze(-1), 0.0)
 
 
@@ -111,23 +114,3 @@ def _positions(query_length: int, key_length: int, window: Window, device: torch
 def _accumulated(tensor: Tensor) -> Tensor:
     """float64 as it is, anything else in float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _laid_out(result: Tensor, tensor: Tensor) -> Tensor:
-    """``result`` with its dimensions in memory in the order of ``tensor``, without gaps."""
-    order, back = _order(tensor)
-    return result.permute(order).contiguous().permute(back)
-
-
-def _gradient_laid_out(tensor: Tensor) -> Tensor:
-    """``tensor``, whose gradient will lie in memory as itself: it takes the way back through rows that lie in that order."""
-    order, back = _order(tensor)
-    in_order = tensor.permute(order)
-    return in_order.flatten(0, 2).view(in_order.shape).permute(back)
-
-
-def _order(tensor: Tensor) -> tuple[list[int], list[int]]:
-    """The dimensions of ``tensor`` as they follow each other in memory, outermost first; and the way back."""
-    strides = strides_like(tensor, tensor.shape[-1])
-    order = sorted(range(tensor.dim()), key=lambda dimension: strides[dimension], reverse=True)
-    return order, [order.index(dimension) for dimension in range(tensor.dim())]
