@@ -179,8 +179,10 @@ def test_the_core_names_no_backend():
     core = Path(attnreg.__file__).parent
     backends = {status.name for status in attnreg.backends()}
     packages = {path.name for path in (core.parent / "backends").iterdir()}
-    # torch and triton are libraries as well, whose versions a table is stamped with.
-    libraries = {core / "tables" / "environment.py": {"torch", "triton"}}
+    # torch and triton are libraries as well, whose versions a table is stamped with and commands tell.
+    libraries = {
+        file: {"torch", "triton"} for file in (core / "tables" / "environment.py", *(core / "cli").glob("*.py"))
+    }
     assert {"torch", "torch_block", "triton", "cublas_block"} <= backends
     for file in core.rglob("*.py"):
         text = file.read_text()
