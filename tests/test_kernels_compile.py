@@ -45,6 +45,9 @@ def test_the_hopper_kernels_compile_and_fit_twice_into_a_multiprocessor():
 def test_the_other_kernels_compile_and_fit_every_gpu():
     kernels = compiled("every-gpu")
     products = ("_band_dot", "_band_average", "_band_average_transposed")
-    assert Counter(kernel for kernel, *_ in kernels) == dict.fromkeys((*ATTENTION, *products), 16)
+    expected = dict.fromkeys(products, 16)
+    # With a bias each is launched a second time, and in fp32 the one of the rows but where a step holds all keys of a window.
+    expected |= {"_attention": 24, "_attention_backward_rows": 29, "_attention_backward_keys": 24}
+    assert Counter(kernel for kernel, *_ in kernels) == expected
     for kernel, case, _, _, shared in kernels:
         assert shared <= LEAST_SHARED_MEMORY_BYTES, (kernel, case)

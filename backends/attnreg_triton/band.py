@@ -21,19 +21,26 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def locate_program(heads, group, tiles):
-    """(n, h, h_kv, tile) of this program in a grid of N * H * tiles.
+def locate_program(program, heads, group, tiles, INTERLEAVED: tl.constexpr):
+    """(n, h, h_kv, tile) of a program in a grid of N * H * tiles.
 
-    The query heads of a group vary fastest: programs that read the same keys run at the same time.
+    The query heads of a group vary fastest: programs that read the same keys run at the same time. So do those that read the
+    same pages of memory: next vary the tiles, or the heads if they are INTERLEAVED.
     """
-    program = tl.program_id(0)
     kv_program = program // group
-    kv_head = kv_program // tiles
     kv_heads = heads // group
-    n = kv_head // kv_heads
-    h_kv = kv_head - n * kv_heads
+    if INTERLEAVED:
+        n_tile = kv_program // kv_heads
+        h_kv = kv_program - n_tile * kv_heads
+        n = n_tile // tiles
+        tile = n_tile - n * tiles
+    else:
+        kv_head = kv_program // tiles
+        tile = kv_program - kv_head * tiles
+        n = kv_head // kv_heads
+        h_kv = kv_head - n * kv_heads
     h = h_kv * group + (program - kv_program * group)
-    return n.to(tl.int64), h.to(tl.int64), h_kv.to(tl.int64), kv_program - kv_head * tiles
+    return n.to(tl.int64), h.to(tl.int64), h_kv.to(tl.int64), tile
 
 
 @triton.jit
@@ -92,7 +99,8 @@ def clear_unseen(tile, visible):
 
     The bias may hide a key from every row, or every key from a row, and what is hidden may be NaN: 0 * NaN is NaN. Clearing
     costs up to nearly half a kernel's time. So kernels do without at first, and only if their sums are not ``finite`` they
-    make a second try, with CLEAR: a weight of 0 makes 0 of any finite number, and NaN of any other, which stays in the sum.
+    make a second try: a weight of 0 makes 0 of any finite number, and NaN of any other, which stays in the sum. Attention does
+    so in a second launch, since two tries in one kernel take it the registers that others would run in.
     """
     seen = tl.max(visible.to(tl.int32), 0) > 0
     return tl.where(seen[:, None], tile, 0.0)
@@ -102,6 +110,13 @@ def clear_unseen(tile, visible):
 def finite(tile):
     """Whether ``tile`` has neither NaN nor infinities."""
     return tl.max(tl.where(tl.abs(tile) <= _LARGEST, 0, 1)) == 0
+
+
+@triton.jit
+def nothing_left(unfinished, programs, CHUNK: tl.constexpr):
+    """Whether a first launch has finished all the programs that one of a second launch looks after."""
+    program = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    return tl.max(tl.load(unfinished + program, mask=program < programs, other=0)) == 0
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from attnreg_triton.band import (
 )
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import span
-from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
+from attnreg_triton.launch import bias_strides, ceil_div, interleaved, launch, long_offsets, origin, padded, strides
 from attnreg_triton.products import average_precision, weights_by_rows
 from attnreg_triton.tiles import average_by_rows
 
@@ -76,6 +76,7 @@ def band_average(
         BLOCK_DIM=padded(head_dim),
         PRECISION=average_precision(keys.dtype, head_dim, window),
         LONG=long_offsets(band, tiles),
+        INTERLEAVED=interleaved(rows),
         device=keys.device,
     )
     return rows
@@ -125,11 +126,12 @@ def _band_average(
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     LONG: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
-    n, h, h_kv, tile = locate_program(heads, group, row_tiles)
+    n, h, h_kv, tile = locate_program(tl.program_id(0), heads, group, row_tiles, INTERLEAVED)
     i_begin = tile * BLOCK_M
     i_end = tl.minimum(i_begin + BLOCK_M, len_q)
     i_tile = i_begin + tl.arange(0, BLOCK_M)

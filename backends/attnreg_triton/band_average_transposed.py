@@ -25,7 +25,7 @@ from attnreg_triton.band import (
     visible_length,
 )
 from attnreg_triton.interpreter import span
-from attnreg_triton.launch import bias_strides, ceil_div, launch, long_offsets, origin, padded, strides
+from attnreg_triton.launch import bias_strides, ceil_div, interleaved, launch, long_offsets, origin, padded, strides
 from attnreg_triton.products import average_precision, weights_by_rows
 from attnreg_triton.tiles import average_by_keys
 
@@ -71,6 +71,7 @@ def band_average_transposed(
         BLOCK_DIM=padded(head_dim),
         PRECISION=average_precision(rows.dtype, head_dim, window),
         LONG=long_offsets(band, tiles),
+        INTERLEAVED=interleaved(keys),
         device=rows.device,
     )
     return keys
@@ -120,11 +121,12 @@ def _band_average_transposed(
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     LONG: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
-    n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
+    n, _, h_kv, tile = locate_program(tl.program_id(0), kv_heads, 1, key_tiles, INTERLEAVED)
     j_begin = tile * BLOCK_N
     j_end = tl.minimum(j_begin + BLOCK_N, visible_length(key_lengths, n, len_k))
     begin, end = rows_of_keys(j_begin, j_end, len_q, origin, width)

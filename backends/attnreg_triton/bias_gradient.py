@@ -124,7 +124,7 @@ def _band_sum(
     partials_strides = (partials_stride_n, partials_stride_h, partials_stride_i)
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     band_strides = (band_stride_n, band_stride_h, band_stride_i)
-    n, h, _, tile = locate_program(heads, 1, row_tiles)
+    n, h, _, tile = locate_program(tl.program_id(0), heads, 1, row_tiles, False)
     length = visible_length(key_lengths, n, len_k)
     i_tile = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     i = i_tile[:, None]

@@ -13,12 +13,17 @@ from attnreg_triton.tiles import Tiles
 
 Strides = tuple[int, int, int]
 
+# For how many programs of a first launch one of the second looks whether they are to run again.
+CHUNK = 16
+
 
 def launch(kernel: Any, programs: int, tiles: Tiles, *args: Any, device: torch.device, **constants: Any) -> None:
     """Start ``programs`` instances of ``kernel`` on the current stream of ``device``, whichever device is current.
 
     The grid has one dimension, the only one that may exceed 65535.
     """
+    if tiles.max_registers is not None and device.type == "cuda" and torch.version.hip is None:
+        constants["maxnreg"] = tiles.max_registers
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[(programs,)](
@@ -49,6 +54,16 @@ def bias_strides(bias: Tensor | None) -> tuple[int, int, int, int]:
         return (0, 0, 0, 0)
     batch, head, row, column = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride()))
     return batch, head, row, column
+
+
+def flags(programs: int, device: torch.device) -> Tensor:
+    """Where the programs of a first launch tell those of a second one which of them are to run again."""
+    return torch.empty(programs, dtype=torch.int32, device=device)
+
+
+def interleaved(tensor: Tensor) -> bool:
+    """Whether the heads of a position are next to each other in memory, as in (N, L, H, E)."""
+    return tensor.shape[1] > 1 and tensor.stride(1) < tensor.stride(2)
 
 
 def long_offsets(band: Tensor, tiles: Tiles) -> bool:

@@ -17,12 +17,16 @@ from attnreg import Window
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A tile of the band, rows by keys; a program owns one of the two extents and loops along the other."""
+    """A tile of the band, rows by keys; a program owns one of the two extents and loops along the other.
+
+    ``max_registers`` is what a thread gets on an NVIDIA GPU, where the compiler would take more than pays.
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int = 2
+    max_registers: int | None = None
 
 
 # For head dims up to 64, 128 and 256: of fp16 and bf16, of fp32, and of attention in fp32 for the narrowest windows. The
@@ -56,7 +60,11 @@ _ATTENTION = (
 _BACKWARD_ROWS = (
     (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4, num_stages=1)),
     (Tiles(64, 32, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
-    (Tiles(16, 32, 2, num_stages=1), Tiles(16, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
+    (
+        Tiles(16, 32, 2, num_stages=1, max_registers=168),
+        Tiles(16, 32, 4, num_stages=1, max_registers=168),
+        Tiles(16, 16, 4, num_stages=1),
+    ),
 )
 _BACKWARD_KEYS = (
     (Tiles(32, 64, 4, num_stages=1), Tiles(32, 64, 4, num_stages=1), Tiles(32, 32, 4)),

@@ -34,10 +34,12 @@ from attnreg_triton.hopper.tile import (
     store_tile,
     visible_length,
 )
-from attnreg_triton.launch import ceil_div, launch, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch, origin
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
+# An exponent of which rounding takes at most 8, and whose last digit stands for 16 or more.
+_LARGE = gl.constexpr(2.0**28)
 
 
 def local_attention(
@@ -69,6 +71,7 @@ def local_attention(
         window.size,
         scale,
         STAGES=tiles.num_stages,
+        INTERLEAVED=interleaved(query),
         device=query.device,
     )
     return output, log_sum_exp
@@ -78,16 +81,20 @@ def local_attention(
 def _softmax_step(s, m, total, scale):
     """``(P, rescale, m, total)`` after the scores ``s`` (unscaled, of masked keys -inf); ``scale`` includes log2(e).
 
-    P = 2^(scale * (s - m)); what was accumulated under the older maximum is to be multiplied by ``rescale``. The difference
-    is taken first: that of scaled scores, in one fused operation, would be a rounding error of theirs where s = m, which
-    overflows for scores of 1e9.
+    P = 2^(scale * s - m) with m = max(scale * s), rounded; what was accumulated under the older maximum is to be multiplied by
+    ``rescale``. What rounding takes from m, all exponents of a row gain: the damping keeps that small where scores are so large
+    that those that differ at all differ by more. ``total`` has the sums of a row's columns modulo 8, which are one thread's.
     """
-    m_new = gl.maximum(m, gl.max(s, 1))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
     # While a row has seen no visible key its maximum is -inf, and -inf - -inf would be NaN.
     shift = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2((s - shift[:, None]) * scale)
-    rescale = gl.exp2((m - shift) * scale)
-    return p, rescale, m_new, total * rescale + gl.sum(p, 1)
+    root = gl.rsqrt(gl.abs(shift) * (1.0 / _LARGE))
+    damping = gl.minimum(root * root, 1.0)
+    p = gl.exp2(gl.fma(s, (scale * damping)[:, None], -(shift * damping)[:, None]))
+    rescale = gl.exp2(m - shift)
+    sums = gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
+    sums = gl.convert_layout(sums, total.type.layout, assert_trivial=True)
+    return p, rescale, m_new, total * rescale[:, None] + sums
 
 
 @gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
@@ -107,6 +114,7 @@ def _attention(
     width,
     scale,
     STAGES: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
@@ -119,7 +127,7 @@ def _attention(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     v_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
 
-    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
     length = visible_length(key_lengths, n, len_k)
     i_begin = tile * BLOCK_M
     i_end = gl.minimum(i_begin + BLOCK_M, len_q)
@@ -155,7 +163,7 @@ def _attention(
 
     scale2 = scale * _LOG2E
     m = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([BLOCK_M, 8], gl.float32, s_layout)
     acc = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_VALUE], gl.float32, o_layout))
     empty = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
 
@@ -209,10 +217,11 @@ def _attention(
     acc = warpgroup_mma(p, matrix(v_tiles.index(before)), acc, is_async=True)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
+    total = gl.sum(total, 1)
     # A row without a visible key has a total of 0 and acc = 0: O = 0 and a log-sum-exp of -inf.
     inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
     acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))[:, None]
     store_tile(output, n, h, i_begin, acc, o_tile)
     row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
-    gl.store(log_sum_exp + row, m * scale + gl.log2(total) * _LN2, mask=i < i_end)
+    gl.store(log_sum_exp + row, (m + gl.log2(total)) * _LN2, mask=i < i_end)
     finish_stores()

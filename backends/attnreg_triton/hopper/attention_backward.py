@@ -1,8 +1,11 @@
 """The gradients of ``local_attention`` on Hopper: the two kernels of ``attnreg_triton.attention_backward``.
 
 Rows first: ``D = rowsum(dO * O)`` and ``dQ = scale * dS K``; then keys: ``dV = P^T dO`` and ``dK = scale * dS^T Q``,
-with ``P = exp(S - log-sum-exp)``, divided by its row sum, computed anew in both and ``dS = P * (dP - D)``, ``dP = dO V^T``. No
-program writes what another does, so there are no atomics and no accumulator in memory.
+with ``P = exp(S - log-sum-exp)`` computed anew in both and ``dS = P * (dP - D)``, ``dP = dO V^T``. No program writes what another
+does, so there are no atomics and no accumulator in memory.
+
+Where the log-sum-exp is large it has lost digits of P, which is then divided by its row sum; and in fp16 dS may be too large.
+Both are rare and cost up to a quarter of the time. So programs do without at first, and those that meet one of them run again.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -37,9 +40,11 @@ from attnreg_triton.hopper.tile import (
     store_tile,
     visible_length,
 )
-from attnreg_triton.launch import ceil_div, launch, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch, origin
 
 _LOG2E = gl.constexpr(1.4426950408889634)
+# Below it, P is as good as a log-sum-exp in fp32 makes it: to 2^-14, a quarter of a rounding step of fp16.
+_LARGE = gl.constexpr(256.0)
 
 
 def local_attention_backward(
@@ -61,10 +66,9 @@ def local_attention_backward(
     tensors = {"query": query, "key": key, "value": value}
     gradients = {name: empty_like(tensor) for name, tensor in tensors.items() if name in needs_grad}
     grad_query, grad_key, grad_value = (gradients.get(name) for name in tensors)
-    # For the programs of the keys: D, and what P is to be multiplied by.
-    row_dot, row_rescale = (
-        torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device) for _ in range(2)
-    )
+    # For the programs of the keys: -log2(e) times the log-sum-exp beside D, and what P is to be multiplied by.
+    row_pairs = torch.empty((batch, heads, len_q, 2), dtype=torch.float32, device=query.device)
+    row_rescale = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
     sizes = (len_q, len_k, origin(window, len_q, len_k), window.size, scale)
 
     tiles = tile_table.hopper_attention_backward_by_rows(window)
@@ -80,7 +84,7 @@ def local_attention_backward(
         describe(output, tiles.rows),
         log_sum_exp,
         key_lengths,
-        row_dot,
+        row_pairs,
         row_rescale,
         None if grad_query is None else describe(grad_query, tiles.rows),
         kv_heads,
@@ -88,6 +92,7 @@ def local_attention_backward(
         row_tiles,
         *sizes,
         STAGES=tiles.num_stages,
+        INTERLEAVED=interleaved(query),
         device=query.device,
     )
     if grad_key is not None or grad_value is not None:
@@ -102,7 +107,7 @@ def local_attention_backward(
             describe(key, tiles.keys),
             describe(value, tiles.keys),
             log_sum_exp,
-            row_dot,
+            row_pairs,
             row_rescale,
             key_lengths,
             None if grad_key is None else describe(grad_key, tiles.keys),
@@ -112,6 +117,7 @@ def local_attention_backward(
             key_tiles,
             *sizes,
             STAGES=tiles.num_stages,
+            INTERLEAVED=interleaved(key),
             device=query.device,
         )
     return gradients
@@ -128,91 +134,73 @@ def _exponents(lse, scale):
     return scale * unit, lse * unit
 
 
-@gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
-def _attention_backward_rows(
-    grad_output,
-    query,
-    key,
-    value,
-    output,
-    log_sum_exp,
-    key_lengths,
-    row_dot,
-    row_rescale,
-    grad_query,
-    kv_heads,
-    group,
-    row_tiles,
-    len_q,
-    len_k,
-    origin,
-    width,
-    scale,
-    STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-):
-    WARPS: gl.constexpr = gl.num_warps()
-    dtype: gl.constexpr = query.dtype
-    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
-    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
-    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS, dtype)
-    q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
-    ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
-    d_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
-    k_layout: gl.constexpr = rows_layout(BLOCK_HEAD, WARPS, dtype)
-    v_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
+@gluon.jit
+def _all_finite(x, valid):
+    """Whether those rows of ``x`` that are ``valid`` have neither NaN nor infinities."""
+    wrong = gl.where(valid[:, None] & ~(gl.abs(x) < float("inf")), 1, 0)
+    return gl.max(gl.max(wrong, 1), 0) == 0
 
-    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
-    length = visible_length(key_lengths, n, len_k)
-    i_begin = tile * BLOCK_M
-    i_end = gl.minimum(i_begin + BLOCK_M, len_q)
-    i = i_begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
-    # Row i sees keys [first, last). Keys [begin, end) are seen by some row, [all_from, all_to) by all rows.
-    first = gl.maximum(i + origin, 0)
-    last = gl.minimum(i + origin + width, length)
-    begin = gl.maximum(i_begin + origin, 0)
-    end = gl.maximum(gl.minimum(i_end - 1 + origin + width, length), begin)
-    all_from = gl.maximum(i_end - 1 + origin, 0)
-    all_to = gl.minimum(i_begin + origin + width, length)
-    steps = (end - begin + BLOCK_N - 1) // BLOCK_N
+
+@gluon.jit
+def _fetch_keys(key, value, n, h_kv, begin, steps, ready, k_tiles, v_tiles, STAGES: gl.constexpr):
+    """Start copying the keys and values of the first steps."""
     STEP_BYTES: gl.constexpr = key.block_type.nbytes + value.block_type.nbytes
-
-    q_tile = gl.allocate_shared_memory(dtype, query.block_type.shape, query.layout)
-    do_tile = gl.allocate_shared_memory(dtype, grad_output.block_type.shape, grad_output.layout)
-    o_tile = gl.allocate_shared_memory(dtype, output.block_type.shape, output.layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_HEAD], key.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_VALUE], value.layout)
-    rows_ready = barriers(1).index(0)
-    ready = barriers(STAGES)
-    mbarrier.expect(rows_ready, query.block_type.nbytes + grad_output.block_type.nbytes + output.block_type.nbytes)
-    fetch(grad_output, n, h, i_begin, rows_ready, do_tile)
-    fetch(output, n, h, i_begin, rows_ready, o_tile)
-    fetch(query, n, h, i_begin, rows_ready, q_tile)
+    BLOCK_N: gl.constexpr = key.block_type.shape[2]
     for slot in gl.static_range(STAGES):
         wanted = slot < steps
         mbarrier.expect(ready.index(slot), STEP_BYTES, pred=wanted)
         fetch(key, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), k_tiles.index(slot), wanted)
         fetch(value, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), v_tiles.index(slot), wanted)
 
-    row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
-    factor, shift = _exponents(gl.load(log_sum_exp + row, mask=i < i_end, other=float("inf")), scale)
-    # D = diagonal(dO O^T), with the same bits as dP where O is the value of the one key that dominates its row.
-    mbarrier.wait(rows_ready, 0)
-    products = gl.zeros([BLOCK_M, BLOCK_M], gl.float32, d_layout)
-    o = matrix(o_tile).permute((1, 0))
-    products = warpgroup_mma(matrix(do_tile), o, products, use_acc=False, is_async=True)
-    products = warpgroup_mma_wait(num_outstanding=0, deps=(products,))
-    r = gl.arange(0, BLOCK_M, gl.SliceLayout(1, d_layout))[:, None]
-    c = gl.arange(0, BLOCK_M, gl.SliceLayout(0, d_layout))[None, :]
-    d = gl.convert_layout(gl.sum(gl.where(r == c, products, 0.0), 1), gl.SliceLayout(1, s_layout))
 
-    dq = gl.zeros([BLOCK_M, BLOCK_HEAD], gl.float32, q_layout)
-    if dtype != gl.float16:
-        dq = warpgroup_mma_init(dq)
-    total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
-    # What dS is multiplied by to fit fp16.
+@gluon.jit
+def _query_gradient(
+    key,
+    value,
+    key_lengths,
+    place,
+    interval,
+    lse,
+    d,
+    scale,
+    ready,
+    tiles,
+    STAGES: gl.constexpr,
+    CAREFUL: gl.constexpr,
+):
+    """``(up * dS K, total, up)`` with P undivided by its row sums ``total``, after ``_fetch_keys``.
+
+    CAREFUL computes what is 1 otherwise: ``total``, which is off where the log-sum-exp is large, and ``up``, that brings dS
+    into fp16's range.
+    """
+    n, h_kv, begin, steps, length = place
+    first, last, all_from, all_to = interval
+    q_tile, do_tile, k_tiles, v_tiles = tiles
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = key.dtype
+    BLOCK_M: gl.constexpr = q_tile.shape[2]
+    BLOCK_N: gl.constexpr = key.block_type.shape[2]
+    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
+    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
+    SHRINK: gl.constexpr = CAREFUL and dtype == gl.float16
+    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS, dtype)
+    q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
+    k_layout: gl.constexpr = rows_layout(BLOCK_HEAD, WARPS, dtype)
+    v_layout: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
+    STEP_BYTES: gl.constexpr = key.block_type.nbytes + value.block_type.nbytes
+
+    if CAREFUL:
+        factor, shift = _exponents(lse, scale)
+        factor = factor[:, None]
+        total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
+    else:
+        factor, shift = scale * _LOG2E, lse * _LOG2E
+        total = gl.where(lse == float("-inf"), 0.0, 1.0)
     up = gl.full([BLOCK_M], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
+    dq = gl.zeros([BLOCK_M, BLOCK_HEAD], gl.float32, q_layout)
+    if not SHRINK:
+        dq = warpgroup_mma_init(dq)
     empty = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
     j_begin = begin
     stage = 0
@@ -226,7 +214,7 @@ def _attention_backward_rows(
         v = matrix(v_tiles.index(stage))
         s = warpgroup_mma(matrix(q_tile), k.permute((1, 0)), empty, use_acc=False, is_async=True)
         dp = warpgroup_mma(matrix(do_tile), v.permute((1, 0)), empty, use_acc=False, is_async=True)
-        if dtype == gl.float16:
+        if SHRINK:
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
         else:
             s, dq = warpgroup_mma_wait(num_outstanding=1, deps=(s, dq))
@@ -238,26 +226,122 @@ def _attention_backward_rows(
         fetch(key, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), k_tiles.index(before), wanted)
         fetch(value, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), v_tiles.index(before), wanted)
 
-        p = gl.exp2(gl.fma(s, factor[:, None], -shift[:, None]))
+        p = gl.exp2(gl.fma(s, factor, -shift[:, None]))
         p = hide(p, j_begin, first, last, all_from, all_to, 0.0, s_layout)
-        total += gl.sum(p, 1)
+        if CAREFUL:
+            total += gl.sum(p, 1)
         dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
         ds = p * (dp - d[:, None])
-        if dtype == gl.float16:
+        if SHRINK:
             up_before = up
             up = fp16_shrinkage(ds, up)
             ds *= up[:, None]
             dq = warpgroup_mma_init(dq * gl.convert_layout(up / up_before, gl.SliceLayout(1, q_layout))[:, None])
         dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), ds_layout), k, dq, is_async=True)
-        if dtype == gl.float16:
+        if SHRINK:
             # An accumulator in flight that is also multiplied would make ptxas run every product by itself (C7514).
             dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
         j_begin += BLOCK_N
         stage, phase = advance(stage, phase, STAGES)
-    if dtype != gl.float16:
+    if not SHRINK:
         dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+    return dq, total, up
 
-    gl.store(row_dot + row, d, mask=i < i_end)
+
+@gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
+def _attention_backward_rows(
+    grad_output,
+    query,
+    key,
+    value,
+    output,
+    log_sum_exp,
+    key_lengths,
+    row_pairs,
+    row_rescale,
+    grad_query,
+    kv_heads,
+    group,
+    row_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    STAGES: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = query.dtype
+    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
+    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
+    s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS, dtype)
+    q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
+    d_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
+
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
+    length = visible_length(key_lengths, n, len_k)
+    i_begin = tile * BLOCK_M
+    i_end = gl.minimum(i_begin + BLOCK_M, len_q)
+    i = i_begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
+    # Row i sees keys [first, last). Keys [begin, end) are seen by some row, [all_from, all_to) by all rows.
+    first = gl.maximum(i + origin, 0)
+    last = gl.minimum(i + origin + width, length)
+    begin = gl.maximum(i_begin + origin, 0)
+    end = gl.maximum(gl.minimum(i_end - 1 + origin + width, length), begin)
+    all_from = gl.maximum(i_end - 1 + origin, 0)
+    all_to = gl.minimum(i_begin + origin + width, length)
+    steps = (end - begin + BLOCK_N - 1) // BLOCK_N
+
+    q_tile = gl.allocate_shared_memory(dtype, query.block_type.shape, query.layout)
+    do_tile = gl.allocate_shared_memory(dtype, grad_output.block_type.shape, grad_output.layout)
+    o_tile = gl.allocate_shared_memory(dtype, output.block_type.shape, output.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_HEAD], key.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_VALUE], value.layout)
+    rows_ready = barriers(1).index(0)
+    ready = barriers(STAGES)
+    again = barriers(STAGES)
+    mbarrier.expect(rows_ready, query.block_type.nbytes + grad_output.block_type.nbytes + output.block_type.nbytes)
+    fetch(grad_output, n, h, i_begin, rows_ready, do_tile)
+    fetch(output, n, h, i_begin, rows_ready, o_tile)
+    fetch(query, n, h, i_begin, rows_ready, q_tile)
+    _fetch_keys(key, value, n, h_kv, begin, steps, ready, k_tiles, v_tiles, STAGES)
+
+    row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
+    lse = gl.load(log_sum_exp + row, mask=i < i_end, other=float("-inf"))
+    # D = diagonal(dO O^T), with the same bits as dP where O is the value of the one key that dominates its row.
+    mbarrier.wait(rows_ready, 0)
+    products = gl.zeros([BLOCK_M, BLOCK_M], gl.float32, d_layout)
+    o = matrix(o_tile).permute((1, 0))
+    products = warpgroup_mma(matrix(do_tile), o, products, use_acc=False, is_async=True)
+    products = warpgroup_mma_wait(num_outstanding=0, deps=(products,))
+    r = gl.arange(0, BLOCK_M, gl.SliceLayout(1, d_layout))[:, None]
+    c = gl.arange(0, BLOCK_M, gl.SliceLayout(0, d_layout))[None, :]
+    d = gl.convert_layout(gl.sum(gl.where(r == c, products, 0.0), 1), gl.SliceLayout(1, s_layout))
+
+    sees = lse != float("-inf")
+    large = sees & ~(gl.abs(lse) < _LARGE)
+    # A row that sees no key may have NaN in dO.
+    gl.store(row_pairs + 2 * row, gl.where(large, float("nan"), gl.where(sees, lse * -_LOG2E, 0.0)), mask=i < i_end)
+    gl.store(row_pairs + 2 * row + 1, gl.where(sees, d, 0.0), mask=i < i_end)
+
+    place = (n, h_kv, begin, steps, length)
+    interval = (first, last, all_from, all_to)
+    tiles = (q_tile, do_tile, k_tiles, v_tiles)
+    dq, total, up = _query_gradient(
+        key, value, key_lengths, place, interval, lse, d, scale, ready, tiles, STAGES, False
+    )
+    careful = gl.max(gl.where(large, 1, 0), 0) > 0
+    if dtype == gl.float16:
+        careful = careful | ~_all_finite(dq, gl.convert_layout(sees, gl.SliceLayout(1, q_layout)))
+    if careful:
+        _fetch_keys(key, value, n, h_kv, begin, steps, again, k_tiles, v_tiles, STAGES)
+        dq, total, up = _query_gradient(
+            key, value, key_lengths, place, interval, lse, d, scale, again, tiles, STAGES, True
+        )
+
     gl.store(row_rescale + row, 1.0 / total, mask=i < i_end)
     if grad_query is not None:
         # P was left undivided. A row that sees no key may have NaN in dO, and then in dQ too.
@@ -274,67 +358,52 @@ def _next_rows(h, i, begin, end, BLOCK: gl.constexpr):
     return gl.where(i >= end, h + 1, h), gl.where(i >= end, begin, i)
 
 
-@gluon.jit(do_not_specialize=["kv_heads", "key_tiles", "len_q", "len_k", "origin", "width", "scale"])
-def _attention_backward_keys(
+@gluon.jit
+def _key_gradients(
     grad_output,
     query,
-    key,
-    value,
     log_sum_exp,
-    row_dot,
+    row_pairs,
     row_rescale,
     key_lengths,
-    grad_key,
-    grad_value,
-    kv_heads,
-    group,
-    key_tiles,
+    place,
+    interval,
     len_q,
-    len_k,
-    origin,
-    width,
     scale,
+    keys_ready,
+    ready,
+    tiles,
     STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    CAREFUL: gl.constexpr,
 ):
-    # Everything is transposed here, keys by rows: then P^T and dS^T are the left factors as they come.
+    """``(up * dS^T Q, P^T dO, up)``.
+
+    ``row_pairs`` has NaN for rows whose P is to be divided by its row sum. CAREFUL does so, and computes ``up``, 1 otherwise,
+    that brings dS^T into fp16's range.
+    """
+    n, h_begin, row_base, begin, end, steps = place
+    first, last, all_from, all_to = interval
+    k_tile, v_tile, q_tiles, do_tiles = tiles
     WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = query.dtype
-    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
-    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
+    BLOCK_N: gl.constexpr = k_tile.shape[2]
+    BLOCK_M: gl.constexpr = query.block_type.shape[2]
+    BLOCK_HEAD: gl.constexpr = query.block_type.shape[3]
+    BLOCK_VALUE: gl.constexpr = grad_output.block_type.shape[3]
+    SHRINK: gl.constexpr = CAREFUL and dtype == gl.float16
     s_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
     k_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
     v_layout: gl.constexpr = product_layout(BLOCK_VALUE, WARPS, dtype)
-    row_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    # CAREFUL asks of all rows of a step, which each warp then holds.
+    pair_layout: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [1, WARPS] if CAREFUL else [WARPS, 1], [1, 0])
     column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-
-    n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles)
-    length = visible_length(key_lengths, n, len_k)
-    j_begin = tile * BLOCK_N
-    j_end = gl.minimum(j_begin + BLOCK_N, length)
-    j = j_begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout))
-    # Key j is seen by rows [first, last). Rows [begin, end) see some key, [all_from, all_to) all keys.
-    first = gl.maximum(j - origin - width + 1, 0)
-    last = gl.where(j < length, gl.minimum(j - origin + 1, len_q), 0)
-    begin = gl.maximum(j_begin - origin - width + 1, 0)
-    end = gl.where(j_begin < length, gl.maximum(gl.minimum(j_end - origin, len_q), begin), begin)
-    all_from = gl.maximum(j_end - origin - width, 0)
-    all_to = gl.where(j_begin + BLOCK_N <= length, gl.minimum(j_begin - origin + 1, len_q), 0)
-    # The rows of every head of the group, one head after the other.
-    steps = (end - begin + BLOCK_M - 1) // BLOCK_M * group
     STEP_BYTES: gl.constexpr = query.block_type.nbytes + grad_output.block_type.nbytes
 
-    k_tile = gl.allocate_shared_memory(dtype, key.block_type.shape, key.layout)
-    v_tile = gl.allocate_shared_memory(dtype, value.block_type.shape, value.layout)
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_HEAD], query.layout)
-    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_VALUE], grad_output.layout)
-    keys_ready = barriers(1).index(0)
-    ready = barriers(STAGES)
-    mbarrier.expect(keys_ready, key.block_type.nbytes + value.block_type.nbytes)
-    fetch(key, n, h_kv, j_begin, keys_ready, k_tile)
-    fetch(value, n, h_kv, j_begin, keys_ready, v_tile)
-    h_ahead = h_kv * group
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, pair_layout))[:, None]
+    member = row * 2 + gl.arange(0, 2, gl.SliceLayout(0, pair_layout))[None, :]
+    pairs = row_pairs + 2 * row_base
+    pair_next = gl.load(pairs + 2 * begin + member, mask=(begin + row < end) & (steps > 0), other=0.0)
+    h_ahead = h_begin
     i_ahead = begin
     for slot in gl.static_range(STAGES):
         wanted = slot < steps
@@ -346,25 +415,16 @@ def _attention_backward_keys(
     dk = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_HEAD], gl.float32, k_layout))
     dv = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_VALUE], gl.float32, v_layout))
     empty = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
-    row = gl.arange(0, BLOCK_M, row_layout)
-    head_base = (n * kv_heads + h_kv).to(gl.int64) * group * len_q
-    lse_rows = log_sum_exp + head_base
-    d_rows = row_dot + head_base
-    rescale_rows = row_rescale + head_base
-    # What dS^T is multiplied by to fit fp16.
     up = gl.full([BLOCK_N], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     i_begin = begin
-    here = (i_begin + row < end) & (steps > 0)
-    lse_next = gl.load(lse_rows + i_begin + row, mask=here, other=float("inf"))
-    d_next = gl.load(d_rows + i_begin + row, mask=here, other=0.0)
-    rescale_next = gl.load(rescale_rows + i_begin + row, mask=here, other=0.0)
     stage = 0
     phase = 0
     mbarrier.wait(keys_ready, 0)
     for step in range(steps):
-        factor, shift = _exponents(lse_next, scale)
-        d = d_next
-        rescale = rescale_next
+        shift, d = gl.split(pair_next)
+        large = gl.max(gl.where(shift == shift, 0, 1), 0)
+        shift = gl.convert_layout(shift, column_layout)
+        d = gl.convert_layout(d, column_layout)[None, :]
         mbarrier.wait(ready.index(stage), phase)
         if key_lengths is not None:
             # Behind them may be rows that see no key, with NaN in Q and dO.
@@ -374,29 +434,29 @@ def _attention_backward_keys(
         do = matrix(do_tiles.index(stage))
         s = warpgroup_mma(matrix(k_tile), q.permute((1, 0)), empty, use_acc=False, is_async=True)
         dp = warpgroup_mma(matrix(v_tile), do.permute((1, 0)), empty, use_acc=False, is_async=True)
-
+        column = row_base + i_begin + gl.arange(0, BLOCK_M, column_layout)
+        here = i_begin + gl.arange(0, BLOCK_M, column_layout) < end
         i_next = i_begin + BLOCK_M
         if i_next >= end:
             i_next = begin
-            lse_rows += len_q
-            d_rows += len_q
-            rescale_rows += len_q
-        here = (i_next + row < end) & (step + 1 < steps)
-        lse_next = gl.load(lse_rows + i_next + row, mask=here, other=float("inf"))
-        d_next = gl.load(d_rows + i_next + row, mask=here, other=0.0)
-        rescale_next = gl.load(rescale_rows + i_next + row, mask=here, other=0.0)
+            pairs += 2 * len_q
+            if CAREFUL:
+                row_base += len_q
+        pair_next = gl.load(pairs + 2 * i_next + member, mask=(i_next + row < end) & (step + 1 < steps), other=0.0)
 
         s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-        # Columns take registers, so each is brought into the products' layout as late as possible.
-        factor = gl.convert_layout(factor, column_layout)[None, :]
-        shift = gl.convert_layout(shift, column_layout)[None, :]
-        p = gl.exp2(gl.fma(s, factor, -shift)) * gl.convert_layout(rescale, column_layout)[None, :]
+        if CAREFUL and large > 0:
+            factor, shift = _exponents(gl.load(log_sum_exp + column, mask=here, other=float("inf")), scale)
+            rescale = gl.load(row_rescale + column, mask=here, other=0.0)
+            p = gl.exp2(gl.fma(s, factor[None, :], -shift[None, :])) * rescale[None, :]
+        else:
+            p = gl.exp2(gl.fma(s, scale * _LOG2E, shift[None, :]))
         p = hide(p, i_begin, first, last, all_from, all_to, 0.0, s_layout)
         p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
         dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
         dv = warpgroup_mma(p_left, do, dv, is_async=True)
-        ds = p * (dp - gl.convert_layout(d, column_layout)[None, :])
-        if dtype == gl.float16:
+        ds = p * (dp - d)
+        if SHRINK:
             up_before = up
             up = fp16_shrinkage(ds, up)
             ds *= up[:, None]
@@ -416,6 +476,111 @@ def _attention_backward_keys(
         i_begin = i_next
         stage, phase = advance(stage, phase, STAGES)
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
+    return dk, dv, up
+
+
+@gluon.jit(do_not_specialize=["kv_heads", "key_tiles", "len_q", "len_k", "origin", "width", "scale"])
+def _attention_backward_keys(
+    grad_output,
+    query,
+    key,
+    value,
+    log_sum_exp,
+    row_pairs,
+    row_rescale,
+    key_lengths,
+    grad_key,
+    grad_value,
+    kv_heads,
+    group,
+    key_tiles,
+    len_q,
+    len_k,
+    origin,
+    width,
+    scale,
+    STAGES: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    # Everything is transposed here, keys by rows: then P^T and dS^T are the left factors as they come.
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = query.dtype
+    BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
+    BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
+    s_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
+    k_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
+
+    n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles, INTERLEAVED)
+    length = visible_length(key_lengths, n, len_k)
+    j_begin = tile * BLOCK_N
+    j_end = gl.minimum(j_begin + BLOCK_N, length)
+    j = j_begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout))
+    # Key j is seen by rows [first, last). Rows [begin, end) see some key, [all_from, all_to) all keys.
+    first = gl.maximum(j - origin - width + 1, 0)
+    last = gl.where(j < length, gl.minimum(j - origin + 1, len_q), 0)
+    begin = gl.maximum(j_begin - origin - width + 1, 0)
+    end = gl.where(j_begin < length, gl.maximum(gl.minimum(j_end - origin, len_q), begin), begin)
+    all_from = gl.maximum(j_end - origin - width, 0)
+    all_to = gl.where(j_begin + BLOCK_N <= length, gl.minimum(j_begin - origin + 1, len_q), 0)
+    # The rows of every head of the group, one head after the other.
+    steps = (end - begin + BLOCK_M - 1) // BLOCK_M * group
+
+    k_tile = gl.allocate_shared_memory(dtype, key.block_type.shape, key.layout)
+    v_tile = gl.allocate_shared_memory(dtype, value.block_type.shape, value.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_HEAD], query.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_VALUE], grad_output.layout)
+    keys_ready = barriers(1).index(0)
+    ready = barriers(STAGES)
+    again = barriers(STAGES)
+    mbarrier.expect(keys_ready, key.block_type.nbytes + value.block_type.nbytes)
+    fetch(key, n, h_kv, j_begin, keys_ready, k_tile)
+    fetch(value, n, h_kv, j_begin, keys_ready, v_tile)
+
+    h_begin = h_kv * group
+    row_base = (n * kv_heads * group + h_begin).to(gl.int64) * len_q
+    place = (n, h_begin, row_base, begin, end, steps)
+    interval = (first, last, all_from, all_to)
+    tiles = (k_tile, v_tile, q_tiles, do_tiles)
+    # Two loops take registers that larger accumulators need.
+    OPTIMISTIC: gl.constexpr = BLOCK_HEAD <= 64 and BLOCK_VALUE <= 64
+    dk, dv, up = _key_gradients(
+        grad_output,
+        query,
+        log_sum_exp,
+        row_pairs,
+        row_rescale,
+        key_lengths,
+        place,
+        interval,
+        len_q,
+        scale,
+        keys_ready,
+        ready,
+        tiles,
+        STAGES,
+        not OPTIMISTIC,
+    )
+    # Rows whose P is to be divided have left NaN, and dS beyond fp16 infinities. A key that no row sees may be NaN itself.
+    if OPTIMISTIC and not _all_finite(dk, gl.convert_layout(first < last, gl.SliceLayout(1, k_layout))):
+        dk, dv, up = _key_gradients(
+            grad_output,
+            query,
+            log_sum_exp,
+            row_pairs,
+            row_rescale,
+            key_lengths,
+            place,
+            interval,
+            len_q,
+            scale,
+            keys_ready,
+            again,
+            tiles,
+            STAGES,
+            True,
+        )
 
     if grad_key is not None:
         # A key that no row sees may be NaN, and its value, and then dK too.

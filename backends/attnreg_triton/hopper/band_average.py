@@ -35,7 +35,7 @@ from attnreg_triton.hopper.tile import (
     synchronize,
     visible_length,
 )
-from attnreg_triton.launch import ceil_div, launch, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch, origin
 from attnreg_triton.tiles import hopper_band_average
 
 
@@ -64,6 +64,7 @@ def band_average(
         window.size,
         scale,
         STAGES=tiles.num_stages,
+        INTERLEAVED=interleaved(rows),
         device=keys.device,
     )
 
@@ -95,6 +96,7 @@ def _band_average(
     width,
     scale,
     STAGES: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
@@ -111,7 +113,7 @@ def _band_average(
     y_layout: gl.constexpr = rows_layout(BLOCK_DIM, WARPS, dtype)
     c_layout: gl.constexpr = chunk_layout(1)
 
-    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
     length = visible_length(key_lengths, n, len_k)
     i_begin = tile * BLOCK
     # Tile t of keys begins at that of slot 64 t of the first row. Tiles [begin, end) have visible keys, or one more that

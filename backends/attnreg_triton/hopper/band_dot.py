@@ -40,7 +40,7 @@ from attnreg_triton.hopper.tile import (
     synchronize,
     visible_length,
 )
-from attnreg_triton.launch import ceil_div, launch, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch, origin
 from attnreg_triton.products import hopper_dot_precision
 from attnreg_triton.tiles import hopper_band_dot
 
@@ -74,6 +74,7 @@ def band_dot(
         VECTOR=vector,
         PRECISION=hopper_dot_precision(rows.dtype, head_dim),
         STAGES=tiles.num_stages,
+        INTERLEAVED=interleaved(rows),
         device=rows.device,
     )
 
@@ -112,6 +113,7 @@ def _band_dot(
     VECTOR: gl.constexpr,
     PRECISION: gl.constexpr,
     STAGES: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
@@ -127,7 +129,7 @@ def _band_dot(
     y_layout: gl.constexpr = rows_layout(BLOCK_DIM, WARPS, dtype)
     c_layout: gl.constexpr = chunk_layout(VECTOR)
 
-    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles)
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
     length = visible_length(key_lengths, n, len_k)
     i_begin = tile * BLOCK
     j_begin = i_begin + origin

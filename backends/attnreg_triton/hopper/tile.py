@@ -37,14 +37,21 @@ def describe(tensor: Tensor, positions: int, columns: int = 0) -> Any:
 
 
 @gluon.jit
-def locate_program(kv_heads, group, tiles):
-    """(n, h, h_kv, tile) of this program in a grid of N * H * tiles; the query heads of a group vary fastest."""
+def locate_program(kv_heads, group, tiles, INTERLEAVED: gl.constexpr):
+    """(n, h, h_kv, tile) of this program in a grid of N * H * tiles, in the order of ``attnreg_triton.band.locate_program``."""
     program = gl.program_id(0)
     kv_program = program // group
-    kv_head = kv_program // tiles
-    n = kv_head // kv_heads
-    h_kv = kv_head - n * kv_heads
-    return n, h_kv * group + (program - kv_program * group), h_kv, kv_program - kv_head * tiles
+    if INTERLEAVED:
+        n_tile = kv_program // kv_heads
+        h_kv = kv_program - n_tile * kv_heads
+        n = n_tile // tiles
+        tile = n_tile - n * tiles
+    else:
+        kv_head = kv_program // tiles
+        tile = kv_program - kv_head * tiles
+        n = kv_head // kv_heads
+        h_kv = kv_head - n * kv_heads
+    return n, h_kv * group + (program - kv_program * group), h_kv, tile
 
 
 @gluon.jit
