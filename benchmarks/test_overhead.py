@@ -6,6 +6,7 @@ fastest of many rounds, as timeit's documentation advises: what is above it is t
 
 from __future__ import annotations
 
+import __future__
 import inspect
 import itertools
 import statistics
@@ -67,8 +68,8 @@ def look_up():
     assert source.count(known) == 1
     namespace = dict(vars(functional))
     source = source[: source.index(known)] + "    return (plan,)\n"
-    exec(compile(source, "look_up", "exec", dont_inherit=True), namespace)
-    exec(compile(inspect.getsource(functional.local_attention), "look_up", "exec", dont_inherit=True), namespace)
+    for each in (source, inspect.getsource(functional.local_attention)):
+        exec(compile(each, "look_up", "exec", __future__.annotations.compiler_flag, dont_inherit=True), namespace)
     return namespace["local_attention"]
 
 

@@ -177,3 +177,31 @@ def test_scores_that_are_all_below_the_range_are_equal(backend, dtype, size, sca
     expected = attnreg.local_attention(zero, zero, value, Window(1, 1), **arguments)
     assert torch.equal(output, expected)
     assert torch.equal(gradient, torch.autograd.grad(expected.sum(), value)[0])
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 4]])
+@pytest.mark.parametrize("below", ["by a bias", "by its product"])
+@pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float16, torch.bfloat16))
+def test_a_visible_score_below_the_range_is_the_lowest_number_and_hides_nothing(
+    below, head_dim, lengths, backend, device, dtype
+):
+    window = Window(2, 1)
+    query = torch.ones(2, 2, 5, head_dim, dtype=dtype, device=device)
+    arguments = {"key_lengths": None if lengths is None else torch.tensor(lengths, device=device)}
+    key = query
+    if below == "by a bias":
+        bias = -1e5 if dtype == torch.float16 else -3.4e38
+        arguments["bias"] = torch.full((2, 2, 5, 4), bias, dtype=torch.float32, device=device)
+    else:
+        size = 200.0 if dtype == torch.float16 else 3e19
+        query, key = query * -size, query * size
+    try:
+        scores = attnreg.local_dot_product(query, key, window, backend=backend, **arguments)
+    except attnreg.BackendError as error:
+        pytest.skip(f"refused: {str(error).splitlines()[1]}")
+    visible = attnreg.local_dot_product(
+        query * 0, key * 0, window, backend="torch", key_lengths=arguments["key_lengths"]
+    )
+    assert (scores[visible == 0] == torch.finfo(dtype).min).all()
+    assert (scores[visible != 0] == -torch.inf).all()

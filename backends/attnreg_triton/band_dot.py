@@ -22,7 +22,17 @@ from attnreg_triton.band import (
 )
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
-from attnreg_triton.launch import bias_strides, ceil_div, interleaved, launch, long_offsets, origin, padded, strides
+from attnreg_triton.launch import (
+    bias_strides,
+    ceil_div,
+    interleaved,
+    launch,
+    long_offsets,
+    lowest,
+    origin,
+    padded,
+    strides,
+)
 from attnreg_triton.products import dot_precision, rows_by_keys
 from attnreg_triton.tiles import dot_by_rows
 
@@ -71,6 +81,7 @@ def band_dot(
         window.size,
         scale,
         FILL=fill,
+        LOWEST=lowest(band, fill),
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
         PRECISION=dot_precision(rows.dtype, head_dim, window),
@@ -122,6 +133,7 @@ def _band_dot(
     width,
     scale,
     FILL: tl.constexpr,
+    LOWEST: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,11 +163,13 @@ def _band_dot(
         j_begin = j_origin + q_begin
         y = load_clamped_rows(keys, keys_strides[2], j_origin + q, 0, len_k - 1, DIM, BLOCK_DIM)
         s = rows_by_keys(x, y, PRECISION) * scale
+        # A visible slot is never -inf, which would hide it.
+        s = tl.where(s < LOWEST, LOWEST, s)
         slot = below(q[None, :] - r[:, None], slots)
         if bias is not None:
             j = (j_origin + q)[None, :]
             b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, slot & (j >= 0) & (j < length))
-            s = tl.where(b != float("-inf"), s + b, FILL)
+            s = tl.where(b != float("-inf"), tl.where(s + b < LOWEST, LOWEST, s + b), FILL)
         elif (j_begin < 0) | (j_begin + BLOCK_N > length):
             s = tl.where(below(j_origin + q, length)[None, :], s, FILL)
         pointers = skewed_pointers(band, band_stride_i, r[:, None], q[None, :], LONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,6 +65,11 @@ def flags(programs: int, device: torch.device) -> Tensor:
 def interleaved(tensor: Tensor) -> bool:
     """Whether the heads of a position are next to each other in memory, as in (N, L, H, E)."""
     return tensor.shape[1] > 1 and tensor.stride(1) < tensor.stride(2)
+
+
+def lowest(band: Tensor, fill: float) -> float:
+    """The least value that a slot of a band may have which ``fill`` does not hide."""
+    return torch.finfo(band.dtype).min if fill == -math.inf else -math.inf
 
 
 def long_offsets(band: Tensor, tiles: Tiles) -> bool:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
+from attnreg.cli.shared import print_table
 from attnreg_benchmarks.results import Results
 from attnreg_benchmarks.run import Record
 from attnreg_benchmarks.workloads import DIRECTIONS
@@ -31,45 +28,35 @@ def print_results(results: Results, console: Console) -> None:
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     for op, direction in dict.fromkeys((each.op, way) for each in results.workloads.values() for way in DIRECTIONS):
-        table = _table(results, op, direction)
-        if table is not None:
-            _print_whole(table, console)
+        headings, rows = _table(results, op, direction)
+        if rows:
+            console.print(f"\n{op}, {direction}\n", highlight=False)
+            print_table(headings, rows, right=headings[1:])
     for line in _notes(results.records):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(results: Results, op: str, direction: str) -> Table | None:
-    """The times of one op in one direction, a row for each workload; None where nothing was timed."""
+def _table(results: Results, op: str, direction: str) -> tuple[list[str], list[list[str]]]:
+    """The headings and the times of one op in one direction, a row for each workload; no row where nothing was timed."""
     timed: dict[str, dict[str, Record]] = {name: {} for name, each in results.workloads.items() if each.op == op}
     for record in results.records:
         if record.workload in timed and record.direction == direction and record.seconds is not None:
             timed[record.workload][record.contender] = record
     contenders = list(dict.fromkeys(contender for found in timed.values() for contender in found))
-    if not contenders:
-        return None
-    table = Table(title=f"{op}, {direction}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("workload", no_wrap=True)
-    for heading in ("floor", *contenders):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for workload, found in timed.items():
         if found:
             best = min(found.values(), key=lambda record: record.seconds or 0.0)
             cells = [_cell(found.get(contender), best) for contender in contenders]
-            table.add_row(Text(workload), f"{best.floor * 1e3:.3f}", *cells)
-    return table
+            rows.append([workload, f"{best.floor * 1e3:.3f}", *cells])
+    return ["workload", "floor", *contenders], rows
 
 
-def _cell(record: Record | None, best: Record) -> Text:
+def _cell(record: Record | None, best: Record) -> str:
     if record is None or record.seconds is None or record.fraction is None:
-        return Text("-")
-    mark = "*" if record is best else " "
-    return Text(f"{record.seconds * 1e3:.3f} {record.fraction:.2f}{mark}")
-
-
-def _print_whole(table: Table, console: Console) -> None:
-    """Lines as long as the table needs, whatever the width of the terminal: a cut figure is of no use."""
-    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(file=console.file, width=width).print(table)
+        return "-"
+    mark = "*" if record is best else ""
+    return f"{record.seconds * 1e3:.3f} {record.fraction:.2f}{mark}"
 
 
 def _notes(records: Sequence[Record]) -> Iterator[str]:

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <optional>
+#include <type_traits>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,6 +24,12 @@ void dispatch_dtype(ScalarType dtype, const Run& run) {
     case ScalarType::BFloat16: return run(__nv_bfloat16{});
     default: STD_TORCH_CHECK(false, "attnreg cublas_block: dtype must be float32, float16 or bfloat16");
   }
+}
+
+// The least finite number of a dtype.
+template <class T>
+__host__ __device__ constexpr float lowest_number() {
+  return std::is_same_v<T, __half> ? -65504.0f : std::is_same_v<T, __nv_bfloat16> ? -0x1.fep127f : -FLT_MAX;
 }
 
 // A dimension of size 1 broadcasts, whatever stride it carries.

@@ -42,7 +42,7 @@ struct GatherBand {
     if (query_scales == nullptr) {
       const auto load = [&](int c) {
         float bias;
-        return visibility.sees(seen, c, bias) ? T(static_cast<float>(slots[c]) + bias) : T(hidden);
+        return visibility.sees(seen, c, bias) ? visible(static_cast<float>(slots[c]) + bias) : T(hidden);
       };
       return copy_columns(lane, lanes, width, load, store);
     }
@@ -51,7 +51,7 @@ struct GatherBand {
     const auto load = [&](int c) {
       float bias;
       if (!visibility.sees(seen, c, bias)) return T(hidden);
-      return T(static_cast<float>(slots[c]) * row_scale * scales[c] + bias);
+      return visible(static_cast<float>(slots[c]) * row_scale * scales[c] + bias);
     };
     copy_columns(lane, lanes, width, load, store);
   }
@@ -70,13 +70,20 @@ struct GatherBand {
     const int end = begin + edges.columns < width ? begin + edges.columns : width;
 #pragma unroll 1
     for (int c = begin + lane; c < end; c += lanes) {
-      float value = hidden, bias;
+      T value = T(hidden);
+      float bias;
       if (visibility.sees(seen, c, bias)) {
         const T* key_row = key.row(place.n, place.kv_head, i + visibility.shift + c);
-        value = scale * product(query.row(place.n, h, i), key_row) + bias;
+        value = visible(scale * product(query.row(place.n, h, i), key_row) + bias);
       }
-      band.row(place.n, h, i)[c] = T(value);
+      band.row(place.n, h, i)[c] = value;
     }
+  }
+
+  // A visible score is never -inf, which would hide it.
+  __host__ __device__ T visible(float score) const {
+    const bool below = hidden == -INFINITY && score < lowest_number<T>();
+    return T(below ? lowest_number<T>() : score);
   }
 
   // x . y, in two sums.

@@ -40,7 +40,7 @@ from attnreg_triton.hopper.tile import (
     synchronize,
     visible_length,
 )
-from attnreg_triton.launch import ceil_div, interleaved, launch, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch, lowest, origin
 from attnreg_triton.products import hopper_dot_precision
 from attnreg_triton.tiles import hopper_band_dot
 
@@ -71,6 +71,7 @@ def band_dot(
         origin(window, len_q, len_k),
         scale,
         FILL=fill,
+        LOWEST=lowest(band, fill),
         VECTOR=vector,
         PRECISION=hopper_dot_precision(rows.dtype, head_dim),
         STAGES=tiles.num_stages,
@@ -110,6 +111,7 @@ def _band_dot(
     origin,
     scale,
     FILL: gl.constexpr,
+    LOWEST: gl.constexpr,
     VECTOR: gl.constexpr,
     PRECISION: gl.constexpr,
     STAGES: gl.constexpr,
@@ -210,6 +212,8 @@ def _band_dot(
         else:
             s = warpgroup_mma(x, y.permute((1, 0)), empty, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,)) * scale
+        # A visible slot is never -inf, which would hide it.
+        s = gl.where(s < LOWEST, LOWEST, s)
         if (j_begin < 0) | (j_begin + BLOCK > length):
             s = gl.where(((j_begin + key >= 0) & (j_begin + key < length))[None, :], s, FILL)
         now = s.to(dtype)
