@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/attnreg demo
@@ -21,10 +22,18 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/test_overhead.py -s --benchmark-storage=benchmarks/results --benchmark-save=overhead
 	$(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-storage=benchmarks/results --benchmark-save=speed
 
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --fresh-env docs build/docs
+	@echo "build/docs/index.html"
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

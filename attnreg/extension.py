@@ -4,6 +4,8 @@ A library uses torch's stable ABI and links against nothing of torch but the nam
 torch from 2.11 on and every Python. Builds lie in the user's cache directory, or in ``ATTNREG_CACHE_DIR``, under a hash of
 sources and flags, and say in their name for what and by which version of the compiler they were made. A wheel may carry
 builds beside the sources.
+
+A library is code: one in the cache directory is loaded only where nobody but this user and root can have put it there.
 """
 
 from __future__ import annotations
@@ -15,20 +17,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from attnreg.memo import asked_once
-from attnreg.paths import cache_dir
+from attnreg.paths import NoCacheDir, cache_dir, make_private, why_not_trusted
 
 # Everything uses the stable ABI as it was in torch 2.11.
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch")
 
 _SOURCES = (".cpp", ".cu", ".cuh", ".h")
 _LINES_SHOWN = 20
+# How the folder of a build begins that is not finished, and after how long it never will be.
+_UNFINISHED = "unfinished-"
+_LONGEST_BUILD_SECONDS = 24 * 3600
+_BESIDE_ATTNREG = Path(__file__).resolve().parents[1]
 
 
 class BuildError(RuntimeError):
@@ -79,20 +87,33 @@ class Extension:
 
     def unavailable(self) -> str | None:
         """Why there is no library and none can be built, or None. It looks for files alone."""
-        if self.find_compiler() is None and self.packaged() is None and not any(self._folder(cache_dir()).glob("*.so")):
-            return f"{self.no_compiler}, and there is no build in {cache_dir()}"
-        return None
+        if self.packaged() is not None:
+            return None
+        try:
+            root = cache_dir()
+        except NoCacheDir as error:
+            return str(error)
+        if self.find_compiler() is not None:
+            return None
+        builds = sorted(self._folder(root).glob("*.so"))
+        refused = [why_not_trusted(library) for library in builds]
+        if None in refused:
+            return None
+        found = f"the builds there are not used: {refused[0]}" if refused else f"there is no build in {root}"
+        return f"{self.no_compiler}, and {found}"
 
     def find(self, targets: Sequence[Target]) -> Path | None:
         """A finished build for the first of these targets that has one: by this machine's compiler if it has one, else by any.
 
-        Otherwise the one that a wheel carried.
+        Otherwise the one that a wheel carried. One that somebody else can have put there counts for none.
         """
         compiler = self.find_compiler()
-        for target in targets:
-            found = self._folder(cache_dir()).glob(self._file_name(target, compiler))
-            for library in sorted(found):
-                return library
+        with suppress(NoCacheDir):
+            folder = self._folder(cache_dir())
+            for target in targets:
+                for library in sorted(folder.glob(self._file_name(target, compiler))):
+                    if why_not_trusted(library) is None:
+                        return library
         return self.packaged()
 
     def packaged(self) -> Path | None:
@@ -108,6 +129,7 @@ class Extension:
 
         Raises:
             BuildError: there is no compiler, or it failed.
+            NoCacheDir: there is no folder for it.
         """
         from filelock import FileLock
 
@@ -115,8 +137,9 @@ class Extension:
         if compiler is None:
             raise BuildError(self.no_compiler)
         library = self._folder(root or cache_dir()) / self._file_name(target, compiler)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{library}.lock"):
+        make_private(library.parent)
+        with FileLock(f"{library}.lock", mode=0o600):
+            _sweep(library.parent)
             if not library.exists():
                 print(
                     f"attnreg: building {self.name} for {target.title} with {compiler} (once; cached in {library.parent})",
@@ -128,7 +151,7 @@ class Extension:
     def _compile(self, compiler: str, target: Target, library: Path) -> None:
         root = Path(torch.__file__).parent
         # Built under another name and renamed, so that no process ever loads half a library.
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=_UNFINISHED) as scratch:
             unfinished = Path(scratch) / library.name
             torch_folders = ("-isystem", str(root / "include"), f"-L{root / 'lib'}")
             files = (str(self.sources() / self.main), "-o", str(unfinished))
@@ -139,6 +162,7 @@ class Extension:
             if result.returncode != 0:
                 last_lines = "\n".join(result.stdout.splitlines()[-_LINES_SHOWN:])
                 raise BuildError(f"building {self.name} failed: {' '.join(command)}\n{last_lines}")
+            unfinished.chmod(0o700)
             unfinished.replace(library)
 
     def _folder(self, root: Path) -> Path:
@@ -154,13 +178,26 @@ def load(library: Path) -> None:
     """Loads a built library: its ops are in ``torch.ops`` from then on.
 
     Raises:
-        BuildError: it could not be loaded.
+        BuildError: it could not be loaded, or somebody else can have put it there.
     """
+    # What lies beside attnreg's own code is as much to be trusted as that.
+    if not library.resolve().is_relative_to(_BESIDE_ATTNREG):
+        reason = why_not_trusted(library)
+        if reason is not None:
+            raise BuildError(f"{library} is not loaded: {reason}")
     load_library: Callable[[str], None] = torch.ops.load_library
     try:
         load_library(str(library))
     except OSError as error:
         raise BuildError(f"{library} could not be loaded: {error.__cause__ or error}") from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds that were killed left behind; to be called by who holds a lock there."""
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LONGEST_BUILD_SECONDS:
+                shutil.rmtree(left)
 
 
 @asked_once

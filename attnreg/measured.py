@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# How the reason of a candidate begins whose result was compared with the truth and was another one.
+WRONG = "wrong: "
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -15,12 +18,21 @@ class Figure:
         spread: seconds between the quartiles.
         reason: why there is no time: it refused, raised, was wrong, ran out of memory, took too long; None where there is one.
         measured: when, in UTC, as ISO 8601.
+        disturbed: whether something else seems to have used the device meanwhile.
+        passing: whether the reason may be gone the next time, as memory may be free then: no fact to be kept in a file.
     """
 
     seconds: float | None = None
     spread: float = 0.0
     reason: str | None = None
     measured: str = ""
+    disturbed: bool = False
+    passing: bool = False
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the candidate's result was not the truth."""
+        return self.reason is not None and self.reason.startswith(WRONG)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ fastest of many rounds, as timeit's documentation advises: what is above it is t
 """
 
 from __future__ import annotations
-
 import __future__
+
 import inspect
 import itertools
 import statistics

@@ -100,7 +100,7 @@ def spy(name, ran):
 
     def forward(query, *arguments, **options):
         ran.append(name)
-        return query.clone(), query[..., 0]
+        return query.clone(), query[..., 0].clone()
 
     return as_torch_block(name, local_attention=forward, rank=1)
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import json
+import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 import torch
+from tabled import table_of
 from typer.testing import CliRunner
 
 import attnreg
 from attnreg import demo
 from attnreg.backend import Fault
 from attnreg.cli import app
+from attnreg.cli.application import OWN
+from attnreg.cli.info import VARIABLES
+from attnreg.cli.shared import table_lines, whole
+from attnreg.measured import Figure
 from attnreg.registry import registry
+from attnreg.tables import store
+from attnreg.tables.table import Table
+from attnreg.tuning import writing
 
 LONG_NAME = "a-distribution-with-a-name-that-no-narrow-column-holds 1.2.3"
 LONG_ERROR = "ImportError: cannot import name 'something_rather_long' from 'a_module.that_is.nowhere'"
@@ -41,18 +55,62 @@ def broken_plugin():
     attnreg.reset()
 
 
+def piped(*arguments: str, **environment: str) -> str:
+    """What the installed command prints where its output is no terminal and nothing says how wide it is."""
+    set_ = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "attnreg", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**set_, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def words(text: str) -> set[str]:
+    """The words of a text, whichever way it is broken into lines; no figures."""
+    return {word.strip(":,;()") for word in text.split() if word[0].isalpha()}
+
+
 # Help
 
 
 def test_without_a_command_the_help_names_every_command():
     result = attnreg_command()
-    for command in ("backends", "explain", "demo", "bench"):
+    for command in (*OWN, "bench"):
         assert re.search(rf"^  {command} ", result.output, re.MULTILINE)
 
 
 def test_python_dash_m_is_the_command_too():
     done = subprocess.run([sys.executable, "-m", "attnreg", "--help"], capture_output=True, text=True, check=True)
     assert "Usage: attnreg [OPTIONS] COMMAND" in done.stdout
+
+
+def test_the_version_is_told():
+    result = attnreg_command("--version")
+    assert (result.exit_code, result.output) == (0, f"attnreg {attnreg.__version__}\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_names_of_backends(shell):
+    def completed(line: str) -> str:
+        asked = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_TYPER_COMPLETE_ARGS": line}
+        environment = {"_ATTNREG_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args", **asked}
+        return CliRunner().invoke(app, [], prog_name="attnreg", env=environment).output
+
+    assert "explain" in completed("attnreg exp")
+    assert "torch_block" in completed("attnreg explain --backend torch_")
+    assert "bfloat16" in completed("attnreg explain --dtype b")
+
+
+def test_nothing_is_imported_before_it_is_needed():
+    script = (
+        "import sys; from typer.testing import CliRunner; from attnreg.cli import app;"
+        "results = [CliRunner().invoke(app, each.split()) for each in"
+        "    ('--version', 'backends', 'explain --device cpu', 'info', 'tables list', 'tables show cpu')];"
+        "assert not any(each.exit_code for each in results), results;"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert not {"rich", "matplotlib", "numpy.random", "attnreg.tuning", "attnreg.testing"} & imported
 
 
 def test_importing_attnreg_imports_nothing_of_the_command():
@@ -153,6 +211,162 @@ def test_a_misspelt_command_is_told_which_was_meant():
     assert "No such command 'benhc'. Did you mean 'bench'?" in result.output
 
 
+# Tables
+
+
+TABLE = (
+    ("backend", "dtypes", "ms"),
+    [("torch_block", "bfloat16, float16, float32", "1.5"), ("b", "float64", "12.25"), ("c", "", "-")],
+)
+
+
+def test_a_table_has_the_width_that_it_needs():
+    assert table_lines(*TABLE, 100, right=("ms",)) == [
+        "backend      dtypes                         ms",
+        "-----------  --------------------------  -----",
+        "torch_block  bfloat16, float16, float32    1.5",
+        "b            float64                     12.25",
+        "c                                            -",
+    ]
+
+
+def test_a_table_is_broken_between_words():
+    assert table_lines(*TABLE, 40, right=("ms",)) == [
+        "backend      dtypes                   ms",
+        "-----------  --------------------  -----",
+        "torch_block  bfloat16, float16,      1.5",
+        "             float32",
+        "b            float64               12.25",
+        "c                                      -",
+    ]
+
+
+def test_a_table_whose_words_do_not_fit_has_a_line_a_cell():
+    assert table_lines(*TABLE, 22) == [
+        "backend: torch_block",
+        "dtypes: bfloat16,",
+        "  float16, float32",
+        "ms: 1.5",
+        "",
+        "backend: b",
+        "dtypes: float64",
+        "ms: 12.25",
+        "",
+        "backend: c",
+        "dtypes:",
+        "ms: -",
+    ]
+    assert "backend: torch_block" in table_lines(*TABLE, 1)[0] or "torch_block" in " ".join(table_lines(*TABLE, 1))
+
+
+def test_a_table_without_rows_is_its_heading():
+    assert table_lines(("W", "ms"), [], 80) == ["W  ms", "-  --"]
+
+
+def test_what_a_terminal_would_obey_is_shown_as_an_escape():
+    assert whole("a\x1b[31m\n\udc80é") == r"a\x1b[31m\n\udc80é"
+    assert table_lines(("a\x1b",), [("b\n",)], 80) == [r"a\x1b", "-----", r"b\n"]
+
+
+def test_what_a_plugin_says_reaches_the_terminal_as_text():
+    evil = dataclasses.replace(torch_block(), name="evil", summary="a\x1b[2Jb", unavailable=lambda: "c\x07\nd")
+    with attnreg.register(evil):
+        for command in (("backends",), ("info",), ("explain", "--device", "cpu"), ("explain", "--backend", "evil")):
+            output = attnreg_command(*command).output
+            assert not {"\x1b", "\x07"} & set(output)
+        assert r"a\x1b[2Jb" in attnreg_command("backends").output
+
+
+def test_what_cannot_be_encoded_is_shown_as_an_escape(tmp_path):
+    table = table_of({"torch": 1.0})
+    device = dataclasses.replace(table.environment.device, name="Prozessor für 5 €")
+    file = tmp_path / "table.json"
+    writing.write(Table(dataclasses.replace(table.environment, device=device), table.rows), file)
+    shown = piped("tables", "show", str(file), PYTHONIOENCODING="ascii")
+    assert r"measured on Prozessor f\xfcr 5 \u20ac" in shown
+
+
+@pytest.fixture
+def two_tables(folder):
+    """The user's own tables: one of this machine, one of another."""
+    table = table_of({"torch": 2.0, "torch_block": 1.0})
+    (figures,) = table.rows.values()
+    (call,) = table.rows
+    failed = {**figures, "slow": Figure(reason="ran out of time", measured="2026-01-02T00:00:00+00:00")}
+    writing.save(Table(table.environment, {call: failed}))
+    elsewhere = dataclasses.replace(table.environment.device, name="An unusually long name of a CPU (and more)")
+    writing.save(Table(dataclasses.replace(table.environment, device=elsewhere), table.rows))
+    return folder
+
+
+COMMANDS = (
+    ("backends",),
+    ("tables", "list"),
+    ("tables", "show", "OWN"),
+    ("info",),
+    ("explain", "--device", "cpu"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids="-".join)
+@pytest.mark.parametrize("columns", [40, 80])
+def test_no_command_breaks_a_word(two_tables, command, columns):
+    own = store.load(next(iter(sorted(two_tables.glob("*.json"))))).environment.file_name
+    arguments = [own if each == "OWN" else each for each in command]
+    wide, narrow = (attnreg_command(*arguments, columns=width) for width in (500, columns))
+    assert wide.exit_code == narrow.exit_code == 0, (wide.output, narrow.output)
+    assert words(narrow.output) == words(wide.output)
+    assert "…" not in narrow.output
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_demo_breaks_no_word(small_demo, columns):
+    arguments = ("demo", "--device", "cpu", "--text", small_demo, "--steps", "1")
+    wide, narrow = (attnreg_command(*arguments, columns=width) for width in (500, columns))
+    assert words(narrow.output) == words(wide.output)
+
+
+def test_a_table_is_as_wide_as_it_needs_where_the_output_is_piped():
+    assert re.search(
+        r"^torch_block +attnreg \S+ +any +bfloat16, float16, float32, float64 +all +all +yes$", piped("backends"), re.M
+    )
+    assert re.search(r"^nvidia-h100-80gb-hbm3\.json +shipped +\d+ +[\d-]+ +\S+$", piped("tables", "list"), re.M)
+    assert re.search(r"^ *8 +\w+ +[\d.]+ +\w+ [\d.]+x$", piped("tables", "show", "cpu"), re.M)
+
+
+def on_terminal(columns: int, *arguments: str) -> str:
+    """What the command prints on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    child = subprocess.Popen([sys.executable, "-m", "attnreg", *arguments], stdout=theirs, env=environment)
+    os.close(theirs)
+    found = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            found += chunk
+    except OSError:  # the child has closed its end
+        pass
+    os.close(ours)
+    assert child.wait() == 0
+    return found.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize(
+    "command", [("backends",), ("info",), ("explain", "--device", "cpu"), ("tables", "list")], ids="-".join
+)
+def test_a_terminal_gets_no_line_that_it_would_break(command):
+    shown = on_terminal(80, *command)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert words(shown) == words(piped(*command))
+
+
+def test_a_table_on_a_terminal_is_no_wider_than_that():
+    table, _, _ = on_terminal(80, "backends").partition("ops: all")
+    assert 60 < max(map(len, table.splitlines())) <= 80
+    assert words(table) == words(piped("backends").partition("ops: all")[0])
+
+
 # backends
 
 
@@ -181,7 +395,20 @@ def test_backends_shows_a_broken_plugin_with_its_distribution_and_error():
     result = attnreg_command("backends")
     assert result.exit_code == 0
     assert f"oops ({LONG_NAME})\n  broken plug-in: {LONG_ERROR}\n" in result.output
+    assert f"\nfrom: {LONG_NAME}\n" in result.output
     assert "torch_block" in result.output
+
+
+@pytest.mark.usefixtures("broken_plugin")
+def test_backends_as_json():
+    found = {each["name"]: each for each in json.loads(attnreg_command("backends", "--json").output)}
+    assert found["torch_block"]["runs_here"] is True
+    assert found["torch_block"]["dtypes"] == ["bfloat16", "float16", "float32", "float64"]
+    assert found["torch_block"]["devices"] is None
+    assert found["torch_block"]["backward_ops"] == list(attnreg.op.OPS)
+    assert "bias" in found["torch_block"]["takes"]["local_attention"]
+    assert found["cublas_block"]["options"] == ["block", "workspace"]
+    assert found["oops"]["reason"] == f"broken plug-in: {LONG_ERROR}"
 
 
 def test_backends_tells_which_ops_have_a_backward():
@@ -207,6 +434,17 @@ def test_explain_prints_the_decision_for_the_call_described():
     result = attnreg_command("explain", *options.split(), "--device", "cpu")
     assert result.exit_code == 0
     assert result.output == f"{decision}\n"
+
+
+def test_explain_as_json():
+    result = attnreg_command("explain", "--device", "cpu", "--causal", "9", "--backend", "torch", "--json")
+    found = json.loads(result.output)
+    assert found["call"]["window"] == [8, 0]
+    assert found["call"]["device"] == "cpu"
+    assert (found["backend"], found["source"]) == ("torch", "forced")
+    refused = {each["name"]: each["refusals"] for each in found["candidates"]}
+    assert refused["torch_block"] == []
+    assert "the device is cpu; it takes cuda" in refused["cublas_block"]
 
 
 def test_explain_lists_every_refusal():
@@ -299,6 +537,233 @@ def test_a_bad_option_is_named_and_exits_with_2(options, message):
     assert result.exit_code == 2
     assert message in result.output
     assert isinstance(result.exception, SystemExit)
+
+
+# info
+
+
+def test_info_tells_what_a_report_needs(two_tables):
+    result = attnreg_command("info", ATTNREG_BACKEND="torch", ATTNREG_BACKENDS="typing error")
+    assert result.exit_code == 0, result.output
+    own = table_of({"torch": 1.0}).environment
+    for line in (
+        f"attnreg {attnreg.__version__}, in {Path(attnreg.__file__).parent}",
+        f"torch {torch.__version__}",
+        f"  cpu: {own.device}, ",
+        "  torch_block (attnreg ",
+        "cache folder ",
+        f"  {own.file_name}, yours, for cpu: 1 calls, 2026-01-02, ",
+        "  ATTNREG_BACKEND=torch\n",
+        "  ATTNREG_BACKENDS=typing error  (attnreg reads no such variable)\n",
+        "  not set: ",
+    ):
+        assert line in result.output
+
+
+def test_info_as_json(two_tables):
+    found = json.loads(attnreg_command("info", "--json", ATTNREG_AUTOTUNE="1").output)
+    assert found["versions"]["attnreg"] == attnreg.__version__
+    assert {"pluggy", "typer", "torch"} <= set(found["versions"])
+    assert not {"pytest", "ruff", "sphinx"} & set(found["versions"])
+    assert found["devices"][0]["threads"] == torch.get_num_threads()
+    assert [(each["whose"], each["calls"], each["measured"]) for each in found["tables"]] == [
+        ("yours", 1, "2026-01-02")
+    ]
+    assert found["tables"][0]["days"] >= 0
+    assert found["autotune"] is True
+    assert found["environment"]["ATTNREG_AUTOTUNE"] == "1"
+
+
+def test_info_tells_every_variable_that_is_read():
+    read = set()
+    for package in ("attnreg", "attnreg_torch", "attnreg_triton", "attnreg_cublas", "attnreg_adapters"):
+        for file in Path(__import__(package).__file__).parent.rglob("*.py"):
+            read |= set(re.findall(r"(?:environ|variables)(?:\.get\(|\[)b?[\"']([A-Z_0-9]+)", file.read_text()))
+    assert read >= {"ATTNREG_TABLE", "ATTNREG_CACHE_DIR"}
+    assert read <= set(VARIABLES)
+
+
+@pytest.mark.parametrize("command", ["info", "tables list", "tables clear", "backends", "explain --device cpu"])
+def test_commands_work_without_a_home(command):
+    nobody = "def nobody(*_): raise KeyError\nimport pwd; pwd.getpwuid = pwd.getpwnam = nobody\n"
+    script = f"{nobody}from attnreg.cli import app; app({command.split()})"
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if command == "info":
+        assert "cache folder none: there is no home directory" in done.stdout
+
+
+# tables
+
+
+def test_tables_are_listed_with_whose_they_are_and_whether_they_are_used(two_tables, monkeypatch):
+    (two_tables / "broken.json").write_text("no table")
+    output = attnreg_command("tables", "list", columns=200).output
+    own = table_of({"torch": 1.0}).environment.file_name
+    assert re.search(rf"^{re.escape(own)} +yours +1 +2026-01-02 +cpu$", output, re.M)
+    assert re.search(r"^an-unusually-long-name-of-a-cpu-and-more-\w+\.json +yours +1 +2026-01-01 +no$", output, re.M)
+    assert re.search(r"^broken\.json +yours +- +- +no$", output, re.M)
+    assert "the table broken.json is not used: it is not JSON" in output
+    assert f"yours lie in {two_tables}" in output
+    monkeypatch.setenv("ATTNREG_TABLE", str(two_tables / own))
+    assert re.search(rf"^{re.escape(own)} +pinned +1 ", attnreg_command("tables", "list", columns=200).output, re.M)
+
+
+def test_a_table_is_shown_by_its_name_or_as_a_file(two_tables, tmp_path):
+    own = two_tables / table_of({"torch": 1.0}).environment.file_name
+    shown = attnreg_command("tables", "show", own.stem).output
+    assert f"measured on {table_of({'torch': 1.0}).environment.device}\n" in shown
+    assert re.search(r"^8 +torch_block +1000 +torch 2\.00x$", shown, re.M)
+    assert "\nnot timed: slow, W=8: ran out of time\n" in shown
+    assert attnreg_command("tables", "show", own.name).output == shown
+    copied = tmp_path / "copied"
+    copied.write_text(own.read_text())
+    assert attnreg_command("tables", "show", str(copied)).output == shown
+    nobody = attnreg_command("tables", "show", "nobody")
+    assert nobody.exit_code == 2
+    assert "no table is called 'nobody'; there are an-unusually-long" in nobody.output
+    copied.write_text("no table")
+    broken = attnreg_command("tables", "show", str(copied))
+    assert broken.exit_code == 1
+    assert f"Error: {copied}: it is not JSON" in broken.output
+
+
+def test_what_a_table_says_of_itself_does_not_reach_the_terminal_as_it_is(two_tables):
+    own = two_tables / table_of({"torch": 1.0}).environment.file_name
+    own.write_text(own.read_text().replace('"torch_block"', '"torch\\u001b[2J"'))
+    for command in (("tables", "show", own.name), ("tables", "list"), ("info",)):
+        assert "\x1b" not in attnreg_command(*command).output
+    assert r"torch\x1b[2J" in attnreg_command("tables", "show", own.name).output
+
+
+def test_tables_are_cleared_after_asking(two_tables):
+    def clear(*options: str, answer: str | None = None):
+        return CliRunner().invoke(app, ["tables", "clear", *options], input=answer)
+
+    before = sorted(two_tables.glob("*.json"))
+    (two_tables / ".hidden.json").write_text("")
+    for answer in ("n\n", "", None):
+        kept = clear(answer=answer)
+        assert kept.exit_code == 1
+        assert all(str(path) in kept.output for path in before)
+        assert sorted(two_tables.glob("*.json"))[-2:] == before
+    assert clear("nobody", "--yes").exit_code == 2
+    assert clear(before[0].stem, "--yes").output == f"{before[0]}\ndeleted: 1\n"
+    assert not before[0].exists()
+    assert before[1].exists()
+    assert clear(answer="y\n").exit_code == 0
+    assert list(two_tables.glob("[!.]*.json")) == []
+    assert clear().output == "there is no table of yours\n"
+
+
+def test_only_the_users_own_tables_are_cleared(two_tables, tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped" / "shipped.json"
+    shipped.parent.mkdir()
+    pinned = tmp_path / "pinned.json"
+    for path in (shipped, pinned):
+        writing.write(table_of({"torch": 1.0}), path)
+    monkeypatch.setenv("ATTNREG_TABLE", str(pinned))
+    assert attnreg_command("tables", "clear", "shipped").exit_code == 2
+    assert attnreg_command("tables", "clear", "--yes").exit_code == 0
+    assert shipped.exists()
+    assert pinned.exists()
+
+
+# new-backend
+
+
+def installed(folder: Path) -> dict[str, str]:
+    """The environment in which a plug-in's folder counts as installed: on the path, with its entry point beside it."""
+    settings = (folder / "pyproject.toml").read_text()
+    (distribution,) = re.findall(r'^name = "(.*)"$', settings, re.M)
+    (entry_point,) = re.findall(r'^(\S+ = "attnreg_\S+")$', settings, re.M)
+    info = folder / f"{distribution.replace('-', '_')}-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[attnreg]\n" + entry_point.replace('"', "") + "\n")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))}
+
+
+def test_new_backend_writes_a_plugin_that_runs(tmp_path):
+    folder = tmp_path / "attnreg-by-hand"
+    result = attnreg_command("new-backend", str(folder))
+    assert result.exit_code == 0, result.output
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {"pyproject.toml", "attnreg_by_hand.py", "tests/test_attnreg_by_hand.py", "README.md"}
+    script = """
+import attnreg, torch
+query = torch.randn(2, 4, 50, 8, requires_grad=True)
+key, value = torch.randn(2, 2, 2, 50, 8)
+window = attnreg.Window(5, 3)
+given = dict(bias=torch.randn(4, 1, 9), key_lengths=torch.tensor([50, 20]))
+outputs = [attnreg.local_attention(query, key, value, window, backend=name, **given) for name in ("by-hand", "torch")]
+upstream = torch.randn_like(outputs[0])
+gradients = [torch.autograd.grad(output, query, upstream)[0] for output in outputs]
+for one, other in (outputs, gradients):
+    torch.testing.assert_close(one, other)
+print(attnreg.explain(query, key, value, window, backend="by-hand").backend)
+"""
+    environment = installed(folder)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout == "by-hand\n", done.stderr
+    own_tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "memory_order or key_lengths"]
+    done = subprocess.run(own_tests, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d{2,} passed", done.stdout, re.MULTILINE)
+
+
+def test_what_new_backend_writes_is_formatted(tmp_path):
+    folder = tmp_path / "x"
+    assert attnreg_command("new-backend", str(folder), "--name", "a_name").exit_code == 0
+    for command in (["check", "--select", "E,F,I,UP,B,RUF,D", "--ignore", "D203,D213,D205"], ["format", "--check"]):
+        # As an author has it, outside of this repository and by ruff's defaults.
+        ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--no-cache", "--target-version", "py310", "."]
+        done = subprocess.run(ruff, capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stdout
+
+
+def test_new_backend_takes_its_name_from_the_folder_or_the_option(tmp_path):
+    for folder, options, expected in (
+        ("attnreg_mine", (), 'mine = "attnreg_mine"'),
+        ("mine-2", (), 'mine-2 = "attnreg_mine_2"'),
+        ("Anything at all", ("--name", "his_own"), 'his_own = "attnreg_his_own"'),
+    ):
+        result = attnreg_command("new-backend", str(tmp_path / folder), *options)
+        assert result.exit_code == 0, result.output
+        assert expected in (tmp_path / folder / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("Upper",), "got 'Upper'"),
+        (("x", "--name", "1x"), "got '1x'"),
+        (("x", "--name", "../x"), "got '../x'"),
+        (("x", "--name", ""), "got ''"),
+        (("x", "--name", "torch_block"), "the name 'torch_block' is taken by attnreg "),
+        (("x", "--name", "benchmarks"), "there is a module 'attnreg_benchmarks' already"),
+        (("full",), "is not empty"),
+    ],
+)
+def test_new_backend_refuses_what_would_not_work(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    result = attnreg_command("new-backend", *options, columns=200)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+def test_new_backend_tells_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = attnreg_command("new-backend", str(tmp_path / "file"), "--name", "mine")
+    assert result.exit_code == 1
+    assert "Error: " in result.output
+    assert "Not a directory" in result.output
 
 
 # demo

@@ -9,8 +9,10 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from tabled import (
     HARDLY_A_BIAS,
     LENGTHS,
     SCALE,
+    as_torch_block,
     broken_text,
     call,
     empty_tensors,
@@ -43,7 +46,7 @@ from attnreg.tables import store
 from attnreg.tables.call import as_measured, call_from_json, call_to_json
 from attnreg.tables.environment import Device, Environment, environment
 from attnreg.tables.lookup import FAR, MOST_ENTRIES, NEAR, Stored, distance, measured, same_class
-from attnreg.tables.table import Table, TableError, TableText, from_json, to_json
+from attnreg.tables.table import MOST_BYTES, MOST_ROWS, Table, TableError, TableText, from_json, to_json
 from attnreg.tuning import writing
 
 SHIPPED = sorted(store.SHIPPED.glob("*.json"))  # before the tests are kept from them
@@ -253,18 +256,18 @@ def test_a_call_survives_its_text():
 
 FIRST_FORM = """{"format": 1, "environment": %s, "rows": [
 {"call": {"op": "local_attention", "dtype": "float32", "head_dim": 8, "value_dim": 8, "group": 2, "window": 8, "queries": 64,
- "keys": 64, "sequences": 2, "gradients": false}, "candidates": {"torch": {"seconds": 1.0, "spread": 0.1, "measured": "2026"}}}]}"""
+ "keys": 64, "sequences": 2, "gradients": false}, "candidates": {"torch": {"seconds": 1.0, "spread": 0.1, "measured": "2026-01-01"}}}]}"""
 
 
 def test_a_table_in_the_first_form_is_read():
     text = FIRST_FORM % json.dumps(asdict(here()))
-    figure = Figure(seconds=1.0, spread=0.1, measured="2026")
+    figure = Figure(seconds=1.0, spread=0.1, measured="2026-01-01")
     assert from_json(text) == Table(here(), {as_measured(problem()): {"torch": figure}})
 
 
 def test_a_table_survives_its_file():
     table = table_of({"torch": 1.0}).merged(
-        Table(here(), {as_measured(problem(9)): {"x": Figure(reason="no", measured="m")}})
+        Table(here(), {as_measured(problem(9)): {"x": Figure(reason="no", measured="2026-01-01")}})
     )
     assert from_json(to_json(table)) == table
 
@@ -450,7 +453,7 @@ def test_a_changed_table_takes_effect_on_the_next_call_in_every_thread_and_after
     with attnreg.register(spy("one", ran)), attnreg.register(spy("two", ran)):
         writing.save(table_of({"one": 1.0, "two": 2.0}))
         call()
-        writing.save(Table(here(), {as_measured(problem()): {"two": Figure(seconds=0.1, measured="2027")}}))
+        writing.save(Table(here(), {as_measured(problem()): {"two": Figure(seconds=0.1, measured="2026-02-01")}}))
         call()
         thread = threading.Thread(target=call)
         thread.start()
@@ -459,7 +462,9 @@ def test_a_changed_table_takes_effect_on_the_next_call_in_every_thread_and_after
         child = os.fork()
         if child == 0:
             try:
-                writing.save(Table(here(), {as_measured(problem()): {"one": Figure(seconds=0.01, measured="2028")}}))
+                writing.save(
+                    Table(here(), {as_measured(problem()): {"one": Figure(seconds=0.01, measured="2026-03-01")}})
+                )
                 call()
                 os._exit(0 if ran[-1] == "one" else 1)
             finally:
@@ -552,6 +557,223 @@ def test_an_environment_in_which_products_are_exact_is_written_as_it_always_was(
     assert here().to_json() == {**exact.to_json(), "float32": "tf32"}
     assert here().file_name != exact.file_name == replace(here(), float32=None).file_name
     assert from_json(to_json(Table(here()))).environment == here()
+
+
+# Whatever a file holds
+
+
+def hostile(change):
+    """The text of a table with one row, changed as JSON."""
+    given = json.loads(to_json(table_of({"torch": 1.0, "torch_block": 2.0})))
+    change(given, given["rows"][0]["call"], given["rows"][0]["candidates"])
+    rows = given.pop("rows")
+    return json.dumps({**given, "rows": rows})
+
+
+HUGE = int("9" * 400)
+HOSTILE = {
+    "a size of 400 digits": lambda t, call, c: call.update(key_length=HUGE),
+    "a window of 400 digits": lambda t, call, c: call.update(window=[HUGE, 0]),
+    "a window of three": lambda t, call, c: call.update(window=[1, 2, 3]),
+    "a window of text": lambda t, call, c: call.update(window="11"),
+    "a size that is true": lambda t, call, c: call.update(batch=True),
+    "heads that do not divide": lambda t, call, c: call.update(heads=3, kv_heads=2),
+    "an op that is a list": lambda t, call, c: call.update(op=["local_attention"]),
+    "a dtype of integers": lambda t, call, c: call.update(dtype="int64"),
+    "a dtype that is a module": lambda t, call, c: call.update(dtype="_inductor"),
+    "a dtype that is a list": lambda t, call, c: call.update(dtype=[]),
+    "a bias of one dimension": lambda t, call, c: call.update(given={"bias": {"shape": [1], "dtype": "float32"}}),
+    "a bias of 400 digits": lambda t, call, c: call.update(
+        given={"bias": {"shape": [1, 1, 1, HUGE], "dtype": "float32"}}
+    ),
+    "a bias without a shape": lambda t, call, c: call.update(given={"bias": {}}),
+    "lengths of floats": lambda t, call, c: call.update(given={"key_lengths": {"shape": [1], "dtype": "float32"}}),
+    "an argument that is none": lambda t, call, c: call.update(given={"\x1b[31m": {}}),
+    "a given that is a list": lambda t, call, c: call.update(given=["bias"]),
+    "an unknown part of a call": lambda t, call, c: call.update(evil=1),
+    "a time of 400 digits": lambda t, call, c: c["torch"].update(seconds=HUGE),
+    "a time that is true": lambda t, call, c: c["torch"].update(seconds=True),
+    "a time that is no number": lambda t, call, c: c["torch"].update(seconds=float("nan")),
+    "a time without end": lambda t, call, c: c["torch"].update(seconds=float("inf")),
+    "a spread below 0": lambda t, call, c: c["torch"].update(spread=-1.0),
+    "neither time nor reason": lambda t, call, c: c.update(torch={"measured": "2026-01-01"}),
+    "a reason that is none": lambda t, call, c: c.update(torch={"reason": None, "measured": "2026-01-01"}),
+    "a date in words": lambda t, call, c: c["torch"].update(measured="tomorrow"),
+    "a date in other digits": lambda t, call, c: c["torch"].update(measured="\u0662\u0660\u0662\u0666-01-01"),
+    "a date with an escape": lambda t, call, c: c["torch"].update(measured="2026-01-01\x1b[2J"),
+    "a figure of another form": lambda t, call, c: c["torch"].update(evil="x"),
+    "a figure that is passing": lambda t, call, c: c["torch"].update(passing=True),
+    "a name with an escape": lambda t, call, c: c.update({"\x1b[31mtorch": c["torch"]}),
+    "a name with half a pair": lambda t, call, c: c.update({"\ud800": c["torch"]}),
+    "candidates that are a list": lambda t, call, c: t["rows"][0].update(candidates=[1, 2]),
+    "many candidates": lambda t, call, c: c.update({f"x{n}": c["torch"] for n in range(1000)}),
+    "rows that are an object": lambda t, call, c: t.update(rows={"a": 1}),
+    "rows that are text": lambda t, call, c: t.update(rows="abc"),
+    "a row with more in it": lambda t, call, c: t["rows"][0].update(evil=1),
+    "a format that is true": lambda t, call, c: t.update(format=True),
+    "a format of 400 digits": lambda t, call, c: t.update(format=HUGE),
+    "a copy that takes no time": lambda t, call, c: t.update(copy_seconds=0),
+    "a copy in words": lambda t, call, c: t.update(copy_seconds="fast"),
+    "threads in words": lambda t, call, c: t["environment"].update(threads="many"),
+    "threads of 400 digits": lambda t, call, c: t["environment"].update(threads=HUGE),
+    "a version with an escape": lambda t, call, c: t["environment"].update(torch="2.13\x1b]0;evil\x07"),
+    "a version with half a pair": lambda t, call, c: t["environment"].update(driver="\udfff"),
+    "a version that turns writing round": lambda t, call, c: t["environment"].update(triton="3\u202e6"),
+    "a version without end": lambda t, call, c: t["environment"].update(attnreg="0.1." + "0" * 10_000),
+    "backends that are a list": lambda t, call, c: t["environment"].update(backends=["torch"]),
+    "a backend from nowhere": lambda t, call, c: t["environment"].update(backends={"torch": None}),
+    "backends with an escape": lambda t, call, c: t["environment"].update(backends={"torch": "\x1b[31m"}),
+    "precision with an escape": lambda t, call, c: t["environment"].update(float32="\x9b31m"),
+    "a device that torch does not know": lambda t, call, c: t["environment"]["device"].update(type="evil"),
+    "a device with a number": lambda t, call, c: t["environment"]["device"].update(type="cpu:0"),
+    "a device with an escape": lambda t, call, c: t["environment"]["device"].update(name="\x1b[31m"),
+    "a device of more parts": lambda t, call, c: t["environment"]["device"].update(evil=1),
+    "an environment of text": lambda t, call, c: t.update(environment="here"),
+}
+
+
+@pytest.mark.parametrize("layout", ["ours", "others"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_whatever_a_table_holds_it_is_not_used_because(folder, caplog, kind, layout):
+    folder.mkdir()
+    text = hostile(HOSTILE[kind])
+    if layout == "ours":  # as it is read in steps
+        text = text.replace('"rows": [{"call"', '"rows": [\n    {"call"')
+        text = f"{text[:-2]}\n  ]\n}}\n" if text.endswith("]}") else text
+    (folder / "x.json").write_text(text)
+    modules = {name for name in sys.modules if name.startswith("torch.")}
+    assert call().shape == (1, 2, 64, 8)
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert decision.source == "heuristic"
+    # Of a table as attnreg writes it, the rows of another kind than the call's are not read.
+    is_read = layout == "others" or kind not in ("a dtype of integers", "a dtype that is a module")
+    assert len(decision.remarks) == is_read
+    for remark in decision.remarks:
+        assert remark.startswith("the table x.json is not used: ")
+        assert len(remark) < 400
+    assert str(decision).replace("\n", "").isprintable()
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert {name for name in sys.modules if name.startswith("torch.")} == modules
+    with pytest.raises(TableError):
+        store.load(folder / "x.json")
+
+
+def test_a_reason_is_shown_without_what_a_terminal_obeys(folder):
+    folder.mkdir()
+    reason = "Error: \x1b[31m\ud800\u202e" + "long " * 1000
+
+    def change(table, call, candidates):
+        candidates["other"] = {"reason": reason, "measured": "2026-01-01"}
+
+    (folder / "x.json").write_text(hostile(change))
+    with attnreg.register(as_torch_block("other")):
+        decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert decision.source == "tuned"
+    assert str(decision).replace("\n", "").isprintable()
+    assert "not timed: Error: \\x1b[31m\\ud800\\u202elong" in str(decision)
+    assert len(str(decision)) < 3000
+
+
+def test_a_file_may_have_any_name(folder):
+    folder.mkdir()
+    (folder / "\x1b[31m.json").write_text("no table")
+    os.close(os.open(os.fsencode(folder) + b"/\xff.json", os.O_CREAT))
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert len(decision.remarks) == 2
+    assert str(decision).replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "folder", "link to itself", "large", "sparse"])
+def test_what_is_no_regular_file_or_too_large_is_not_read(folder, tmp_path, monkeypatch, kind):
+    folder.mkdir()
+    path = folder / "x.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "device":
+        monkeypatch.setenv("ATTNREG_TABLE", "/dev/zero")
+        path = Path("zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    else:
+        path.write_text(to_json(table_of({"torch": 1.0})) + (" " * MOST_BYTES if kind == "large" else ""))
+        if kind == "sparse":
+            os.truncate(path, 2**40)
+    start = time.monotonic()
+    assert call().shape == (1, 2, 64, 8)
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert time.monotonic() - start < 2
+    assert any(f"{path.name} is not used" in remark for remark in decision.remarks)
+
+
+def large_table(count, **changes):
+    calls = [as_measured(problem(8, length=64 + number, **changes)) for number in range(count)]
+    figures = {
+        "torch": Figure(seconds=1.0, measured="2026-01-01"),
+        "torch_block": Figure(seconds=2.0, measured="2026-01-01"),
+    }
+    return Table(here(), dict.fromkeys(calls, figures))
+
+
+def test_a_table_of_too_many_rows_is_not_used_and_none_is_written(folder, monkeypatch):
+    folder.mkdir()
+    (folder / "x.json").write_text(to_json(large_table(MOST_ROWS + 1)))
+    assert any(
+        f"it has {MOST_ROWS + 1} rows" in each for each in attnreg.explain(*empty_tensors(), Window.causal(8)).remarks
+    )
+    with pytest.raises(TableError, match=f"it has {MOST_ROWS + 1} rows"):
+        from_json((folder / "x.json").read_text())
+    monkeypatch.setattr(writing, "MOST_ROWS", 3)
+    old = large_table(3)
+    writing.save(old)
+    path = writing.save(table_of({"torch": 1.0}, window=40))
+    rows = store.load(path).rows
+    assert len(rows) == 3
+    assert as_measured(problem(40)) in rows
+    monkeypatch.setattr(writing, "MOST_BYTES", 2000)
+    writing.write(large_table(40), path)
+    assert 0 < len(path.read_text()) <= 2000
+    assert store.load(path).rows
+
+
+def test_the_largest_table_costs_a_first_call_a_second_and_a_plan_some_milliseconds(folder):
+    folder.mkdir()
+    (folder / "x.json").write_text(to_json(large_table(MOST_ROWS)))
+    start = time.process_time()
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).source == "tuned"
+    first = time.process_time() - start
+    start = time.process_time()
+    for size in range(2, 22):
+        call(window=size, length=100)
+    assert first < 4
+    assert (time.process_time() - start) / 20 < 0.02
+
+
+def test_of_many_tables_the_newest_are_used_and_that_is_said(folder):
+    folder.mkdir()
+    text = to_json(table_of({"torch": 1.0, "torch_block": 2.0}))
+    for number in range(store.MOST_FILES + 3):
+        path = folder / f"{number:03}.json"
+        path.write_text(text)
+        os.utime(path, (1e9 + number,) * 2)
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert decision.source == "tuned"
+    assert any(
+        f"of {store.MOST_FILES + 3} tables the {store.MOST_FILES} newest are used" in each for each in decision.remarks
+    )
+    stored, _ = registry.tables.stored(here(), of_float32=True)
+    assert {each.name for each in stored}.isdisjoint(("000.json", "001.json", "002.json"))
+
+
+def test_a_date_in_the_future_goes_before_nothing():
+    key = as_measured(problem())
+    future, now = Figure(seconds=1.0, measured="9999-01-01"), Figure(seconds=2.0, measured="2026-01-01")
+    tables = [Table(here(), {key: {"x": figure}}) for figure in (future, now)]
+    for first, second in (tables, tables[::-1]):
+        assert first.merged(second).rows[key]["x"] is now
 
 
 # What is shipped

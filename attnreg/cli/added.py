@@ -6,11 +6,11 @@ command is run or all are listed; one that cannot be used says why, and costs on
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from attnreg.cli.shared import fail
 from attnreg.entry_points import entry_points
@@ -18,32 +18,23 @@ from attnreg.entry_points import entry_points
 GROUP = "attnreg.commands"
 
 
-class Commands(TyperGroup):
-    """Attnreg's own commands, then the added ones. The classes that are ``Any`` here differ between versions of typer."""
+def added_commands(taken: Collection[str]) -> dict[str, Any]:
+    """The added commands by name, beside those whose names are ``taken``."""
+    found: dict[str, Any] = {}
+    for entry_point, distribution in entry_points(GROUP):
+        name = f"{entry_point.name} ({distribution})"
+        if entry_point.name in taken or entry_point.name in found:
+            found[name] = _unusable(name, "its name is taken")
+        else:
+            found[entry_point.name] = _load(entry_point, name)
+    return found
 
-    _complete = False
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The names, in the order of the help."""
-        self._add()
-        return super().list_commands(ctx)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name; None where there is none."""
-        if cmd_name not in self.commands:
-            self._add()
-        return super().get_command(ctx, cmd_name)
-
-    def _add(self) -> None:
-        if self._complete:
-            return
-        self._complete = True
-        for entry_point, distribution in entry_points(GROUP):
-            name = f"{entry_point.name} ({distribution})"
-            if entry_point.name in self.commands:
-                self.commands[name] = _unusable(name, "its name is taken")
-            else:
-                self.commands[entry_point.name] = _load(entry_point, name)
+def command_of(name: str, function: Any, **settings: Any) -> Any:
+    """The command that calls a function. Its class differs between versions of typer."""
+    alone = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    alone.command(name, **settings)(function)
+    return typer.main.get_command(alone)
 
 
 def _load(entry_point: EntryPoint, name: str) -> Any:
@@ -51,7 +42,7 @@ def _load(entry_point: EntryPoint, name: str) -> Any:
         function = entry_point.load()
         if not callable(function):
             raise TypeError(f"a command must be a function, {entry_point.value} is {type(function).__name__}")
-        return _command(entry_point.name, function)
+        return command_of(entry_point.name, function)
     # Whatever a stranger's module does when it is imported, or its function's parameters do when typer reads them.
     except (Exception, SystemExit) as error:
         return _unusable(name, f"{type(error).__name__}: {error}")
@@ -66,10 +57,4 @@ def _unusable(name: str, reason: str) -> Any:
     # Whatever options it is called with: they are those of the command that is not there.
     anything = {"ignore_unknown_options": True, "allow_extra_args": True}
     # The short help as well: typer cuts off one that it makes of the help.
-    return _command(name, refuse, help=told, short_help=told, context_settings=anything)
-
-
-def _command(name: str, function: Any, **settings: Any) -> Any:
-    alone = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    alone.command(name, **settings)(function)
-    return typer.main.get_command(alone)
+    return command_of(name, refuse, help=told, short_help=told, context_settings=anything)

@@ -7,14 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from attnreg.backend import BackendError
 from attnreg.cli.shared import (
@@ -24,11 +20,16 @@ from attnreg.cli.shared import (
     check_device,
     new_console,
     parse_device,
+    print_table,
     progress_bar,
+    say,
 )
 from attnreg.demo import LanguageModel, Measurement, evaluate, first_layer, measure, own_text, split, train
 from attnreg.problem import dtype_name
 from attnreg.window import Window
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DEMO_WINDOWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 DEMO_LENGTH = 1024
@@ -69,7 +70,7 @@ def demo(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(f"{text}: {error}", param_hint="--text") from None
     source = "attnreg's own README and source" if text is None else str(text)
-    typer.echo(f"text: {source}, {len(training)} bytes to train on, {len(held_out)} held out")
+    say(f"text: {source}, {len(training)} bytes to train on, {len(held_out)} held out")
 
     console = new_console()
     with _one_cpu_thread(), backend_errors():
@@ -78,15 +79,13 @@ def demo(
         sequence = torch.cat([training, held_out])[-DEMO_LENGTH:]
         measured = _measure(model, sequence, backend, console)
 
-    typer.echo(
-        f"\nIn {steps} steps ({seconds:.0f} s) the held-out loss went from {before:.2f} to {after:.2f} bits per byte."
-    )
+    say(f"\nIn {steps} steps ({seconds:.0f} s) the held-out loss went from {before:.2f} to {after:.2f} bits per byte.")
     if measured:
         used = ", ".join(sorted({each.decision.backend for each in measured}))
         worst = max(max(each.output_error, each.gradient_error) for each in measured)
-        typer.echo(f"{len(measured)} of {len(DEMO_WINDOWS)} windows ran on {used}, at most {worst:.0e} off float64.")
+        say(f"{len(measured)} of {len(DEMO_WINDOWS)} windows ran on {used}, at most {worst:.0e} off float64.")
     else:
-        typer.echo("None of the windows that were to be measured could be run.")
+        say("None of the windows that were to be measured could be run.")
 
 
 def _train(
@@ -120,40 +119,38 @@ def _train(
 def _measure(model: LanguageModel, sequence: torch.Tensor, backend: str | None, console: Console) -> list[Measurement]:
     """Measure every window on the trained model's own query, key and value, and print the table."""
     query, key, value = first_layer(model, sequence)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("window", justify="right")
-    table.add_column("backend", overflow="fold")
-    table.add_column("why", overflow="fold")
-    for heading in ("time", "error", "gradient error"):
-        table.add_column(heading, justify="right")
+    rows: list[tuple[str, ...]] = []
     measured, refused = [], []
     with console.status("measuring"):
         for size in DEMO_WINDOWS:
             try:
                 result = measure(query, key, value, Window.causal(size), backend=backend)
             except BackendError as error:
-                table.add_row(str(size), "-", "refused, see below", "-", "-", "-")
+                rows.append((str(size), "-", "refused, see below", "-", "-", "-"))
                 refused.append(str(error))
                 continue
             measured.append(result)
-            table.add_row(
-                str(size),
-                Text(result.decision.backend),
-                Text(re.split(r"\W", result.decision.reason)[0]),
-                f"{result.seconds * 1e3:.2f} ms",
-                f"{result.output_error:.1e}",
-                f"{result.gradient_error:.1e}",
+            rows.append(
+                (
+                    str(size),
+                    result.decision.backend,
+                    re.split(r"\W", result.decision.reason)[0],
+                    f"{result.seconds * 1e3:.2f} ms",
+                    f"{result.output_error:.1e}",
+                    f"{result.gradient_error:.1e}",
+                )
             )
     batch, heads, length, head_dim = query.shape
     where = "one CPU thread" if query.device.type == "cpu" else str(query.device)
-    typer.echo(
+    say(
         f"\nEach causal window, forward and backward, on the trained model's query, key and value:\n"
         f"N={batch} H={heads} L={length} E={head_dim}, {dtype_name(query.dtype)}, {where}; "
-        f"errors against float64"
+        f"errors against float64\n"
     )
-    console.print(table)
+    headings = ("window", "backend", "why", "time", "error", "gradient error")
+    print_table(headings, rows, right=("window", "time", "error", "gradient error"))
     for message in refused:
-        typer.echo(message)
+        say(message)
     return measured
 
 

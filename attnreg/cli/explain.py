@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -12,21 +12,30 @@ from attnreg.cli.shared import (
     ALL_OPS,
     BackendOption,
     DeviceOption,
+    JsonOption,
     backend_errors,
     check_op,
+    complete_dtype,
+    complete_op,
     parse_device,
     parse_dtype,
     parse_integers,
+    print_json,
+    say,
 )
 from attnreg.device import why_unusable
+from attnreg.dispatch import Candidate, Decision
 from attnreg.op import ROWS
 from attnreg.plan import explain_problem
 from attnreg.problem import Problem, check, problem_of
+from attnreg.tables.call import call_to_json
 from attnreg.window import Window
 
 
 def explain(
-    op: Annotated[str, typer.Option("--op", metavar="OP", help=f"One of {ALL_OPS}.")] = "local_attention",
+    op: Annotated[
+        str, typer.Option("--op", metavar="OP", help=f"One of {ALL_OPS}.", autocompletion=complete_op)
+    ] = "local_attention",
     shape: Annotated[
         str, typer.Option("--shape", metavar="N,H,LQ,E", help="Query: batch, heads, length, head_dim.")
     ] = "1,8,4096,64",
@@ -40,7 +49,13 @@ def explain(
         int | None, typer.Option("--value-dim", min=0, help="Last dimension of value. Default: E.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="float32, float16, bfloat16 or float64.")
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="float32, float16, bfloat16 or float64.",
+            autocompletion=complete_dtype,
+        ),
     ] = "float32",
     causal: Annotated[
         int | None,
@@ -58,6 +73,7 @@ def explain(
     grad: Annotated[bool, typer.Option("--grad/--no-grad", help="Gradients are needed.")] = True,
     device: DeviceOption = None,
     backend: BackendOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Tell which backend a call would get, and why.
 
@@ -78,10 +94,40 @@ def explain(
         grad=grad,
     )
     with backend_errors():
-        typer.echo(str(explain_problem(replace(problem, device=on), backend)))
+        decision = explain_problem(replace(problem, device=on), backend)
+    if json:
+        print_json(_to_json(decision))
+    else:
+        say(str(decision))
     missing = why_unusable(on)
     if missing is not None:
-        typer.echo(f"note: this machine has no device {str(on)!r} to put tensors on: {missing}", err=True)
+        say(f"note: this machine has no device {str(on)!r} to put tensors on: {missing}", err=True)
+
+
+def _to_json(decision: Decision) -> dict[str, Any]:
+    return {
+        "call": {**call_to_json(decision.problem), "device": str(decision.problem.device)},
+        "backend": decision.backend,
+        "options": dict(decision.options),
+        "source": decision.source,
+        "reason": decision.reason,
+        "candidates": [_candidate_to_json(candidate) for candidate in decision.candidates],
+        "faults": [str(fault) for fault in decision.faults],
+        "remarks": decision.remarks,
+    }
+
+
+def _candidate_to_json(candidate: Candidate) -> dict[str, Any]:
+    figure = candidate.figure
+    return {
+        "name": candidate.name,
+        "distribution": candidate.distribution,
+        "rank": candidate.rank,
+        "refusals": candidate.refusals,
+        "seconds": None if figure is None else figure.seconds,
+        "why_not_timed": None if figure is None else figure.reason,
+        "measured": None if figure is None else figure.measured,
+    }
 
 
 def _window(causal: int | None, centered: int | None, window: str | None) -> Window:

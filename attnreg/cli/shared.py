@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attnreg.backend import BackendError
 from attnreg.device import why_unusable
 from attnreg.drawing import MissingMatplotlib
 from attnreg.op import OPS
+from attnreg.printable import printable
 from attnreg.problem import dtype_name
+from attnreg.registry import registry
+
+# rich is imported where something is drawn with it: most commands print plain lines.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 ALL_OPS = ", ".join(OPS)
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+# The columns of an output that is no terminal: enough for every table as it is.
+WIDE = 1000
+# Spaces between the columns of a table.
+GAP = 2
+
+
+def _completing(names: Callable[[], Collection[str]]) -> Callable[[str], list[str]]:
+    """What completes an option's value in the shell, of these names."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
+
+
+complete_op = _completing(lambda: OPS)
+complete_dtype = _completing(lambda: DTYPES)
+complete_backend = _completing(lambda: [entry.backend.name for entry in registry.entries])
 
 DeviceOption = Annotated[
     str | None,
@@ -31,9 +58,12 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="Ask for this backend. Default: that of ATTNREG_BACKEND, else attnreg chooses.",
+        help="Ask for this backend; for several in order of preference with ; between. Default: as ATTNREG_BACKEND says, else "
+        "attnreg chooses.",
+        autocompletion=complete_backend,
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def check_op(name: str) -> None:
@@ -80,20 +110,111 @@ def check_device(device: torch.device) -> None:
         raise typer.BadParameter(f"cannot put tensors on {str(device)!r}: {missing}", param_hint="--device")
 
 
+def output_width() -> int:
+    """The columns of the output: as ``COLUMNS`` says, else those of the terminal; ``WIDE`` where it is none."""
+    return shutil.get_terminal_size((WIDE, 24)).columns
+
+
 def new_console() -> Console:
-    """Made anew for each command: it keeps the stream and the width that it finds."""
-    return Console()
+    """Made anew for each command: it keeps the stream that it finds, and the width of one that is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else output_width())
 
 
 def progress_bar(console: Console) -> Progress:
     """A bar for tasks of so many steps, each with a description; nothing where the console is a file."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> None:
+    """Print a table whose words are never broken; where the output is too narrow for it, a line for each cell.
+
+    Args:
+        headings: of the columns.
+        rows: the cells of each row, one for each heading.
+        right: the headings of the columns that are set to the right, as numbers are.
+    """
+    say("\n".join(table_lines(headings, rows, output_width(), right)))
+
+
+def table_lines(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, right: Collection[str] = ()
+) -> list[str]:
+    """The lines of :func:`print_table` for an output of ``width`` columns."""
+    cells = [[whole(cell) for cell in row] for row in (headings, *rows)]
+    columns = list(zip(*cells))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
+    available = width - GAP * (len(columns) - 1)
+    if sum(least) > available:
+        return _stacked(headings, cells[1:], width)
+    while sum(widths) > available:
+        place = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
+        widths[place] -= 1
+    justify = [str.rjust if heading in right else str.ljust for heading in headings]
+
+    def lines(row: Sequence[str]) -> Iterator[str]:
+        wrapped = [_wrapped(cell, width) for cell, width in zip(row, widths)]
+        for number in range(max(map(len, wrapped))):
+            parts = [cell[number] if number < len(cell) else "" for cell in wrapped]
+            yield (" " * GAP).join(set_(part, width) for set_, part, width in zip(justify, parts, widths)).rstrip()
+
+    rule = (" " * GAP).join("-" * width for width in widths)
+    return [*lines(cells[0]), rule, *(line for row in cells[1:] for line in lines(row))]
+
+
+def _stacked(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """A line, or as many as it needs, for each cell, and an empty one between rows."""
+    found = []
+    for row in rows:
+        for heading, cell in zip(headings, row):
+            found += _wrapped(f"{heading}: {cell}", width, indent="  ")
+        found.append("")
+    return found[:-1]
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, max(width, 1), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text of one line or more; what a terminal would obey, or cannot encode, as escapes.
+
+    A line that is too long for a terminal is broken between words. Elsewhere lines stay whole: they are searched.
+    """
+    stream = sys.stderr if err else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    lines = [whole(line) for line in text.split("\n")]
+    if stream.isatty():
+        lines = [part for line in lines for part in _broken(line, output_width())]
+    typer.echo("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def _broken(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    return _wrapped(line, width, indent=" " * (len(line) - len(line.lstrip()) + 2))
+
+
+def whole(line: str) -> str:
+    """``line`` with escapes for what cannot be printed, however long it is."""
+    return printable(line, sys.maxsize)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON, in ASCII."""
+    typer.echo(json.dumps(value, indent=2))
+
+
 def fail(message: str) -> NoReturn:
     """End the command with a message and exit code 1."""
-    typer.echo(f"Error: {message}", err=True)
+    say(f"Error: {message}", err=True)
     raise typer.Exit(1)
 
 

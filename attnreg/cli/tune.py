@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
 
 from attnreg.cli.shared import (
     ALL_OPS,
     DeviceOption,
     bad_value_of,
     check_device,
+    fail,
     new_console,
     parse_device,
     parse_dtype,
     parse_integers,
     plot_errors,
     progress_bar,
+    say,
 )
+from attnreg.cli.tables import print_winners, timed
 from attnreg.tables.call import kinds
 from attnreg.tables.store import pinned
-from attnreg.tables.table import Table
 
 # What measures is imported where it is asked for: the other commands do without.
 if TYPE_CHECKING:
-    from attnreg.tuning.tune import Step
+    from attnreg.tuning.tune import Step, Tuned
+
+# Where the output is no terminal, a line tells how far it is this often.
+TELLING_SECONDS = 10.0
 
 
 def tune(
@@ -108,21 +114,20 @@ def tune(
     if import_ is not None:
         with bad_value_of("--import"):
             merged, not_used_here = writing.import_table(import_)
-        typer.echo(f"merged into {merged}")
+        say(f"merged into {merged}")
         for reason in not_used_here:
-            typer.echo(f"calls on this machine do not go by it: {reason}")
+            say(f"calls on this machine do not go by it: {reason}")
     elif export is not None:
         with bad_value_of("--export"):
             writing.export_table(on, export)
-        typer.echo(f"table: {export}")
+        say(f"table: {export}")
     elif plot is not None:
         with plot_errors():
             plotting.plot_table(on, plot, batch=batch, **options)
-        typer.echo(f"plot: {plot}")
+        say(f"plot: {plot}")
     else:
         check_device(on)
-        with bad_value_of(None):
-            _tune(on, batch=batch, seconds=seconds, console=new_console(), **options)
+        _tune(on, batch=batch, seconds=seconds, **options)
 
 
 def _heads(given: str) -> tuple[int, int]:
@@ -131,56 +136,79 @@ def _heads(given: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def _tune(device: torch.device, *, console: Console, **options: Any) -> None:
-    """Tune with a progress bar, then show the winners, and where the table lies."""
-    from attnreg.measuring.steadiness import DISTURBED_FROM
+def _tune(device: torch.device, **options: Any) -> None:
+    """Tune with a progress bar, or lines where nobody watches; then show the winners, and where the table lies."""
     from attnreg.tuning.tune import tune as measure
+    from attnreg.tuning.worker import NoPython
 
-    with progress_bar(console) as progress:
-        bar = progress.add_task("measuring")
+    console = new_console()
+    try:
+        with _interrupted_by_signals() as signals, progress_bar(console) as progress, bad_value_of(None):
+            bar = progress.add_task("measuring")
+            told = time.monotonic()
 
-        def show(step: Step) -> None:
-            progress.update(
-                bar,
-                completed=step.done,
-                total=step.total,
-                description=f"{step.problem.op} {step.problem.window} {step.backend}",
-            )
+            def show(step: Step) -> None:
+                nonlocal told
+                what = f"{step.problem.op} {step.problem.window} {step.backend}"
+                progress.update(bar, completed=step.done, total=step.total, description=what)
+                if not console.is_terminal and time.monotonic() > told + TELLING_SECONDS:
+                    told = time.monotonic()
+                    say(f"measured {step.done} of {step.total}: {what}", err=True)
 
-        found = measure(device=device, progress=show, **options)
+            found = measure(device=device, progress=show, **options)
+    except NoPython as error:
+        fail(str(error))
+    _report(found)
+    if signals:
+        raise typer.Exit(128 + signals[0])
+    if found.fault is not None or not any(timed(figures) for figures in found.table.rows.values()):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[list[int]]:
+    """What ends a program from outside ends a tuning as Ctrl-C does, which keeps what was measured; yields those that came."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _report(found: Tuned) -> None:
     if found.interrupted:
-        console.print("interrupted; what was measured until here is kept", highlight=False)
-    if found.path is None:
-        console.print("nothing was measured: no backend can run any of these calls", highlight=False)
+        say("interrupted; what was measured until here is kept")
+    if not found.table.rows:
+        if not found.interrupted:
+            say("nothing was measured: no backend can run any of these calls")
         return
-    _print_winners(found.table, console)
-    console.print(f"table: {found.path}", highlight=False, soft_wrap=True)
+    print_winners(found.table)
+    say("")
+    if found.path is not None:
+        say(f"table: {found.path}")
+    if found.fault is not None:
+        say(f"the table could not be written: {found.fault}", err=True)
+        if found.rescued is not None:
+            say(f"it lies in {found.rescued}; `attnreg tune --import {found.rescued}` merges it", err=True)
     if found.disturbed:
-        console.print(
-            f"measured while something else used the device, as a copy took {DISTURBED_FROM} times its usual time or more; "
-            "better measured again:",
-            highlight=False,
-            soft_wrap=True,
+        say(
+            "measured while something else used the device, as the times of copies and of waiting for a core tell; "
+            "better measured again:"
         )
         for call, name in found.disturbed:
             (kind,) = kinds([call])
-            console.print(f"  {name}: {kind} W={call.window.size}", highlight=False, soft_wrap=True)
+            say(f"  {name}: {kind} W={call.window.size}")
+    alone = {name for figures in found.table.rows.values() if len(figures) == 1 for name in figures}
+    if alone:
+        names = ", ".join(sorted(alone))
+        say(f"measured alone for some calls, which go by no time of one candidate that is compared with none: {names}")
     pin = pinned()
     if pin is not None:
-        console.print(f"calls do not go by it: ATTNREG_TABLE pins {pin}", highlight=False, soft_wrap=True)
-
-
-def _print_winners(table: Table, console: Console) -> None:
-    for kind, calls in kinds(table.rows).items():
-        console.print(f"\n{kind}", highlight=False, soft_wrap=True)
-        grid = Grid(box=None, pad_edge=False, padding=(0, 2))
-        for heading in ("W", "fastest", "ms", "next"):
-            grid.add_column(heading, justify="right" if heading in ("W", "ms") else "left", no_wrap=True)
-        for call in calls:
-            figures = table.rows[call].items()
-            timed = sorted((figure.seconds, name) for name, figure in figures if figure.seconds is not None)
-            first = (timed[0][1], f"{timed[0][0] * 1e3:.4g}") if timed else ("none", "-")
-            second = f"{timed[1][1]} {timed[1][0] / timed[0][0]:.2f}x" if len(timed) > 1 else ""
-            grid.add_row(str(call.window.size), *map(Text, (*first, second)))
-        console.print(grid)
-    console.print()
+        say(f"calls do not go by it: ATTNREG_TABLE pins {pin}")

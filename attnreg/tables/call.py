@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
-from attnreg.op import ROWS
+from attnreg.op import ROWS, Argument
 from attnreg.problem import Given, Problem, dtype_name
 from attnreg.window import Window
 
 SIZES = ("batch", "heads", "kv_heads", "query_length", "key_length", "head_dim", "value_dim")
+# No tensor has so many elements along a dimension, and the distance of larger numbers cannot be counted.
+LARGEST_SIZE = 2**48
+# By name, as they are in torch now: to ask torch for any name would have it import what it loads only when it is asked for.
+DTYPES = {dtype_name(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
 def as_measured(problem: Problem) -> Problem:
@@ -133,25 +137,28 @@ def call_from_json(written: Mapping[str, Any], device: torch.device) -> Problem:
     Raises:
         KeyError, TypeError, ValueError: it is none.
     """
-    op, needs_grad = written["op"], written["needs_grad"]
-    if op not in ROWS or type(needs_grad) is not bool:
+    op, needs_grad, window, given = written["op"], written["needs_grad"], written["window"], written.get("given", {})
+    unknown = set(written) - {"op", "dtype", "window", "needs_grad", "given", *SIZES}
+    if unknown:
+        raise ValueError(f"a call has no {', '.join(map(repr, sorted(unknown)))}")
+    if not isinstance(op, str) or op not in ROWS or type(needs_grad) is not bool:
         raise ValueError(f"a call has the op {op!r} and needs_grad {needs_grad!r}")
-    sizes = {name: written[name] for name in SIZES}
-    for name, size in sizes.items():
-        if type(size) is not int or size < 0:
-            raise ValueError(f"{name} is {size!r}, not a whole number of at least 0")
-    given = written.get("given", {})
+    sizes = {name: _size(name, written[name]) for name in SIZES}
+    if type(window) is not list or len(window) != 2:
+        raise ValueError(f"a window is {window!r}, not two numbers")
+    if sizes["kv_heads"] and sizes["heads"] % sizes["kv_heads"]:
+        raise ValueError(f"heads is {sizes['heads']}, no multiple of kv_heads, {sizes['kv_heads']}")
     unknown = set(given) - {argument.name for argument in ROWS[op].arguments}
     if unknown:
-        raise ValueError(f"{op} takes no {', '.join(sorted(unknown))}")
+        raise ValueError(f"{op} takes no {', '.join(map(repr, sorted(unknown)))}")
     return Problem(
         op=op,
         device=device,
-        dtype=_dtype(written["dtype"]),
+        dtype=_dtype(written["dtype"], floating=True),
         **sizes,
-        window=Window(*written["window"]),
+        window=Window(*(_size("window", each) for each in window)),
         given=tuple(
-            (argument.name, _given_from_json(given[argument.name]))
+            (argument.name, _given_from_json(argument, given[argument.name]))
             for argument in ROWS[op].arguments
             if argument.name in given
         )
@@ -180,17 +187,25 @@ def from_format_1(written: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _given_from_json(written: Mapping[str, Any]) -> Given:
-    if not written:
+def _given_from_json(argument: Argument, written: Mapping[str, Any]) -> Given:
+    if argument.dims is None:
+        if written:
+            raise ValueError(f"{argument.name} is a number, and has {written!r}")
         return Given()
-    shape = tuple(written["shape"])
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"a shape is {shape!r}")
-    return Given(shape, _dtype(written["dtype"]))
+    shape, dtype = written["shape"], _dtype(written["dtype"], floating=argument.kind == "floating")
+    if type(shape) is not list or len(shape) != len(argument.dims) or len(written) != 2:
+        raise ValueError(f"{argument.name} has {len(argument.dims)} dimensions; got {written!r}")
+    return Given(tuple(_size(f"the shape of {argument.name}", size) for size in shape), dtype)
 
 
-def _dtype(name: object) -> torch.dtype:
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
+def _size(name: str, size: object) -> int:
+    if type(size) is not int or not 0 <= size <= LARGEST_SIZE:
+        raise ValueError(f"{name} is {size!r}, not a whole number from 0 to {LARGEST_SIZE}")
+    return size
+
+
+def _dtype(name: object, *, floating: bool) -> torch.dtype:
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None or dtype.is_floating_point is not floating:
+        raise ValueError(f"{name!r} is no {'floating-point' if floating else 'integer'} dtype")
     return dtype

@@ -36,12 +36,14 @@ from attnreg.measured import Figure, Measured
 from attnreg.problem import Problem
 from attnreg.tables.call import as_measured, class_of, group, sizes_in_words, visible_size
 from attnreg.tables.environment import Environment
-from attnreg.tables.table import Row, Table
+from attnreg.tables.table import Row, Table, measured_last
 
 # Octaves. NEAR is an entry of a neighbouring class, FAR one of the same kind of call all the same.
 NEAR, FAR = 1.0, 4.0
 # So many entries of a table are asked.
 MOST_ENTRIES = 3
+# So many calls of a kind that differ in more than the window are looked through for one call: a thousandth of a second.
+MOST_SHAPES = 1024
 # Sizes this close, a quarter of an octave, are of one class: see `same_class`.
 CLASS = 0.25
 _NARROW = frozenset((torch.float16, torch.bfloat16))
@@ -55,6 +57,10 @@ class Rows(Protocol):
     @property
     def environment(self) -> Environment:
         """Where it was measured."""
+
+    @property
+    def copy_seconds(self) -> float | None:
+        """The least time of a copy there; None where it is not known."""
 
     def of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
         """The rows of an op, in these dtypes, with or without gradients, in their order."""
@@ -142,6 +148,11 @@ class Entry:
             if not itself:
                 text += f", the nearest entry, {sizes_in_words(self.call)}"
             remarks = (f"{stored.name} is from elsewhere: {'; '.join(stored.remarks)}",) if stored.remarks else ()
+            if any(figure.disturbed for figure in self.figures.values()):
+                remarks = (
+                    *remarks,
+                    f"something else used the device while this was measured: {text}; `attnreg tune` measures it again",
+                )
             found = self._measured[itself] = Measured(stored.source, self.figures, text, remarks)
         return found
 
@@ -152,12 +163,19 @@ _Shape = tuple[torch.dtype, float, float, float, float, list[float], list[Entry]
 
 
 class Index:
-    """The entries of one kind of call, arranged so that few of them are looked at: by head dims, by other sizes, by window."""
+    """The entries of one kind of call, arranged so that few of them are looked at: by head dims, by other sizes, by window.
+
+    Of more than ``MOST_SHAPES`` calls that differ in more than the window, those that were measured last are kept.
+    """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         alike: dict[tuple[object, ...], list[Entry]] = {}
         for entry in entries:
             alike.setdefault((*entry.sizes[:1], *entry.sizes[2:], entry.call.given), []).append(entry)
+        if len(alike) > MOST_SHAPES:
+            last = {shape: max(measured_last(entry.figures) for entry in those) for shape, those in alike.items()}
+            kept = sorted(alike, key=lambda shape: last[shape], reverse=True)[:MOST_SHAPES]
+            alike = {shape: alike[shape] for shape in kept}
         by_head_dims: dict[tuple[float, float, float, float], list[_Shape]] = {}
         for those in alike.values():
             those.sort(key=lambda entry: entry.sizes.window)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ import torch
 from attnreg.backend import Entry
 from attnreg.environ import variables
 from attnreg.measured import Measured
-from attnreg.paths import cache_dir
+from attnreg.paths import NoCacheDir, cache_dir, expanded
 from attnreg.precision import reduced_precision
+from attnreg.printable import printable
 from attnreg.problem import Problem
 from attnreg.tables.environment import Environment, environment
 from attnreg.tables.lookup import Rows, Stored, measured
-from attnreg.tables.table import Table, TableError, TableText
+from attnreg.tables.table import MOST_BYTES, Table, TableError, TableText
 
 logger = logging.getLogger("attnreg")
 
@@ -30,6 +32,8 @@ SHIPPED = Path(__file__).parent / "shipped"
 # What :func:`table_dir` hangs on.
 _FOLDER_KEYS = (b"ATTNREG_CACHE_DIR", b"XDG_CACHE_HOME", b"HOME")
 _PIN_KEY = b"ATTNREG_TABLE"
+# So many of the user's tables are read, the newest: each costs every call some time, and new versions leave old ones behind.
+MOST_FILES = 64
 # A folder that was changed so recently may change once more without its time saying so.
 _SETTLED_NANOSECONDS = 10**9
 
@@ -38,14 +42,23 @@ _Status = tuple[int, int, int]
 
 
 def table_dir() -> Path:
-    """Where the user's tables lie."""
+    """Where the user's tables lie.
+
+    Raises:
+        NoCacheDir: nothing says where.
+    """
     return cache_dir() / "tables"
 
 
 def pinned() -> Path | None:
     """The table that ``ATTNREG_TABLE`` names, which stands for all of the user's."""
     given = os.environ.get("ATTNREG_TABLE")
-    return Path(given) if given else None
+    if not given:
+        return None
+    try:
+        return expanded(given, "ATTNREG_TABLE")
+    except NoCacheDir:  # then no file has that name, which is told as of any other
+        return Path(given)
 
 
 def load(path: Path) -> Table:
@@ -79,8 +92,9 @@ class Tables:
         """Drop what could not be written, and read every file anew."""
         self._unwritten: dict[str, Table] = {}
         self._texts: dict[str, tuple[_Status, TableText | TableError]] = {}
-        self._folders: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {}
-        self._own: tuple[tuple[object, ...], str] | None = None
+        self._folders: dict[str, tuple[tuple[int, int], tuple[str, ...], tuple[str, ...]]] = {}
+        # The user's folder, or why there is none, and what that hangs on.
+        self._own: tuple[tuple[object, ...], str, str | None] | None = None
         self._here: dict[tuple[str, int | None, bool], _Here] = {}
         # What was logged already.
         self._reported: set[str] = set()
@@ -101,8 +115,8 @@ class Tables:
 
         Costs microseconds.
         """
-        pin = variables.get(_PIN_KEY)
-        own = (os.fsdecode(pin),) if pin else self._files(self._own_folder(), [])
+        pin = pinned() if variables.get(_PIN_KEY) else None
+        own = (str(pin),) if pin is not None else self._own_files([])
         # What the order of the tables hangs on, of torch's settings.
         found: list[object] = [self._changes, torch.get_num_threads(), *map(reduced_precision, ("cpu", "cuda"))]
         for path in (*own, *self._files(str(SHIPPED), [])):
@@ -142,7 +156,7 @@ class Tables:
             found.append(Stored(table, source, name, (*remarks, *differences)))
 
         pin = pinned()
-        own = [str(pin)] if pin is not None else self._files(self._own_folder(), problems)
+        own = (str(pin),) if pin is not None else self._own_files(problems)
         for name, table in self._readable(own, "table", problems):
             hard = table.environment.hard_mismatches(here, of_float32=of_float32)
             if not hard:
@@ -167,7 +181,7 @@ class Tables:
     def _readable(self, paths: Iterable[str], kind: str, problems: list[str]) -> Iterator[tuple[str, TableText]]:
         """The tables in these files, each with the file's name; why one cannot be read is added to ``problems``."""
         for path in paths:
-            name = os.path.basename(path)
+            name = printable(os.path.basename(path))
             try:
                 table = self._text(path)
             except TableError as error:
@@ -193,11 +207,18 @@ class Tables:
                 self._reported.add(problem)
                 logger.warning("attnreg: %s", problem)
 
-    def _own_folder(self) -> str:
+    def _own_files(self, problems: list[str]) -> tuple[str, ...]:
         key = (table_dir, *[variables.get(each) for each in _FOLDER_KEYS])
         if self._own is None or self._own[0] != key:
-            self._own = (key, str(table_dir()))
-        return self._own[1]
+            try:
+                self._own = (key, str(table_dir()), None)
+            except NoCacheDir as error:
+                self._own = (key, "", f"there are no tables of the user's: {printable(str(error))}")
+        _, folder, missing = self._own
+        if missing is not None:
+            problems.append(missing)
+            return ()
+        return self._files(folder, problems)
 
     def _files(self, folder: str, problems: list[str]) -> tuple[str, ...]:
         try:
@@ -205,17 +226,24 @@ class Tables:
             status = (found.st_mtime_ns, found.st_ino)
             known = self._folders.get(folder)
             if known is not None and known[0] == status:
+                problems += known[2]
                 return known[1]
             names = sorted(each for each in os.listdir(folder) if each.endswith(".json") and not each.startswith("."))
         except FileNotFoundError:
             return ()
         except OSError as error:
-            problems.append(f"the tables in {os.path.basename(folder)} are not used: {error.strerror or error}")
+            name = printable(os.path.basename(folder))
+            problems.append(f"the tables in {name} are not used: {error.strerror or error}")
             return ()
-        paths = tuple(os.path.join(folder, name) for name in names)
+        paths = [os.path.join(folder, name) for name in names]
+        wrong: tuple[str, ...] = ()
+        if len(paths) > MOST_FILES:
+            wrong = (f"of {len(paths)} tables the {MOST_FILES} newest are used: remove some of {printable(folder)}",)
+            paths = sorted(sorted(paths, key=lambda path: _status(path) or (0, 0, 0))[-MOST_FILES:])
+            problems += wrong
         if time.time_ns() - status[0] > _SETTLED_NANOSECONDS:
-            self._folders[folder] = (status, paths)
-        return paths
+            self._folders[folder] = (status, tuple(paths), wrong)
+        return tuple(paths)
 
     def _text(self, path: str) -> TableText:
         """The table in a file, read again only when the file has changed.
@@ -251,7 +279,16 @@ def _status(path: str) -> _Status | None:
 
 def _read(path: Path) -> TableText:
     try:
-        return TableText(path.read_text(encoding="utf-8"))
+        # Without waiting for who opens a pipe's other end; what is no file, such as a device, may have no end.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise TableError("it is no regular file")
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise TableError(f"it has {max(status.st_size, len(text))} bytes; a table has {MOST_BYTES} at most")
+        return TableText(text.decode())
     except UnicodeDecodeError as error:
         raise TableError(str(error)) from None
     except OSError as error:

@@ -1,23 +1,25 @@
 """A table: for one environment, what was measured of every candidate, by call. One JSON file.
 
 A text is read no further than it is needed: of the table of another device whose it is, and of one's own the entries of a
-call's kind.
+call's kind. It is anybody's until it is read: what is of another form than this attnreg writes, or larger, is no table, and
+nothing is kept that could not be printed.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from attnreg.measured import Figure
+from attnreg.printable import printable
 from attnreg.problem import Problem, dtype_name
 from attnreg.tables.call import as_measured, call_from_json, call_to_json, from_format_1, order
 from attnreg.tables.environment import Device, Environment
@@ -25,19 +27,37 @@ from attnreg.tables.environment import Device, Environment
 # The form of the file: another number, and an older or newer attnreg reads it not at all. The first form is read, too.
 FORMAT = 2
 
+# What a file may hold. A tuning with all that it offers makes a thousand rows of a third of a megabyte.
+MOST_BYTES = 2**24
+MOST_ROWS = 8192
+MOST_CANDIDATES = 256
+MOST_THREADS = 2**20
+# Of a version or a device's name.
+MOST_LETTERS = 200
+
 Row = tuple[Problem, Mapping[str, Figure]]
 
 
 class TableError(ValueError):
-    """A file is no table that this attnreg reads; the message says why."""
+    """A file is no table that this attnreg reads; the message says why, and can be printed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Figures by call, as ``as_measured`` gives it, and candidate, and the environment that they are from."""
+    """Figures by call, as ``as_measured`` gives it, and candidate, and the environment that they are from.
+
+    Attributes:
+        environment: where they were measured.
+        rows: the figures.
+        copy_seconds: the least time of a copy there, see ``attnreg.measuring.steadiness``; None where it is not known.
+    """
 
     environment: Environment
     rows: Mapping[Problem, Mapping[str, Figure]] = field(default_factory=dict)
+    copy_seconds: float | None = None
 
     def of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
         """The rows of an op, in these dtypes, with or without gradients, in their order."""
@@ -52,14 +72,47 @@ class Table:
         return self
 
     def merged(self, other: Table) -> Table:
-        """Both tables' figures; where both have one of the same candidate for the same call, the one measured last."""
+        """Both tables' figures, and of the same candidate for the same call the better founded one.
+
+        That is one that was measured beside nothing else, then the one measured last. A date that lies in the future says
+        nothing: it would go before all that is measured until then.
+        """
+        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+        def worth(figure: Figure) -> tuple[bool, str]:
+            return not figure.disturbed, figure.measured if figure.measured <= now else ""
+
         rows = {call: dict(figures) for call, figures in self.rows.items()}
         for call, figures in other.rows.items():
             mine = rows.setdefault(call, {})
             for name, figure in figures.items():
-                if name not in mine or mine[name].measured <= figure.measured:
+                known = mine.get(name)
+                # Of a measurement that is there already, more may be known by now.
+                is_same = known is not None and (known.measured, known.seconds) == (figure.measured, figure.seconds)
+                if known is None or is_same or worth(known) <= worth(figure):
                     mine[name] = figure
-        return Table(self.environment, rows)
+        copies = [each for each in (self.copy_seconds, other.copy_seconds) if each is not None]
+        return Table(self.environment, rows, min(copies, default=None))
+
+    def lasting(self) -> Table:
+        """The figures that are facts: without those whose reason may be gone the next time."""
+        rows = {
+            call: {name: figure for name, figure in figures.items() if not figure.passing}
+            for call, figures in self.rows.items()
+        }
+        return replace(self, rows={call: figures for call, figures in rows.items() if figures})
+
+    def newest(self, count: int) -> Table:
+        """At most so many rows, those that were measured last."""
+        if len(self.rows) <= count:
+            return self
+        by_date = sorted(self.rows.items(), key=lambda row: measured_last(row[1]), reverse=True)
+        return replace(self, rows=dict(by_date[:count]))
+
+
+def measured_last(figures: Mapping[str, Figure]) -> str:
+    """When the last of these was measured."""
+    return max((figure.measured for figure in figures.values()), default="")
 
 
 class TableText:
@@ -70,6 +123,7 @@ class TableText:
 
     Attributes:
         environment: where the table was measured.
+        copy_seconds: as in :class:`Table`.
         fault: what a step has found wrong; None until then.
 
     Raises:
@@ -79,6 +133,8 @@ class TableText:
     def __init__(self, text: str) -> None:
         self.fault: TableError | None = None
         self._text = text
+        if len(text) > MOST_BYTES:
+            raise TableError(f"it has {len(text)} characters; a table has {MOST_BYTES} at most")
         # What stands before the rows says whose the table is.
         head = text.partition('"rows"')[0].rstrip().removesuffix(",")
         try:
@@ -88,11 +144,8 @@ class TableText:
             given = _parsed(text)
         _check_format(given)
         with _no_table():
-            environment = given["environment"]
-            self.environment = Environment(**{**environment, "device": Device(**environment["device"])})
-            _check_text(self.environment.attnreg, self.environment.torch, *asdict(self.environment.device).values())
-            if not isinstance(self.environment.backends, dict):
-                raise TypeError("the environment's backends are no object")
+            self.environment = _environment(given["environment"])
+            self.copy_seconds = _seconds("copy_seconds", given.get("copy_seconds", None), may_lack=True)
         self._format = given["format"]
 
     def of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
@@ -115,21 +168,29 @@ class TableText:
 
     @cached_property
     def _row_texts(self) -> list[str] | None:
-        return _row_texts(self._text) if self._format == FORMAT else None
+        texts = _row_texts(self._text) if self._format == FORMAT else None
+        _check_count(texts or ())
+        return texts
 
     def _whole(self) -> Table:
         given = _parsed(self._text)
         _check_format(given)
         with _no_table():
             rows = given["rows"]
+            if not isinstance(rows, list):
+                raise TypeError("its rows are no list")
+            _check_count(rows)
             if given["format"] == 1:
                 rows = [{**row, "call": from_format_1(row["call"])} for row in rows]
-            return Table(self.environment, dict(map(self._row, rows)))
+            return Table(self.environment, dict(map(self._row, rows)), self.copy_seconds)
 
     def _row(self, given: Mapping[str, Any]) -> Row:
         with _no_table():
+            candidates = given["candidates"]
+            if len(given) != 2 or len(candidates) > MOST_CANDIDATES:
+                raise ValueError(f"a row has {len(given)} parts and {len(candidates)} candidates")
             call = call_from_json(given["call"], torch.device(self.environment.device.type))
-            return as_measured(call), {name: _figure(figure) for name, figure in given["candidates"].items()}
+            return as_measured(call), {_name(name): _figure(figure) for name, figure in candidates.items()}
 
     @contextmanager
     def _keeping_fault(self) -> Iterator[None]:
@@ -166,7 +227,8 @@ def to_json(table: Table) -> str:
         listed = ",\n      ".join(lines)
         rows.append(f"{_CALL}{json.dumps(call_to_json(call))}{_CANDIDATES}{{\n      {listed}}}}}")
     environment = json.dumps(table.environment.to_json(), indent=2).replace("\n", "\n  ")
-    head = f'{{\n  "format": {FORMAT},\n  "environment": {environment},\n  '
+    known = f'"copy_seconds": {json.dumps(table.copy_seconds)},\n  ' if table.copy_seconds is not None else ""
+    head = f'{{\n  "format": {FORMAT},\n  "environment": {environment},\n  {known}'
     return f"{head}{_BEFORE_ROWS}{_BETWEEN_ROWS.join(rows)}{_AFTER_ROWS}"
 
 
@@ -189,38 +251,99 @@ def _parsed(text: str) -> Any:
 def _check_format(given: Any) -> None:
     if not isinstance(given, dict) or "format" not in given:
         raise TableError('it is no table of attnreg: it has no "format"')
-    if given["format"] not in (1, FORMAT):
+    if type(given["format"]) is not int or given["format"] not in (1, FORMAT):
         raise TableError(f"its format is {given['format']!r}; this attnreg reads {FORMAT}")
+
+
+def _check_count(rows: Sequence[object]) -> None:
+    if len(rows) > MOST_ROWS:
+        raise TableError(f"it has {len(rows)} rows; a table has {MOST_ROWS} at most")
 
 
 @contextmanager
 def _no_table() -> Iterator[None]:
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except TableError:
+        raise
+    # Whatever a text holds, it is no more than that.
+    except Exception as error:
         raise TableError(f"it is no table of attnreg: {type(error).__name__}: {error}") from None
 
 
 def _written(figure: Figure) -> dict[str, Any]:
+    disturbed = {"disturbed": True} if figure.disturbed else {}
     if figure.seconds is None:
         return {"reason": figure.reason, "measured": figure.measured}
-    return {"seconds": figure.seconds, "spread": figure.spread, "measured": figure.measured}
+    return {"seconds": figure.seconds, "spread": figure.spread, "measured": figure.measured, **disturbed}
+
+
+def _environment(given: Mapping[str, Any]) -> Environment:
+    device = Device(**given["device"])
+    here = Environment(**{**given, "device": device})
+    for each in (*asdict(device).values(), here.attnreg, here.torch):
+        _words(each)
+    for each in (here.triton, here.driver, here.float32):
+        if each is not None:
+            _words(each)
+    # An accelerator that torch does not know raises.
+    if torch.device(device.type).type != device.type:
+        raise ValueError(f"the device's type is {device.type!r}")
+    if here.threads is not None and not (type(here.threads) is int and 0 < here.threads <= MOST_THREADS):
+        raise ValueError(f"threads is {here.threads!r}")
+    if not isinstance(here.backends, dict) or len(here.backends) > MOST_CANDIDATES:
+        raise TypeError("the environment's backends are no object, or too many")
+    return replace(here, backends={_name(name): _words(source) for name, source in here.backends.items()})
 
 
 def _figure(given: Mapping[str, Any]) -> Figure:
-    figure = Figure(**given)
-    _check_text(figure.measured)
-    if figure.seconds is None:
-        _check_text(figure.reason)
-        return figure
-    if not all(type(number) in (int, float) for number in (figure.seconds, figure.spread)):
-        raise TypeError(f"a time is {figure.seconds!r} with spread {figure.spread!r}")
-    if not (0 < figure.seconds < math.inf and 0 <= figure.spread < math.inf):
-        raise ValueError(f"a time is {figure.seconds!r} with spread {figure.spread!r}")
-    return figure
+    unknown = given.keys() - _FIGURE
+    if unknown:
+        raise ValueError(f"a figure has no {', '.join(map(repr, sorted(unknown)))}")
+    measured, disturbed = given.get("measured", ""), given.get("disturbed", False)
+    if not isinstance(measured, str) or not _DATE.fullmatch(measured):
+        raise ValueError(f"a date is {measured!r}")
+    if type(disturbed) is not bool:
+        raise TypeError(f"disturbed is {disturbed!r}")
+    seconds = _seconds("seconds", given.get("seconds"), may_lack="reason" in given)
+    if seconds is None:
+        reason = given["reason"]
+        if not isinstance(reason, str):
+            raise TypeError(f"a reason is {reason!r}")
+        return Figure(reason=printable(reason), measured=measured, disturbed=disturbed)
+    spread = given.get("spread", 0.0)
+    return Figure(
+        seconds=seconds,
+        spread=0.0 if spread == 0 else _seconds("spread", spread) or 0.0,
+        measured=measured,
+        disturbed=disturbed,
+    )
 
 
-def _check_text(*given: object) -> None:
-    for each in given:
-        if not isinstance(each, str):
-            raise TypeError(f"expected text, got {each!r}")
+_FIGURE = frozenset(("seconds", "spread", "reason", "measured", "disturbed"))
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+_DATE = re.compile(r"(\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d(\.\d{1,6})?(\+00:00|Z)?)?)?", re.ASCII)
+
+
+def _seconds(name: str, given: object, *, may_lack: bool = False) -> float | None:
+    if given is None and may_lack:
+        return None
+    if type(given) not in (int, float):
+        raise TypeError(f"{name} is {given!r}, no time")
+    assert isinstance(given, (int, float))
+    # A day for one call: what takes longer is none that anybody measured.
+    if not 0 < given < 86400:
+        raise ValueError(f"{name} is {given!r}, no time")
+    return float(given)
+
+
+def _name(given: object) -> str:
+    if not isinstance(given, str) or not _NAME.fullmatch(given):
+        raise ValueError(f"a backend's name is {given!r}")
+    return given
+
+
+def _words(given: object) -> str:
+    if not isinstance(given, str) or len(given) > MOST_LETTERS or not given.isprintable():
+        raise ValueError(f"expected a few words, got {given!r}")
+    return given

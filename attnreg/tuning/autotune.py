@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import torch
 
-from attnreg.backend import refusals
+from attnreg.backend import THIS_PROCESS, refusals
 from attnreg.problem import Problem
 from attnreg.registry import registry
 from attnreg.tables.call import as_measured
@@ -18,8 +18,11 @@ from attnreg.tables.store import pinned
 from attnreg.tables.table import Table, TableError
 from attnreg.testing.oracle import knows
 from attnreg.tuning.tune import SAMPLING_SECONDS, measure_all
-from attnreg.tuning.writing import keep
+from attnreg.tuning.worker import NoPython
+from attnreg.tuning.writing import CALL_SECONDS, check_writable, keep
 
+# Whether this process was forked from one that may have had threads of torch's.
+_is_forked = False
 # A backend that is measured in this process may make calls of its own, and these be measured first.
 _one_at_a_time = threading.RLock()
 
@@ -44,10 +47,25 @@ def tune_on_first_use(problem: Problem) -> bool:
         own = [each.table for each in stored if each.source == "tuned"]
         if len(names) < 2 or _is_known(problem, names, own, here):
             return True
-        figures = {step.backend: step.figure for step in measure_all([problem], seconds=SAMPLING_SECONDS)}
+        in_process = {entry.backend.name for entry in entries if entry.distribution == THIS_PROCESS} & names
+        if _is_forked and in_process:
+            listed = ", ".join(sorted(in_process))
+            registry.tables.report(
+                [f"{listed}: not measured in a forked process, where torch's threads may wait for ever"]
+            )
+            return True
+        try:
+            check_writable(here, CALL_SECONDS)
+        except OSError as error:
+            registry.tables.report([f"what is measured on first use is kept in this process only: {error}"])
+        try:
+            figures = {step.backend: step.figure for step in measure_all([problem], seconds=SAMPLING_SECONDS)}
+        except NoPython as error:
+            registry.tables.report([f"nothing is measured on first use: {error}"])
+            return True
         fault = keep(Table(here, {as_measured(problem): figures}))
         if fault is not None:
-            registry.tables.report([f"what was measured is kept in this process only: {fault}"])
+            registry.tables.report([f"what was measured on first use is kept in this process only: {fault}"])
     return True
 
 
@@ -69,9 +87,9 @@ def _would_do_harm(device: torch.device) -> bool:
 
 
 def _after_fork() -> None:
-    """In a forked child: a thread that was measuring is not there to finish."""
-    global _one_at_a_time
-    _one_at_a_time = threading.RLock()
+    """In a forked child: a thread that was measuring is not there to finish, nor are those that computed."""
+    global _one_at_a_time, _is_forked
+    _one_at_a_time, _is_forked = threading.RLock(), True
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from attnreg.functional import local_attention, local_dot_product, local_weighted_average
-from attnreg.measured import Figure
-from attnreg.measuring.failure import first_line, release
-from attnreg.measuring.steadiness import copy_seconds
-from attnreg.measuring.timing import measure, measuring_stream
+from attnreg.measured import WRONG, Figure
+from attnreg.measuring.failure import first_line, is_out_of_memory, release
+from attnreg.measuring.steadiness import copy_seconds, waited_seconds
+from attnreg.measuring.timing import Timing, measure, measuring_stream
+from attnreg.printable import printable
 from attnreg.problem import Problem
 from attnreg.testing.checking import check
 from attnreg.testing.inputs import Inputs, autograd_calls, call_with_leaves
@@ -35,10 +37,12 @@ class Measurement:
     Attributes:
         figure: what was found.
         copy_seconds: what a copy took right after (see ``attnreg.measuring.steadiness``); None where there is no time.
+        waited: for what part of the time threads waited for a core; None where there is no time, on a GPU, or nobody says.
     """
 
     figure: Figure
     copy_seconds: float | None = None
+    waited: float | None = None
 
 
 def measure_candidate(problem: Problem, backend: str, seconds: float) -> Measurement:
@@ -54,7 +58,7 @@ def measure_candidate(problem: Problem, backend: str, seconds: float) -> Measure
             return _measured(problem, backend, seconds)
         # Whatever a candidate raises is its own affair.
         except Exception as error:
-            return failed(first_line(error))
+            return failed(first_line(error), passing=is_out_of_memory(error))
         finally:
             release()
 
@@ -64,23 +68,32 @@ def _measured(problem: Problem, backend: str, seconds: float) -> Measurement:
     try:
         stage = _stage(replace(problem, needs_grad=False))
     except (RuntimeError, MemoryError) as error:
-        return failed(f"its inputs cannot be made: {first_line(error)}")
+        return failed(f"its inputs cannot be made: {first_line(error)}", passing=True)
     run = partial(_FUNCTIONS[problem.op], window=problem.window, backend=backend)
     with measuring_stream(device):
         calls = [autograd_calls(run, inputs) for inputs in stage.sets]
         for direction in ("forward", "backward") if gradients else ("forward",):
             verdict = check(problem, direction, calls[0], stage.sets[0], stage.expected)
             if verdict.fault is not None:
-                return failed(f"wrong: {verdict.fault}")
+                return failed(f"{WRONG}{verdict.fault}")
         timed = [_both(run, inputs) if gradients else each.forward for each, inputs in zip(calls, stage.sets)]
-        timing = measure(timed, device, seconds=seconds)
+        timing, waited = _timed(timed, device, seconds)
     figure = Figure(seconds=timing.median, spread=timing.spread, measured=now())
-    return Measurement(figure, copy_seconds(device))
+    return Measurement(figure, copy_seconds(device), waited)
 
 
-def failed(reason: str) -> Measurement:
-    """One without a time."""
-    return Measurement(Figure(reason=reason, measured=now()))
+def _timed(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> tuple[Timing, float | None]:
+    before, start = waited_seconds(), time.perf_counter()
+    timing = measure(calls, device, seconds=seconds)
+    elapsed, after = time.perf_counter() - start, waited_seconds()
+    if device.type != "cpu" or before is None or after is None:
+        return timing, None
+    return timing, (after - before) / elapsed
+
+
+def failed(reason: str, *, passing: bool = False) -> Measurement:
+    """One without a time; ``passing`` says whether it may have one the next time."""
+    return Measurement(Figure(reason=printable(reason), measured=now(), passing=passing))
 
 
 def now() -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import compress, product
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,16 +18,16 @@ from attnreg.backend import THIS_PROCESS, Entry, refusals
 from attnreg.device import why_unusable
 from attnreg.measured import Figure
 from attnreg.measuring.sizes import square_problem
-from attnreg.measuring.steadiness import disturbed
+from attnreg.measuring.steadiness import WAITED_FROM, disturbed, usual_copy_seconds
 from attnreg.op import ATTENTION, OPS
 from attnreg.problem import Problem
 from attnreg.registry import registry
 from attnreg.tables.call import as_measured
-from attnreg.tables.environment import environment
+from attnreg.tables.environment import Environment, environment
 from attnreg.tables.table import Table
 from attnreg.tuning.candidate import Measurement, failed, forget_stage, measure_candidate
-from attnreg.tuning.worker import Worker
-from attnreg.tuning.writing import check_writable, save
+from attnreg.tuning.worker import Worker, python
+from attnreg.tuning.writing import check_writable, hold, save, write
 from attnreg.window import Window
 
 # Powers of two and the steps between.
@@ -47,6 +49,7 @@ class Step:
         copy_seconds: what a copy took right after; longer than after others where something else used the device. None where
             there is no time.
         done, total: how many steps of how many are through.
+        waited: for what part of the time threads waited for a core, or None; see ``attnreg.tuning.candidate``.
     """
 
     problem: Problem
@@ -55,6 +58,7 @@ class Step:
     copy_seconds: float | None
     done: int
     total: int
+    waited: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,19 @@ class Tuned:
 
     Attributes:
         table: the figures of this tuning alone.
-        path: the file that they were merged into; None where nothing was measured, or nothing was to be kept.
+        path: the file that they were merged into; None where nothing was measured, or nothing was to be kept, or could be.
         interrupted: whether it was ended with Ctrl-C: the table then holds what was measured until there.
         disturbed: call and candidate of the figures that were measured while something else used the device, as copies tell.
+        fault: why the figures could not be written at last; they then serve this process alone. None where that is not so.
+        rescued: a file of the table where they could not be written, for ``attnreg tune --import``; None where there is none.
     """
 
     table: Table
     path: Path | None
     interrupted: bool = False
     disturbed: tuple[tuple[Problem, str], ...] = ()
+    fault: str | None = None
+    rescued: Path | None = None
 
 
 def tune(
@@ -96,7 +104,8 @@ def tune(
     only itself; it is recorded with its reason. Backends that were registered in this process alone run in it. A result
     is compared with float64 first, and a wrong one gets no time. What seems to have been measured while something else used
     the device is measured once more, and named where that does not help. What is measured is kept every few seconds, and
-    at the end, however that comes. Torch's threads and the precision of float32 products are this process', and the table's.
+    at the end, however that comes; where it cannot be, it serves this process, and a file among the temporary ones holds it.
+    Torch's threads and the precision of float32 products are this process', and the table's.
 
     Args:
         ops: which ops.
@@ -120,6 +129,7 @@ def tune(
     Raises:
         ValueError: an argument is bad, or no backend has such a name.
         OSError: the table cannot be written; nothing is measured then.
+        NoPython: no process can be started to measure in, as in a frozen program.
     """
     on = _device(device)
     on_gpu = on.type == "cuda"
@@ -136,27 +146,64 @@ def tune(
         windows=windows,
         gradients=gradients,
     )
+    here = environment(on, registry.entries)
     if keep:
-        check_writable()
-    rows: dict[Problem, dict[str, Figure]] = {}
-    table = Table(environment(on, registry.entries), rows)
-    copies: dict[tuple[Problem, str], float | None] = {}
-    path, interrupted, last = None, False, time.monotonic()
+        check_writable(here)
+    usual = _usual_copy_seconds(on, here)
+    steps: list[Step] = []
+    interrupted = False
+
+    def found() -> Table:
+        marks = disturbed([step.copy_seconds for step in steps], usual)
+        rows: dict[Problem, dict[str, Figure]] = {}
+        for step, mark in zip(steps, marks):
+            figure = replace(step.figure, disturbed=True) if mark else step.figure
+            rows.setdefault(as_measured(step.problem), {})[step.backend] = figure
+        copies = [step.copy_seconds for step in steps if step.copy_seconds is not None]
+        return Table(here, rows, min(copies, default=None))
+
+    path, last = None, time.monotonic()
     try:
-        for step in measure_all(problems, seconds=seconds, backends=backends):
-            call = as_measured(step.problem)
-            rows.setdefault(call, {})[step.backend] = step.figure
-            copies[call, step.backend] = step.copy_seconds
+        for step in measure_all(problems, seconds=seconds, backends=backends, usual=usual):
+            steps.append(step)
             if keep and time.monotonic() > last + SAVING_SECONDS:
-                path, last = save(table), time.monotonic()
+                # What is in the way now may be gone at the end.
+                with suppress(OSError):
+                    path = save(found(), seconds=0)
+                last = time.monotonic()
             if progress is not None:
                 progress(step)
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        if keep and rows:
-            path = save(table)
-    return Tuned(table, path, interrupted, tuple(compress(copies, disturbed(copies.values()))))
+        table, fault, rescued = found(), None, None
+        if keep and table.rows:
+            path, fault, rescued = _keep(table)
+    named = tuple((call, name) for call, row in table.rows.items() for name, each in row.items() if each.disturbed)
+    return Tuned(table, path, interrupted, named, fault, rescued)
+
+
+def _keep(table: Table) -> tuple[Path | None, str | None, Path | None]:
+    """Save a table. Where it cannot be, it serves this process, and lies among the temporary files, if there is room."""
+    try:
+        return save(table), None, None
+    except OSError as error:
+        fault = error.strerror or str(error)
+    hold(table)
+    rescued = Path(tempfile.gettempdir()) / f"attnreg-{os.getpid()}-{table.environment.file_name}"
+    try:
+        write(table, rescued)
+    except OSError:
+        return None, fault, None
+    return None, fault, rescued
+
+
+def _usual_copy_seconds(device: torch.device, here: Environment) -> float | None:
+    """What a copy is known to take at most where nothing else uses the device, from tables of it or from its memory's clock."""
+    stored, _ = registry.tables.stored(here, of_float32=False)
+    known = [each.table.copy_seconds for each in stored if each.table.environment.device == here.device]
+    known.append(usual_copy_seconds(device))
+    return min((seconds for seconds in known if seconds is not None), default=None)
 
 
 def grid(
@@ -226,12 +273,19 @@ def _device(given: torch.device | str | None) -> torch.device:
 
 
 def measure_all(
-    problems: Sequence[Problem], *, seconds: float, backends: Sequence[str] | None = None
+    problems: Sequence[Problem],
+    *,
+    seconds: float,
+    backends: Sequence[str] | None = None,
+    usual: float | None = None,
 ) -> Iterator[Step]:
     """Measure every candidate on every call; one step for each.
 
+    What was disturbed is measured once more; ``usual`` is what a copy is known to take where nothing else uses the device.
+
     Raises:
         ValueError: no backend has a name of ``backends``.
+        NoPython: no process can be started to measure in.
     """
     entries = {entry.backend.name: entry for entry in registry.entries}
     for name in backends or ():
@@ -239,6 +293,8 @@ def measure_all(
             raise ValueError(f"no backend is called {name!r}; registered: {', '.join(sorted(entries))}")
     chosen = [entries[name] for name in (entries if backends is None else backends)]
     plan = [(problem, entry) for problem in problems for entry in chosen if not refusals(entry.backend, problem)]
+    if any(not _is_local(entry) for _, entry in plan):
+        python()
     unusable: str | None = None
     with ExitStack() as stack:
         worker = stack.enter_context(Worker())
@@ -250,20 +306,25 @@ def measure_all(
             if not _is_local(entry):
                 return worker.measure(problem, name, seconds)
             if unusable is not None:
-                return failed(f"not run: {unusable}")
+                return failed(f"not run: {unusable}", passing=True)
             found = measure_candidate(problem, name, seconds)
             fault = why_unusable(problem.device) if found.figure.reason is not None else None
             unusable = None if fault is None else f"{name} left the device unusable in this process ({fault})"
             return found
 
         copies: list[float | None] = []
+
+        def is_disturbed(found: Measurement) -> bool:
+            return disturbed((*copies, found.copy_seconds), usual)[-1] or (found.waited or 0.0) >= WAITED_FROM
+
         for done, (problem, entry) in enumerate(plan, start=1):
             found = measure_once(problem, entry)
-            if disturbed((*copies, found.copy_seconds))[-1]:
+            if is_disturbed(found):
                 again = measure_once(problem, entry)
-                found = min(found, again, key=lambda each: each.copy_seconds or math.inf)
+                found = min(found, again, key=lambda each: (each.copy_seconds or math.inf, each.waited or 0.0))
+            figure = replace(found.figure, disturbed=is_disturbed(found))
             copies.append(found.copy_seconds)
-            yield Step(problem, entry.backend.name, found.figure, found.copy_seconds, done, len(plan))
+            yield Step(problem, entry.backend.name, figure, found.copy_seconds, done, len(plan), found.waited)
 
 
 def _is_local(entry: Entry) -> bool:

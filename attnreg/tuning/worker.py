@@ -1,25 +1,36 @@
 """The process that candidates run in, and its other end: one that dies, hangs or spoils its device takes nothing along.
 
-Orders and answers are lines of JSON. ``python -m attnreg.tuning.worker`` is that process.
+Orders and answers are lines of JSON. An order has a number, which stands in what answers it: first that it was begun, then what
+was found. What ends before it began is nobody's fault; a line with another number, or with none, is no answer.
+
+The process is a session of its own, which is ended as a whole: by the parent, or where that has ended, by a guard in it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import re
+import resource
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from typing import Any, NoReturn, TextIO
 
 import torch
 
 from attnreg.device import why_unusable
 from attnreg.measured import Figure
 from attnreg.measuring.failure import first_line
+from attnreg.printable import printable
 from attnreg.problem import Problem
 from attnreg.tables.call import call_from_json, call_to_json
 from attnreg.tuning.candidate import Measurement, failed, measure_candidate
@@ -27,6 +38,48 @@ from attnreg.tuning.settings import settings, take_over
 
 # A candidate may compile for that long; one that takes longer is given up.
 LONGEST_SECONDS = 300.0
+# So long a process may take until it begins: it imports torch, perhaps from a slow file system.
+STARTING_SECONDS = 120.0
+# How often a process is started for one order that it does not begin.
+ATTEMPTS = 2
+# It is looked so often whether a process is still there.
+_TICK_SECONDS = 0.05
+# A killed process is waited for no longer: one that hangs in a driver cannot be ended.
+_ENDING_SECONDS = 5.0
+# What a process writes without a line's end is no answer.
+_LONGEST_LINE = 2**20
+_LONGEST_ERROR = 2**14
+
+# Set in the process: what it starts must not start another one.
+_MARK = "ATTNREG_WORKER"
+_NOT_FOR_THE_CHILD = ("ATTNREG_BACKEND", "ATTNREG_AUTOTUNE", "PYTHONINSPECT", "PYTHONSTARTUP")
+_PYTHON = re.compile(r"(python|pypy|graalpy)[\w.-]*", re.IGNORECASE)
+# The path of imports is the parent's, and set before anything is imported: `python -m` would look into the current folder first,
+# and with `-c` alone Python 3.10 would, too.
+_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from attnreg.tuning.worker import main; main(int(sys.argv[1]))"
+_SAFE_PATH = ("-P",) if sys.version_info >= (3, 11) else ()
+
+
+class NoPython(RuntimeError):
+    """This program cannot start a process to measure in; the message says why."""
+
+
+def python() -> str:
+    """The program that runs Python code, for a child process.
+
+    Raises:
+        NoPython: there is none, or this is such a child itself: it would start the program again, and this one again.
+    """
+    program = sys.executable or ""
+    if os.environ.get(_MARK):
+        raise NoPython("this process was itself started to measure")
+    if getattr(sys, "frozen", False) or "__compiled__" in vars(sys.modules["__main__"]):
+        raise NoPython(
+            f"this program is frozen: {program!r} would be started again, and is no Python that could measure"
+        )
+    if not any(_PYTHON.fullmatch(os.path.basename(path)) for path in (program, os.path.realpath(program))):
+        raise NoPython(f"sys.executable is {program!r}, which is no Python that could measure")
+    return program
 
 
 class Worker:
@@ -39,9 +92,17 @@ class Worker:
     def __init__(self) -> None:
         self.longest = LONGEST_SECONDS
         self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._orders = 0
+        # Why no process begins; then none is started any more.
+        self._unstartable: str | None = None
 
     def measure(self, problem: Problem, backend: str, seconds: float) -> Measurement:
-        """As ``measure_candidate``, in the child, under this process' settings."""
+        """As ``measure_candidate``, in the child, under this process' settings.
+
+        Raises:
+            NoPython: no child can be started.
+        """
         order = {
             "problem": call_to_json(problem),
             "device": str(problem.device),
@@ -49,31 +110,27 @@ class Worker:
             "seconds": seconds,
             "settings": settings(),
         }
-        process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            return failed(self._how_it_ended())
-        if not select.select([process.stdout], [], [], self.longest)[0]:
+        for _ in range(ATTEMPTS if self._unstartable is None else 0):
+            if self._begin(order):
+                return self._found()
             self.close()
-            return failed(f"it was given up after {self.longest:g} s")
-        line = process.stdout.readline()
-        if not line:
-            return failed(self._how_it_ended())
-        answer = json.loads(line)
-        if answer["unusable"] is not None:
-            self.close()
-        return Measurement(Figure(**answer["figure"]), answer["copy_seconds"])
+        return failed(f"no process that measures could be started: {self._unstartable}", passing=True)
 
     def close(self) -> None:
-        """End the child; the next measurement starts another."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        """End the child, and all that it started; the next measurement starts another."""
+        process, self._process, self._unread = self._process, None, b""
+        if process is None:
+            return
+        # Before it is waited for: until then nobody else can have its number.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for pipe in (process.stdin, process.stdout):
+            # What cannot be written any more, to a process that has ended, is no loss.
+            with suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_ENDING_SECONDS)
 
     def __enter__(self) -> Worker:
         return self
@@ -83,10 +140,11 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_THE_CHILD}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        environment[_MARK] = "1"
+        command = [python(), *_SAFE_PATH, "-c", _PROGRAM, str(os.getpid()), *(path for path in sys.path if path)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has died
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "attnreg.tuning.worker"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -96,36 +154,164 @@ class Worker:
         )
         return self._process
 
-    def _how_it_ended(self) -> str:
+    def _begin(self, order: Mapping[str, Any]) -> bool:
+        """Hand over an order; whether the child has begun it. Where it has not, ``_unstartable`` says why."""
+        self._orders += 1
+        try:
+            process = self._process or self._start()
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({**order, "number": self._orders}).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            self._unstartable = self._how_it_ended()
+            return False
+        except OSError as error:
+            self._unstartable = str(error)
+            return False
+        answer = self._answer(time.monotonic() + STARTING_SECONDS)
+        if answer is None:
+            ended = self._has_ended()
+            self._unstartable = self._how_it_ended() if ended else f"it did not begin within {STARTING_SECONDS:g} s"
+            return False
+        self._unstartable = None
+        return True
+
+    def _found(self) -> Measurement:
+        """What the child has found, or why it found nothing."""
+        answer = self._answer(time.monotonic() + self.longest)
+        if answer is None:
+            if not self._has_ended():
+                self.close()
+                return failed(f"it was given up after {self.longest:g} s", passing=True)
+            how, killed = self._how_it_ended(), self._exit_code() == -signal.SIGKILL
+            self.close()
+            # That is how a system ends a process where memory runs out.
+            return failed(f"the process that measured it ended with {how}", passing=killed)
+        try:
+            found = Measurement(Figure(**answer["figure"]), answer["copy_seconds"], answer["waited"])
+            is_unusable = answer["unusable"] is not None
+        except (KeyError, TypeError):
+            found, is_unusable = failed("it wrote over the answer of the process that measured it"), True
+        if is_unusable:
+            self.close()
+        return found
+
+    def _answer(self, until: float) -> dict[str, Any] | None:
+        """The next answer to the last order; None where the child has ended, or none has come ``until`` then."""
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        while True:
+            line, found, rest = self._unread.partition(b"\n")
+            if found:
+                self._unread = rest
+                answer = _parsed(line)
+                if answer.get("number") == self._orders:
+                    return answer
+                continue
+            # What the child has forked may hold its end of the pipe open, so that it has ended shows elsewhere. That is asked
+            # before the pipe is read: what it wrote before its end is there then.
+            has_ended = self._has_ended()
+            wait = 0 if has_ended else min(until - time.monotonic(), _TICK_SECONDS)
+            if wait < 0 or len(self._unread) > _LONGEST_LINE:
+                return None
+            if select.select([process.stdout], [], [], wait)[0]:
+                read = os.read(process.stdout.fileno(), 2**16)
+                self._unread += read
+                if read:
+                    continue
+                # The child has closed its end and lives on.
+                time.sleep(0 if has_ended else _TICK_SECONDS)
+            if has_ended:
+                return None
+
+    def _has_ended(self) -> bool:
+        return self._exit_code() is not None
+
+    def _exit_code(self) -> int | None:
+        """The child's exit code, negative for a signal; None while it runs. Its number stays its own until it is waited for."""
         assert self._process is not None
-        code = self._process.wait()
-        self._errors.seek(0)
+        status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is None:
+            return None
+        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+
+    def _how_it_ended(self) -> str:
+        code = self._exit_code()
+        if code is None:
+            return "its pipe closed"
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(size - _LONGEST_ERROR, 0))
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        self.close()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"the process that measured it ended with {how}" + (f": {lines[-1]}" if lines else "")
+        return how + (f": {printable(lines[-1])}" if lines else "")
 
 
-_NOT_FOR_THE_CHILD = ("ATTNREG_BACKEND", "ATTNREG_AUTOTUNE")
+def _parsed(line: bytes) -> dict[str, Any]:
+    """What a line of the child says; nothing where it is no answer, but what a candidate wrote into its pipe."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
 
 
-def main() -> None:
-    """Carry out orders until there are no more."""
-    answers = os.fdopen(os.dup(1), "w")
+def main(parent: int) -> None:
+    """Carry out orders until there are no more, in a process that ends, with all that it starts, where the ``parent`` does."""
+    worker = os.fork()
+    if worker:
+        _guard(worker, parent)
+    _ask_to_be_killed()
+    orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a backend reads is no order
     os.dup2(2, 1)  # what a backend prints is no answer
-    for line in sys.stdin:
+    _carry_out(orders, answers)
+
+
+def _carry_out(orders: Iterable[str], answers: TextIO) -> None:
+    own = os.getpid()
+
+    def answer(order: Mapping[str, Any], **said: Any) -> None:
+        json.dump({**said, "number": order["number"]}, answers)
+        print(file=answers, flush=True)
+
+    for line in orders:
         order = json.loads(line)
         device = torch.device(order["device"])
+        answer(order)
         take_over(order["settings"])
         try:
             found = measure_candidate(call_from_json(order["problem"], device), order["backend"], order["seconds"])
         except SystemExit as error:
             found = failed(first_line(error))
-        json.dump({**asdict(found), "unusable": why_unusable(device)}, answers)
-        print(file=answers, flush=True)
+        if os.getpid() != own:
+            os._exit(0)  # a candidate has forked: its child has nothing to say here
+        answer(order, **asdict(found), unusable=why_unusable(device))
         # What lives now is torch's and the compilers': to look through it after every candidate would take 0.2 s each time.
         gc.freeze()
 
 
-if __name__ == "__main__":
-    main()
+def _guard(worker: int, parent: int) -> NoReturn:
+    """Wait for the worker, and end as it does; where the parent has ended, end the worker and all that it started.
+
+    A process of its own, as a candidate may hold the worker's interpreter for as long as it likes.
+    """
+    while True:
+        ended, status = os.waitpid(worker, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            if code < 0:
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                with suppress(OSError):  # SIGKILL is what it always is
+                    signal.signal(-code, signal.SIG_DFL)
+                os.kill(os.getpid(), -code)
+            os._exit(code)
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGKILL)
+        time.sleep(_TICK_SECONDS)
+
+
+def _ask_to_be_killed() -> None:
+    """Ask Linux to kill this process when its parent, the guard, ends: then nobody would end it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG

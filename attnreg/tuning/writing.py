@@ -4,69 +4,90 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from attnreg.paths import make_private
 from attnreg.registry import registry
 from attnreg.tables import store
-from attnreg.tables.environment import environment
-from attnreg.tables.table import Table, TableError, to_json
+from attnreg.tables.environment import Environment, environment
+from attnreg.tables.table import MOST_BYTES, MOST_ROWS, Table, TableError, to_json
 
 # A process that died holding the lock has let go of it; one that writes needs milliseconds.
-LOCK_SECONDS = 60
+LOCK_SECONDS = 60.0
+# A call waits no longer for another process to write.
+CALL_SECONDS = 5.0
+# What was written for so long without an end has lost its writer.
+_LONGEST_WRITING_SECONDS = 3600.0
 
 
-def check_writable() -> None:
-    """Raise an OSError that names the folder unless tables can be written: better before measuring than after."""
-    folder = store.table_dir()
+def check_writable(environment: Environment, seconds: float = LOCK_SECONDS) -> None:
+    """Raise an OSError that says what is in the way unless :func:`save` can write: better before measuring than after.
+
+    All of it is done but for the last step, in which a table takes its place.
+    """
+    folder: Path | None = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _beside(folder / "table.json"):
-            pass
+        folder = store.table_dir()
+        make_private(folder)
+        with _locked(folder, environment, seconds):
+            _sweep(folder)
+            with _beside(_place(folder, environment)[0]) as temporary:
+                temporary.write_text("{}", encoding="utf-8")
     except OSError as error:
-        raise OSError(f"tables cannot be written to {folder}: {error.strerror or error}") from None
+        where = "" if folder is None else f" to {folder}"
+        raise OSError(f"tables cannot be written{where}: {error.strerror or error}") from None
 
 
-def save(table: Table) -> Path:
+def save(table: Table, seconds: float = LOCK_SECONDS) -> Path:
     """Merge ``table`` into the file of its environment, under a lock: what another process wrote meanwhile is kept.
 
-    A file of that name that cannot be read as a table is left alone: the table goes beside it.
+    Figures that are no lasting facts are left out. A file of that name that cannot be read as a table, or that belongs to
+    another user, is left alone: the table goes beside it. It holds no more rows than a table may, those measured last.
+
+    Args:
+        table: the figures.
+        seconds: how long to wait for another process that writes.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; a TimeoutError where another process is still writing.
     """
     folder = store.table_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{table.environment.file_name}.lock", timeout=LOCK_SECONDS):
-        for path in _names(folder / table.environment.file_name):
-            if not path.exists():
-                break
-            try:
-                table = store.load(path).merged(table)
-                break
-            except TableError:
-                continue
-        write(table, path)
+    make_private(folder)
+    with _locked(folder, table.environment, seconds):
+        path, there = _place(folder, table.environment)
+        merged = table.lasting() if there is None else there.merged(table.lasting())
+        write(merged.newest(MOST_ROWS), path)
     registry.tables.changed()
     registry.look_at_tables()
     return path
 
 
 def keep(table: Table) -> str | None:
-    """Save ``table``; where it cannot be written it serves this process alone. Returns what is wrong, or None."""
+    """Save ``table``; what is not in the file then serves this process alone. Returns what is wrong, or None."""
+    fault = None
     try:
-        save(table)
-    except (OSError, TimeoutError) as error:
-        registry.tables.hold(table)
-        registry.look_at_tables()
-        return str(error)
-    return None
+        if table.lasting().rows:
+            save(table, CALL_SECONDS)
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault is not None or table.lasting() != table:
+        hold(table)
+    return fault
+
+
+def hold(table: Table) -> None:
+    """Keep ``table`` for this process alone."""
+    registry.tables.hold(table)
+    registry.look_at_tables()
 
 
 def write(table: Table, path: Path) -> None:
@@ -75,9 +96,13 @@ def write(table: Table, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    text = to_json(table)
+    while len(text) > MOST_BYTES:  # rows of many candidates: nobody would read it
+        table = table.newest(len(table.rows) // 2)
+        text = to_json(table)
     try:
         with _beside(path) as temporary:
-            temporary.write_text(to_json(table), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
@@ -100,7 +125,7 @@ def own_table(device: torch.device, *, shipped: bool = False) -> Table:
         alike = table.environment.float32 == here.float32
         rows = {call: row for call, row in table.rows.items() if alike or call.dtype is not torch.float32}
         whose = replace(table.environment, float32=here.float32)
-        found = Table(whose, found.rows).merged(Table(whose, rows))
+        found = Table(whose, found.rows, found.copy_seconds).merged(Table(whose, rows, table.copy_seconds))
     if not found.rows:
         raise ValueError("; ".join((f"there is no table for {here.device}; `attnreg tune` makes one", *problems)))
     return found
@@ -135,11 +160,68 @@ def import_table(path: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    os.chmod(name, 0o644)
+def _locked(folder: Path, environment: Environment, seconds: float) -> Iterator[None]:
+    """Alone with the files of an environment.
+
+    Raises:
+        OSError: the lock cannot be had; a TimeoutError where another process holds it for longer.
+    """
+    path = folder / f".{environment.file_name}.lock"
+    # Who may write into the folder may lock: another user could not save otherwise.
+    mode = 0o600 | (stat.S_IMODE(folder.stat().st_mode) & 0o066)
+    lock = FileLock(path, timeout=seconds, mode=mode)
     try:
+        lock.acquire()
+    except Timeout:
+        raise TimeoutError(f"another process holds {path} for {seconds:g} s already") from None
+    except NotImplementedError:
+        raise OSError(f"the file system of {folder} cannot lock files") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be locked: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _place(folder: Path, environment: Environment) -> tuple[Path, Table | None]:
+    """The file for the tables of an environment, and the table that is there."""
+    for path in _names(folder / environment.file_name):
+        if not os.path.lexists(path):
+            return path, None
+        if not _is_replaceable(path):
+            continue
+        with suppress(TableError):
+            return path, store.load(path)
+    raise AssertionError("there is no end of names")
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether this user may put another file in the place of one: in a sticky folder it has to be their own."""
+    folder = path.parent.stat()
+    if not folder.st_mode & stat.S_ISVTX:
+        return True
+    return os.geteuid() in (0, folder.st_uid, path.lstat().st_uid)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote left behind."""
+    for left in folder.glob(f".*.json.{_UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _LONGEST_WRITING_SECONDS:
+                left.unlink()
+
+
+# How the name of a file goes on that is not finished.
+_UNFINISHED = "unfinished-"
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_UNFINISHED}")
+    os.close(handle)
+    try:
+        os.chmod(name, 0o644)
         yield Path(name)
     finally:
         with suppress(FileNotFoundError):

@@ -83,7 +83,14 @@ def _gathered(key: Tensor, heads: int, query_length: int, window: Window, visibl
     """The keys of each query's window side by side, (N, H, Lq, W, E), 0 in invisible slots."""
     positions = _positions(query_length, key.shape[2], window, key.device).clamp(0, key.shape[2] - 1)
     of_query_heads = _accumulated(with_gradient_laid_out(key)).repeat_interleave(heads // key.shape[1], dim=1)
-    return of_query_heads[:, :, positions].where(visible.unsqueeze(-1), 0.0)
+    if key.device.type == "cpu" and torch._C._functorch.peek_interpreter_stack() is None:
+        # Its gradient is added up in order. That of an indexed tensor is so on a GPU; here threads add as they come. But vmap,
+        # traced with open sizes, would keep those of the trace.
+        gathered: Tensor = of_query_heads.index_select(2, positions.flatten()).unflatten(2, positions.shape)
+    else:
+        gathered = of_query_heads[:, :, positions]
+    visible_keys: Tensor = gathered.where(visible.unsqueeze(-1), 0.0)
+    return visible_keys
 
 
 def _visible(

@@ -118,7 +118,8 @@ def narrow(
 
 
 def _call(written: Mapping[str, Any]) -> Problem:
-    return call_from_json(written, torch.device(written["device_type"]))
+    call = {name: value for name, value in written.items() if name not in ("name", "device_type")}
+    return call_from_json(call, torch.device(written["device_type"]))
 
 
 def _call_of_format_1(written: Mapping[str, Any]) -> Problem:

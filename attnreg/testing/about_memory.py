@@ -1,0 +1,294 @@
+"""Properties of memory: what is hidden or not initialised, what is written into, and how results lie."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg.memory import strides_like
+from attnreg.testing.about_values import judged
+from attnreg.testing.case import Case
+from attnreg.testing.cases import cases_named, rows_of
+from attnreg.testing.judging import difference
+from attnreg.testing.property import calls, holds, of_run, one, two
+from attnreg.testing.subject import Outcome, Seen, Subject, with_leaves
+from attnreg.testing.visibility import spoil
+
+BAD = (math.nan, math.inf, -math.inf)
+# How many rounding steps of the largest element a result may be off by, where a backend computes anew what a product over hidden
+# slots has spoilt.
+STEPS_OF_REPAIR = 8
+
+
+@holds(
+    "hidden",
+    "NaN or inf in what is hidden reaches nothing",
+    lambda subject, quick: calls(
+        subject, rows_of("hidden", quick=quick), dtypes=one(subject) if quick else two(subject)
+    ),
+)
+def hidden(subject: Subject, case: Case) -> str | None:
+    """In keys and values that no row sees, rows that see no key, hidden slots, and the incoming gradients of these."""
+    inputs = case.draw()
+    clean = subject.run(case, inputs)
+    for bad in BAD:
+        dirty = subject.run(case, spoil(case, inputs, bad))
+        for (name, got), wanted in zip(dirty.parts().items(), clean.parts().values()):
+            finite = wanted.isfinite()
+            size = float(wanted[finite].abs().max()) if bool(finite.any()) else 0.0
+            steps = STEPS_OF_REPAIR * torch.finfo(got.dtype).eps
+            apart = (got.double() - wanted.double()).abs().where(finite, 0)
+            same = (got == wanted)[~finite].all() and (
+                apart <= steps * (size + wanted.double().abs().where(finite, 0))
+            ).all()
+            if not bool(same):
+                return f"{name}: another one where {bad} lies in what is hidden"
+    return None
+
+
+@contextmanager
+def filled_memory() -> Iterator[None]:
+    """Memory that torch gives out uninitialised holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # There is no other switch for it, and none that is seen below Python.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@holds(
+    "uninitialised",
+    "results are written in full: no uninitialised memory shows",
+    lambda subject, quick: calls(
+        subject,
+        rows_of("window", "lengths", "grouped", "key_lengths", "bias", quick=True)
+        if quick
+        else rows_of("window", "lengths", "grouped", "key_lengths", "bias", "hidden"),
+        dtypes=one(subject),
+    ),
+)
+def uninitialised(subject: Subject, case: Case) -> str | None:
+    """Every torch.empty and its like holds NaN while the backend runs."""
+    with filled_memory():
+        return judged(subject, case)
+
+
+def _few(subject: Subject, quick: bool) -> Sequence[Case]:
+    names = ["causal", "window_of_one", "grouped_heads", "bias_full", "key_lengths", "transposed"]
+    if not quick:
+        names += ["everything", "over_a_tile", "tile_sized", "decode_step", "bias_over_batch", "packed", "expanded"]
+    return cases_named(*names)
+
+
+@holds(
+    "inputs_unchanged",
+    "nothing that a call is given is written into",
+    lambda subject, quick: calls(subject, _few(subject, quick), dtypes=one(subject) if quick else two(subject)),
+)
+def inputs_unchanged(subject: Subject, case: Case) -> str | None:
+    """Nor does the backward write into the results of the forward."""
+    inputs = case.draw()
+    held = {
+        **inputs.tensors,
+        **{name: given for name, given in inputs.arguments.items() if isinstance(given, Tensor)},
+        "incoming gradient": inputs.upstream,
+    }
+    before = {name: tensor.clone() for name, tensor in held.items()}
+    if not case.problem.needs_grad:
+        subject.run(case, inputs)
+    else:
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves.items()}
+        with subject.watched() as seen:
+            output = subject.call(case, with_leaves(inputs, leaves))
+            results = [result.detach() for call in seen for result in _results(call)]
+        copies = [result.clone() for result in results]
+        torch.autograd.grad(output, list(leaves.values()), inputs.upstream)
+        if not all(_same(result, copy) for result, copy in zip(results, copies)):
+            return "a result of the forward: changed by the backward"
+    for name, tensor in held.items():
+        if not _same(tensor, before[name]):
+            return f"{name}: changed by the call"
+    return None
+
+
+@holds(
+    "nothing_aliased",
+    "results are new memory: no input's, no other result's, no earlier call's",
+    lambda subject, quick: calls(subject, _few(subject, quick), dtypes=one(subject) if quick else two(subject)),
+)
+def nothing_aliased(subject: Subject, case: Case) -> str | None:
+    """What the functions of the backend return, before attnreg puts it into its order."""
+    with subject.watched() as seen:
+        outcome = subject.run(case, case.draw())
+    for call in seen:
+        given = [*call.inputs, *[each for each in call.options.values() if isinstance(each, Tensor)]]
+        places = [_place(tensor) for tensor in given]
+        for result in _results(call):
+            if result.numel() and _place(result) in places:
+                return f"{_function(call)}: a result lies in the memory of an input or another result"
+            places.append(_place(result))
+    kept = [part.clone() for part in outcome.parts().values()]
+    subject.run(case, replace(case, seed=case.seed + 1).draw())
+    for (name, part), copy in zip(outcome.parts().items(), kept):
+        if not _same(part, copy):
+            return f"{name}: changed by a later call"
+    return None
+
+
+@holds(
+    "described",
+    "results have the shapes, dtypes and device of the contract",
+    lambda subject, quick: calls(
+        subject,
+        [*_few(subject, quick), *rows_of("bias_dtype", "value_dim", quick=quick)],
+        dtypes=of_run(subject, quick),
+    ),
+)
+def described(subject: Subject, case: Case) -> str | None:
+    """What the functions of the backend return; gradients by the names that were asked for."""
+    with subject.watched() as seen:
+        outcome = subject.run(case, case.draw())
+    for call in seen:
+        fault = _fault_of_description(call)
+        if fault is not None:
+            return f"{_function(call)}: {fault}"
+    leaves = case.draw().leaves
+    for name, gradient in outcome.gradients.items():
+        if (gradient.shape, gradient.dtype) != (leaves[name].shape, leaves[name].dtype):
+            return f"gradient of {name}: {_text(gradient)}, expected {_text(leaves[name])}"
+    return None
+
+
+@holds(
+    "memory_order",
+    "results lie in memory as the tensors that they belong to",
+    lambda subject, quick: calls(
+        subject, rows_of("layout", quick=quick), dtypes=one(subject) if quick else two(subject)
+    ),
+)
+def memory_order(subject: Subject, case: Case) -> str | None:
+    """What the functions of the backend return: attnreg would copy it into order, at a cost.
+
+    Of a backend that consists of torch operations, which order their results in ways of their own, what users get.
+    """
+    with subject.watched() as seen:
+        outcome = subject.run(case, case.draw())
+    for call in () if subject.backend.differentiable else seen:
+        first = next(iter(call.tensors.values()))
+        if call.is_backward:
+            named = {**call.tensors, **call.options}
+            pairs = [
+                (f"gradient of {name}", gradient, strides_like(named[name]))
+                for name, gradient in call.returned.items()
+                if gradient.shape == named[name].shape
+            ]
+        else:
+            pairs = [
+                (name, result, strides_like(result.new_empty(result.shape) if row.of_rows else first, result.shape[-1]))
+                for result, (name, row) in zip(_results(call), call.op.results.items())
+            ]
+        for name, result, wanted in pairs:
+            if any(own != other for own, other, size in zip(result.stride(), wanted, result.shape) if size != 1):
+                return f"{_function(call)}: {name} has strides {result.stride()}, expected {wanted}"
+    first = next(iter(case.draw().tensors.values()))
+    if outcome.output.stride() != strides_like(first, outcome.output.shape[-1]):
+        return (
+            f"output: has strides {outcome.output.stride()}, expected {strides_like(first, outcome.output.shape[-1])}"
+        )
+    return None
+
+
+@holds(
+    "repeatable",
+    "the same call gives the same bits",
+    lambda subject, quick: calls(
+        subject,
+        cases_named("causal", "key_lengths_with_bias", "grouped_heads")
+        if quick
+        else rows_of("everything", "window", "grouped", "bias"),
+        dtypes=one(subject) if quick else two(subject),
+    ),
+)
+def repeatable(subject: Subject, case: Case) -> str | None:
+    """Also after another one, of other numbers."""
+    inputs = case.draw()
+    first = subject.run(case, inputs)
+    for round in range(3):
+        if round == 1:
+            subject.run(case, replace(case, seed=case.seed + 1).draw())
+        fault = difference(subject.run(case, inputs), first)
+        if fault is not None:
+            return f"{fault} in a repeated call"
+    return None
+
+
+def _results(call: Seen) -> list[Tensor]:
+    found = call.returned
+    values = found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple) else (found,)
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+def _function(call: Seen) -> str:
+    return call.op.backward if call.is_backward else call.op.name
+
+
+def _fault_of_description(call: Seen) -> str | None:
+    tensors, returned = call.tensors, call.returned
+    first = next(iter(tensors.values()))
+    wanted: dict[str, tuple[Sequence[int], torch.dtype]]
+    found: dict[str, Any]
+    if call.is_backward:
+        if not isinstance(returned, Mapping):
+            return f"returned {type(returned).__name__}, not gradients by name"
+        named = {**tensors, **call.options}
+        wanted = {name: (named[name].shape, named[name].dtype) for name in sorted(call.options["needs_grad"])}
+        missing = wanted.keys() - returned.keys()
+        if missing:
+            return f"left out the gradient of {', '.join(sorted(missing))}"
+        found = dict(returned)
+    else:
+        results = returned if isinstance(returned, tuple) else (returned,)
+        if len(results) != len(call.op.results):
+            return f"returned {len(results)} results, not {len(call.op.results)}"
+        sizes = {
+            letter: size for name, dims in call.op.tensors.items() for letter, size in zip(dims, tensors[name].shape)
+        }
+        found = dict(zip(call.op.results, results))
+        wanted = {}
+        for name, row in call.op.results.items():
+            # The width of a band that is made, and not given, is seen where users get it.
+            of_result = [sizes.get(letter, found[name].shape[-1]) for letter in row.dims]
+            wanted[name] = (of_result, row.dtype(first.dtype))
+    for name, (shape, dtype) in wanted.items():
+        result = found[name]
+        if not isinstance(result, Tensor):
+            return f"{name} is {type(result).__name__}, not a tensor"
+        if (tuple(result.shape), result.dtype, result.device) != (tuple(shape), dtype, first.device):
+            return f"{name} is {_text(result)}, expected {tuple(shape)}, {dtype} on {first.device}"
+    return None
+
+
+def _text(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _same(got: Tensor, wanted: Tensor) -> bool:
+    return difference(Outcome(got, {}), Outcome(wanted, {})) is None

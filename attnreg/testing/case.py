@@ -1,0 +1,387 @@
+"""One call to try: a Problem, and the few facts that a Problem does not hold, such as how its tensors lie in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg.measuring.sizes import result_shape, tensor_shapes
+from attnreg.op import ROWS, Argument
+from attnreg.problem import Given, Problem, dtype_name
+from attnreg.testing.inputs import Inputs
+from attnreg.window import Window
+
+# The letters of a bias as tests write them, "NHLW", and as an op's row has them.
+_AS_IN_ROWS = str.maketrans("L", "Q")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call to try.
+
+    Attributes:
+        name: what reports call it.
+        problem: the call; ``needs_grad`` says whether gradients are asked for.
+        values: of the arguments that have chosen ones, by name: numbers, and of integer tensors their elements, cut to the batch.
+        dims: of the arguments that broadcast, by name, how many dimensions are written; all where it is not here.
+        dtypes: of the arguments that have a dtype of their own, by name; the others have that of the tensors.
+        layout: how the floating-point tensors lie in memory, a name of ``LAYOUTS``.
+        hidden: the share of a bias' elements that are -inf.
+        magnitude: what the first tensor is multiplied by.
+        one_sign: whether the tensors of scores have no negative number: the scores of a row are near each other then.
+        seed: of the random numbers.
+    """
+
+    name: str
+    problem: Problem
+    values: tuple[tuple[str, Any], ...] = ()
+    dims: tuple[tuple[str, int], ...] = ()
+    dtypes: tuple[tuple[str, torch.dtype], ...] = ()
+    layout: str = "contiguous"
+    hidden: float = 0.0
+    magnitude: float = 1.0
+    one_sign: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def of(self, op: str, dtype: torch.dtype, device: torch.device, *, needs_grad: bool = True) -> Case:
+        """The same case for another op, without what that does not have."""
+        row, problem = ROWS[op], self.problem
+        letters = "".join(row.tensors.values())
+        names = {argument.name for argument in row.arguments}
+
+        def is_floating(name: str) -> bool:
+            argument = _argument(op, name)
+            return argument.dims is not None and argument.kind == "floating" and name not in dict(self.dtypes)
+
+        other = replace(
+            problem,
+            op=op,
+            dtype=dtype,
+            device=device,
+            head_dim=problem.head_dim if "E" in letters else 0,
+            value_dim=problem.value_dim if "D" in letters else 0,
+            given=tuple(
+                (name, replace(given, dtype=dtype) if is_floating(name) else given)
+                for name, given in problem.given
+                if name in names
+            ),
+            needs_grad=needs_grad,
+        )
+        return replace(
+            self,
+            problem=other,
+            values=tuple((name, value) for name, value in self.values if name in names),
+            dims=tuple((name, count) for name, count in self.dims if name in names),
+            dtypes=tuple((name, its) for name, its in self.dtypes if name in names),
+            hidden=self.hidden if "bias" in names else 0.0,
+        )
+
+    def changed(self, **facts: Any) -> Case:
+        """The case with another problem: ``facts`` of it are changed, and the arguments that are given have its sizes."""
+        rows = {argument.name: argument for argument in ROWS[self.problem.op].arguments}
+        changed = replace(self.problem, **facts)
+        given = tuple(
+            (name, replace(each, shape=_resized(rows[name], each.shape, changed))) for name, each in changed.given
+        )
+        return replace(self, problem=replace(changed, given=given))
+
+    def draw(self) -> Inputs:
+        """Its tensors: random, also the incoming gradient, as one of ones would hide a flipped window."""
+        problem = self.problem
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            drawn = torch.randn(shape, generator=generator)
+            return _LAYOUTS[self.layout](drawn.to(dtype).to(problem.device))
+
+        tensors = {name: random(shape, problem.dtype) for name, shape in tensor_shapes(problem).items()}
+        if self.one_sign:
+            tensors = {name: each if name in ("value", "weights") else each.abs() for name, each in tensors.items()}
+        if self.magnitude != 1:
+            first = next(iter(tensors))
+            tensors[first] = _LAYOUTS[self.layout]((tensors[first].float() * self.magnitude).to(problem.dtype))
+        upstream = random(result_shape(problem), problem.dtype)
+        arguments: dict[str, Any] = {}
+        for argument in ROWS[problem.op].arguments:
+            given, value = problem.gives(argument.name), dict(self.values).get(argument.name)
+            if argument.dims is None:
+                if value is not None:
+                    arguments[argument.name] = value
+            elif given is not None and given.dtype is not None:
+                if argument.kind == "integer":
+                    arguments[argument.name] = self._integers(argument, given, generator)
+                    continue
+                drawn = random(given.shape, given.dtype)
+                if self.hidden:
+                    kept = torch.rand(given.shape, generator=generator) >= self.hidden
+                    drawn = _LAYOUTS[self.layout](drawn.masked_fill(~kept.to(problem.device), -math.inf))
+                written = dict(self.dims).get(argument.name, len(given.shape))
+                for _ in range(len(given.shape) - written):
+                    drawn = drawn[0]
+                arguments[argument.name] = drawn
+        return Inputs(tensors, arguments, upstream)
+
+    def _integers(self, argument: Argument, given: Given, generator: torch.Generator) -> Tensor:
+        assert argument.at_most is not None
+        most, chosen = self.problem.size(argument.at_most), dict(self.values).get(argument.name)
+        if chosen is None:
+            numbers = torch.randint(most + 1, given.shape, generator=generator)
+        else:
+            count = math.prod(given.shape)
+            repeated = (list(chosen) * count)[:count] if chosen else [most] * count
+            numbers = torch.tensor(repeated).clamp(max=most).view(given.shape)
+        return numbers.to(given.dtype).to(self.problem.device)
+
+    def lines(self) -> list[str]:
+        """Python that makes this case, with ``make_case`` imported."""
+        facts = {**_written(self.problem), **dict(self.values)}
+        for name, each in self.problem.given:
+            argument = _argument(self.problem.op, name)
+            if argument.broadcasts:
+                facts[name] = self._letters(argument, each)
+            elif name not in facts:
+                facts[name] = ()
+            elif argument.kind == "integer":
+                # As many as there are.
+                facts[name] = tuple(facts[name])[: max(math.prod(each.shape), 1)]
+            if name in dict(self.dtypes):
+                facts[f"{name}_dtype"] = each.dtype
+        for field, default in (
+            ("layout", "contiguous"),
+            ("hidden", 0.0),
+            ("magnitude", 1.0),
+            ("one_sign", False),
+            ("seed", 0),
+        ):
+            if getattr(self, field) != default:
+                facts[field] = getattr(self, field)
+        lines, line = ["case = make_case("], "   "
+        for name, fact in facts.items():
+            written = f" {name}={fact!r},"
+            if len(line) + len(written) > 72:
+                lines.append(line)
+                line = "   "
+            line += written
+        return [*lines, line, ")"]
+
+    def _letters(self, argument: Argument, given: Given) -> str:
+        assert argument.dims is not None
+        letters = "".join(
+            "1" if size == 1 else letter for size, letter in zip(given.shape, argument.dims.replace("Q", "L"))
+        )
+        return letters[len(letters) - dict(self.dims).get(argument.name, len(letters)) :]
+
+
+def make_case(
+    name: str = "",
+    *,
+    op: str = "local_attention",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    batch: int = 2,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    query_length: int = 37,
+    key_length: int | None = None,
+    head_dim: int = 16,
+    value_dim: int | None = None,
+    window: Window | None = None,
+    needs_grad: bool = True,
+    layout: str = "contiguous",
+    hidden: float = 0.0,
+    magnitude: float = 1.0,
+    one_sign: bool = False,
+    seed: int = 0,
+    **arguments: Any,
+) -> Case:
+    """A case by its facts; those that are not given are small and ordinary.
+
+    Args:
+        name: what reports call it.
+        op: the op's name.
+        dtype: of the tensors.
+        device: where they are.
+        batch: N.
+        heads: H.
+        kv_heads: Hkv; H where not given.
+        query_length: Lq.
+        key_length: Lk; Lq where not given.
+        head_dim: E.
+        value_dim: D; E where not given.
+        window: the window of keys; eight keys, causal, where not given.
+        needs_grad: whether gradients are asked for.
+        layout: as in :class:`Case`.
+        hidden: likewise.
+        magnitude: likewise.
+        one_sign: likewise.
+        seed: likewise.
+        arguments: optional arguments of the op: of one that broadcasts its sizes in letters, "NHLW", "H1W", "1"; of a
+            tensor of integers its elements, () for random ones; else a number. ``NAME_dtype`` gives a tensor's dtype.
+
+    Raises:
+        ValueError: the op, an argument or the layout is unknown.
+    """
+    if op not in ROWS:
+        raise ValueError(f"op must be one of {', '.join(ROWS)}, got {op!r}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    window = Window.causal(8) if window is None else window
+    letters = "".join(ROWS[op].tensors.values())
+    value_dim = head_dim if value_dim is None else value_dim
+    problem = Problem(
+        op=op,
+        device=torch.device(device),
+        dtype=dtype,
+        batch=batch,
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        query_length=query_length,
+        key_length=query_length if key_length is None else key_length,
+        head_dim=head_dim if "E" in letters else 0,
+        value_dim=value_dim if "D" in letters else 0,
+        window=window,
+        needs_grad=needs_grad,
+    )
+    given, values, dims, dtypes = [], [], [], []
+    wanted = {key: value for key, value in arguments.items() if value is not None}
+    for argument in ROWS[op].arguments:
+        dtype_of = wanted.pop(f"{argument.name}_dtype", None)
+        if argument.name not in wanted:
+            continue
+        value = wanted.pop(argument.name)
+        if dtype_of is not None:
+            dtypes.append((argument.name, dtype_of))
+        if argument.dims is None:
+            values.append((argument.name, value))
+            if not argument.for_all:
+                given.append((argument.name, Given()))
+        elif argument.broadcasts:
+            written = value.translate(_AS_IN_ROWS)
+            whole = written.rjust(len(argument.dims), "1")
+            shape = tuple(1 if letter == "1" else problem.size(letter) for letter in whole)
+            given.append((argument.name, Given(shape, dtype_of or dtype)))
+            if len(written) < len(argument.dims):
+                dims.append((argument.name, len(written)))
+        else:
+            shape = tuple(problem.size(letter) for letter in argument.dims)
+            is_integer = argument.kind == "integer"
+            given.append((argument.name, Given(shape, dtype_of or (torch.int64 if is_integer else dtype))))
+            if is_integer and value:
+                values.append((argument.name, tuple(value)))
+    if wanted:
+        raise ValueError(f"{op} has no argument {', '.join(sorted(wanted))}")
+    return Case(
+        name=name or "case",
+        problem=replace(problem, given=tuple(given)),
+        values=tuple(values),
+        dims=tuple(dims),
+        dtypes=tuple(dtypes),
+        layout=layout,
+        hidden=hidden,
+        magnitude=magnitude,
+        one_sign=one_sign,
+        seed=seed,
+    )
+
+
+def _argument(op: str, name: str) -> Argument:
+    return next(argument for argument in ROWS[op].arguments if argument.name == name)
+
+
+def _resized(argument: Argument, shape: tuple[int, ...], problem: Problem) -> tuple[int, ...]:
+    """The shape of an argument for the sizes of ``problem``; a dimension of 1 that may broadcast does so."""
+    return tuple(
+        1 if argument.broadcasts and size == 1 else problem.size(letter)
+        for letter, size in zip(argument.dims or "", shape)
+    )
+
+
+def _written(problem: Problem) -> dict[str, Any]:
+    """The facts of a problem as :func:`make_case` takes them, without those that follow."""
+    facts: dict[str, Any] = {"op": problem.op, "dtype": problem.dtype}
+    if problem.device.type != "cpu":
+        facts["device"] = str(problem.device)
+    facts.update(batch=problem.batch, heads=problem.heads)
+    if problem.kv_heads != problem.heads:
+        facts["kv_heads"] = problem.kv_heads
+    facts["query_length"] = problem.query_length
+    if problem.key_length != problem.query_length:
+        facts["key_length"] = problem.key_length
+    if problem.head_dim:
+        facts["head_dim"] = problem.head_dim
+    if problem.value_dim and problem.value_dim != problem.head_dim:
+        facts["value_dim"] = problem.value_dim
+    facts["window"] = problem.window
+    if not problem.needs_grad:
+        facts["needs_grad"] = False
+    return facts
+
+
+def case_id(case: Case) -> str:
+    """A case's name with its op and dtype."""
+    return f"{case.problem.op.removeprefix('local_')}-{dtype_name(case.problem.dtype)}-{case.name}"
+
+
+# How tensors lie in memory
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _lengths_first(tensor: Tensor) -> Tensor:
+    """(N, L, H, E), as models keep it."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """A slice of packed projections, (N, L, 3, H, E)."""
+    return torch.stack([tensor.transpose(1, 2)] * 3, dim=2)[:, :, 1].transpose(1, 2)
+
+
+def _heads_last(tensor: Tensor) -> Tensor:
+    """(L, N, H, E), as torch's own multi-head attention keeps it."""
+    return tensor.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """A part of something larger in every dimension, with NaN around it."""
+    n, h, length, dim = tensor.shape
+    larger = tensor.new_full((n + 1, h + 2, length + 3, dim + 8), math.nan)
+    larger[1:, 1:-1, 2:-1, 4:-4] = tensor
+    return larger[1:, 1:-1, 2:-1, 4:-4]
+
+
+def _expanded(tensor: Tensor) -> Tensor:
+    """All heads are the first one."""
+    return tensor[:, :1].expand(tensor.shape)
+
+
+def _expanded_batch(tensor: Tensor) -> Tensor:
+    """All sequences are the first one."""
+    return tensor[:1].expand(tensor.shape)
+
+
+def _last_dimension_strided(tensor: Tensor) -> Tensor:
+    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+_LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": _contiguous,
+    "transposed": _lengths_first,
+    "packed": _packed,
+    "heads_last": _heads_last,
+    "strided": _strided,
+    "expanded": _expanded,
+    "expanded_batch": _expanded_batch,
+    "last_dimension_strided": _last_dimension_strided,
+}
+LAYOUTS = tuple(_LAYOUTS)

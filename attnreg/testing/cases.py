@@ -1,0 +1,376 @@
+"""The one table of cases, from which those are taken that a backend declares that it can do.
+
+Each is a call of ``local_attention`` in float32; properties make the calls of other ops, dtypes and devices of it. Where a
+backend takes certain head dims or windows alone, a case gets the nearest of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from attnreg.backend import Capability
+from attnreg.testing.case import LAYOUTS, Case, make_case
+from attnreg.window import Window
+
+
+def _over(group: str, *, quick: Collection[str] = (), **cases: dict[str, Any]) -> list[Row]:
+    return [Row(group, make_case(name, **facts), name in quick) for name, facts in cases.items()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        group: what the case is about.
+        case: the case.
+        quick: whether a quick run has it.
+    """
+
+    group: str
+    case: Case
+    quick: bool = False
+
+
+TABLE: Sequence[Row] = (
+    *_over(
+        "window",
+        quick=(
+            "causal",
+            "window_of_one",
+            "centered_even",
+            "over_a_tile",
+            "over_large_tiles",
+            "wider_than_the_sequence",
+            "several_sequences",
+        ),
+        causal={},
+        window_of_one={"window": Window(0, 0)},
+        centered_even={"window": Window.centered(8)},
+        centered_odd={"window": Window.centered(9)},
+        only_the_future={"window": Window(0, 6)},
+        wider_than_a_tile={"query_length": 150, "window": Window(70, 11)},
+        over_a_tile={"query_length": 150, "batch": 1, "heads": 1, "window": Window(9, 3)},
+        over_large_tiles={"query_length": 270, "batch": 1, "heads": 1, "head_dim": 8, "window": Window(5, 2)},
+        wide_over_large_tiles={"query_length": 270, "batch": 1, "heads": 1, "head_dim": 8, "window": Window(150, 40)},
+        several_sequences={"query_length": 9, "batch": 5, "heads": 3, "window": Window(2, 1)},
+        tile_sized={"query_length": 64, "window": Window.causal(64)},
+        wider_than_the_sequence={"query_length": 20, "window": Window(33, 45)},
+        far_wider_than_the_sequence={"query_length": 5, "window": Window(300, 200)},
+        one_query_one_key={"query_length": 1, "window": Window(2, 1)},
+        empty_batch={"query_length": 9, "window": Window(2, 1), "batch": 0},
+        one_dimension={"head_dim": 1, "query_length": 19},
+        three_dimensions={"head_dim": 3, "query_length": 19},
+        head_dim_17={"head_dim": 17, "query_length": 19},
+        head_dim_64={"head_dim": 64, "query_length": 33},
+        head_dim_80={"head_dim": 80, "query_length": 19},
+        # What kernels pad to several sizes in one call, over more than one tile of rows and keys.
+        head_dim_80_over_tiles={"head_dim": 80, "query_length": 150, "window": Window(70, 11), "batch": 1},
+        head_dim_256={"head_dim": 256, "query_length": 19, "batch": 1},
+    ),
+    *_over(
+        "scale",
+        quick=("scale_negative",),
+        scale_negative={"scale": -0.7},
+        scale_zero={"scale": 0.0},
+        scale_large={"scale": 3.0, "query_length": 19},
+    ),
+    *_over(
+        "lengths",
+        quick=("decode_step", "more_queries_than_keys", "one_over_a_tile"),
+        decode_step={"query_length": 1, "key_length": 50, "window": Window.causal(16)},
+        few_queries_many_keys={"query_length": 5, "key_length": 70, "window": Window(9, 2)},
+        more_queries_than_keys={"query_length": 40, "key_length": 13, "window": Window(3, 4)},
+        far_more_queries_than_keys={"query_length": 70, "key_length": 2, "window": Window(1, 1)},
+        one_over_a_tile={"query_length": 65, "key_length": 129, "window": Window.centered(33)},
+        no_query={"query_length": 0, "key_length": 9, "window": Window(2, 1)},
+        no_key={"query_length": 9, "key_length": 0, "window": Window(2, 1)},
+    ),
+    *_over(
+        "value_dim",
+        quick=("value_dim_larger",),
+        value_dim_larger={"head_dim": 8, "value_dim": 40},
+        value_dim_smaller={"head_dim": 40, "value_dim": 1},
+    ),
+    *_over(
+        "grouped",
+        quick=("grouped_heads",),
+        grouped_heads={"heads": 6, "kv_heads": 2},
+        one_kv_head={"heads": 5, "kv_heads": 1, "window": Window(4, 3)},
+        grouped_decode={"heads": 8, "kv_heads": 2, "query_length": 1, "key_length": 40, "key_lengths": (40, 17)},
+    ),
+    *_over(
+        "key_lengths",
+        quick=("key_lengths", "key_lengths_zero", "key_lengths_int32"),
+        key_lengths={"key_lengths": (23, 37)},
+        key_lengths_zero={"key_lengths": (0, 5), "window": Window(3, 2)},
+        key_lengths_int32={"key_lengths": (31, 8), "key_lengths_dtype": torch.int32, "window": Window(6, 5)},
+        key_lengths_with_bias={"key_lengths": (30, 9), "bias": "NHLW", "hidden": 0.3},
+    ),
+    *_over(
+        "bias",
+        quick=("bias_full", "bias_hides_some", "bias_hides_whole_rows"),
+        bias_full={"bias": "NHLW"},
+        bias_over_batch={"bias": "NH1W", "heads": 4, "kv_heads": 2},
+        bias_hides_some={"bias": "NHLW", "hidden": 0.4},
+        bias_hides_whole_rows={"bias": "N1L1", "hidden": 0.4},
+        bias_hides_everything={"bias": "NHLW", "hidden": 1.0},
+        bias_scaled={"bias": "H1W", "scale": 0.3, "window": Window(5, 5)},
+        bias_table_long={"bias": "H1W", "query_length": 150, "window": Window(70, 11)},
+    ),
+    *_over(
+        "bias_dtype",
+        quick=("bias_in_float32",),
+        bias_in_float32={"bias": "H1W", "bias_dtype": torch.float32},
+        bias_in_bfloat16={"bias": "NHLW", "bias_dtype": torch.bfloat16},
+    ),
+    *_over(
+        "everything",
+        quick=("everything",),
+        everything={
+            "heads": 6,
+            "kv_heads": 3,
+            "query_length": 70,
+            "key_length": 90,
+            "head_dim": 24,
+            "value_dim": 17,
+            "window": Window(20, 9),
+            "bias": "H1W",
+            "key_lengths": (90, 41),
+            "layout": "transposed",
+            "scale": 0.3,
+        },
+    ),
+    # Every way to broadcast a bias.
+    *_over(
+        "broadcast",
+        quick=("bias_H1W", "bias_NH11", "bias_1"),
+        **{
+            f"bias_{letters}": {"bias": letters, "query_length": 21, "window": Window(4, 2), "heads": 3}
+            for letters in (
+                *("NHLW", "NHL1", "NH1W", "NH11", "N1LW", "N1L1", "N11W", "N111"),
+                *("1HLW", "1HL1", "1H1W", "1H11", "11LW", "11L1", "111W", "1111"),
+                *("HLW", "H1W", "H11", "LW", "L1", "W", "1"),
+            )
+        },
+    ),
+    *_over(
+        "layout",
+        quick=LAYOUTS,
+        **{layout: {"layout": layout, "heads": 3, "query_length": 21, "window": Window(5, 2)} for layout in LAYOUTS},
+    ),
+    *_over(
+        "layout",
+        quick=("expanded_bias",),
+        **{
+            f"{layout}_bias": {"layout": layout, "heads": 3, "query_length": 21, "window": Window(5, 2), "bias": "NHLW"}
+            for layout in LAYOUTS[1:]
+        },
+    ),
+    *_over(
+        "layout",
+        transposed_value_dim={"layout": "transposed", "heads": 3, "query_length": 21, "value_dim": 24},
+        packed_lengths={"layout": "packed", "heads": 3, "query_length": 7, "key_length": 40},
+    ),
+    # Whatever can hide a row, a key or a slot.
+    *_over(
+        "hidden",
+        quick=("hidden_none", "hidden_by_lengths", "hidden_by_bias", "rows_before_the_keys"),
+        hidden_none={"query_length": 20, "window": Window(5, 4)},
+        one_row_before_the_keys={"batch": 1, "heads": 1, "query_length": 3, "key_length": 2, "window": Window(0, 0)},
+        rows_before_the_keys={"query_length": 75, "key_length": 40, "window": Window(6, 2)},
+        keys_before_the_windows={"query_length": 7, "key_length": 90, "window": Window(5, 0)},
+        hidden_by_lengths={"query_length": 40, "window": Window(5, 4), "key_lengths": (20, 0)},
+        nothing_but_hidden_keys={"query_length": 20, "key_lengths": (0, 0)},
+        hidden_by_both_lengths={"query_length": 40, "key_length": 33, "window": Window(5, 4), "key_lengths": (20, 0)},
+        hidden_by_bias={"bias": "NHLW", "hidden": 0.5, "query_length": 40, "window": Window(4, 2)},
+        hidden_columns={"bias": "H1W", "hidden": 0.5, "query_length": 70, "window": Window(9, 3)},
+        hidden_rows={"bias": "N1L1", "hidden": 0.5, "query_length": 40},
+        all_hidden={"bias": "1", "hidden": 1.0, "query_length": 20},
+        hidden_by_all={
+            "bias": "NHLW",
+            "hidden": 0.6,
+            "key_lengths": (30, 7),
+            "query_length": 50,
+            "key_length": 40,
+            "window": Window(7, 3),
+        },
+    ),
+    # All of one sign: the scores of a row are near each other and far from 0.
+    *_over(
+        "magnitude",
+        quick=("magnitude_1000", "magnitude_1e+06"),
+        **{
+            f"magnitude_{size:g}": {
+                "batch": 1,
+                "query_length": 20,
+                "window": Window(3, 0),
+                "magnitude": size,
+                "one_sign": True,
+            }
+            for size in (1e-3, 30.0, 1e3, 2e4, 1e6)
+        },
+    ),
+    *_over(
+        "magnitude",
+        quick=("scores_of_64",),
+        scores_of_4={"batch": 1, "query_length": 48, "head_dim": 32, "window": Window(9, 3), "magnitude": 4.0},
+        scores_of_64={"batch": 1, "query_length": 48, "head_dim": 32, "window": Window(9, 3), "magnitude": 64.0},
+    ),
+    # Larger than a few tiles in every direction: for an accelerator, where such a case costs nothing.
+    *_over(
+        "large",
+        large_causal_64={"heads": 4, "query_length": 1000, "head_dim": 64, "window": Window.causal(64)},
+        large_causal_256={
+            "batch": 1,
+            "heads": 4,
+            "kv_heads": 2,
+            "query_length": 777,
+            "key_length": 1500,
+            "head_dim": 128,
+            "window": Window.causal(256),
+        },
+        large_centered_512={
+            "batch": 1,
+            "query_length": 1025,
+            "head_dim": 64,
+            "value_dim": 96,
+            "window": Window.centered(512),
+            "bias": "H1W",
+            "key_lengths": (900,),
+        },
+        large_head_dim_256={
+            "batch": 1,
+            "kv_heads": 1,
+            "query_length": 300,
+            "head_dim": 256,
+            "window": Window(65, 65),
+            "bias": "NHLW",
+            "hidden": 0.2,
+        },
+        large_grouped_key_lengths={
+            "batch": 3,
+            "heads": 8,
+            "kv_heads": 2,
+            "query_length": 500,
+            "key_length": 777,
+            "head_dim": 64,
+            "value_dim": 128,
+            "window": Window(40, 25),
+            "key_lengths": (777, 300, 0),
+            "layout": "transposed",
+        },
+        large_head_dim_80={
+            "heads": 3,
+            "kv_heads": 1,
+            "query_length": 333,
+            "head_dim": 80,
+            "value_dim": 48,
+            "window": Window.causal(200),
+        },
+        large_narrow={
+            "heads": 4,
+            "query_length": 515,
+            "head_dim": 128,
+            "window": Window.centered(9),
+            "key_lengths": (515, 130),
+        },
+        large_all_keys={
+            "batch": 1,
+            "query_length": 300,
+            "key_length": 200,
+            "head_dim": 32,
+            "value_dim": 64,
+            "window": Window(1000, 1000),
+        },
+        large_negative_scale={"batch": 1, "query_length": 200, "head_dim": 64, "window": Window(30, 3), "scale": -0.2},
+        large_one_kv_head={
+            "batch": 1,
+            "heads": 64,
+            "kv_heads": 1,
+            "query_length": 300,
+            "head_dim": 64,
+            "window": Window(3, 3),
+        },
+        many_heads={
+            "batch": 700,
+            "heads": 100,
+            "kv_heads": 50,
+            "query_length": 3,
+            "head_dim": 8,
+            "window": Window(1, 1),
+        },
+    ),
+)
+CASES: Sequence[Case] = tuple(
+    row.case for row in TABLE if row.group not in ("broadcast", "hidden", "magnitude", "large")
+)
+
+SMALL_LENGTHS = ((1, 1), (1, 3), (3, 1), (2, 2), (3, 4), (4, 3), (5, 5))
+QUICK_LENGTHS = ((3, 4), (5, 5))
+MOST_OF_A_SMALL_WINDOW = 5
+
+
+def rows_of(*groups: str, quick: bool = False) -> list[Case]:
+    """The cases of these groups; those alone of a quick run where ``quick``."""
+    return [row.case for row in TABLE if row.group in groups and (row.quick or not quick)]
+
+
+def cases_named(*names: str) -> list[Case]:
+    """The cases of these names."""
+    return [row.case for row in TABLE if row.case.name in names]
+
+
+def small_windows(lengths: Sequence[tuple[int, int]] = SMALL_LENGTHS) -> list[Case]:
+    """Every window up to one wider than both sequences: an off-by-one has nowhere to hide."""
+    return [
+        make_case(
+            f"{queries}x{keys}_{left}_{right}",
+            batch=1,
+            heads=1,
+            query_length=queries,
+            key_length=keys,
+            head_dim=3,
+            value_dim=2,
+            window=Window(left, right),
+        )
+        for queries, keys in lengths
+        for left in range(MOST_OF_A_SMALL_WINDOW + 1)
+        for right in range(MOST_OF_A_SMALL_WINDOW + 1 - left)
+    ]
+
+
+def fitted(case: Case, capability: Capability) -> Case:
+    """A case with the head dims and the window that are the nearest of those that a backend takes."""
+    problem, window = case.problem, case.problem.window
+    size = _nearest(window.size, capability.window_sizes)
+    if size != window.size:
+        left = round((size - 1) * window.left / max(window.size - 1, 1))
+        window = Window(left, size - 1 - left)
+    head_dim = problem.head_dim and _nearest(problem.head_dim, capability.head_dims)
+    value_dim = problem.value_dim and _nearest(problem.value_dim, capability.head_dims)
+    if (head_dim, value_dim, window) == (problem.head_dim, problem.value_dim, problem.window):
+        return case
+    return case.changed(head_dim=head_dim, value_dim=value_dim, window=window)
+
+
+def without_name(case: Case) -> Case:
+    """What makes a case the same as another one."""
+    return replace(case, name="")
+
+
+# So many of what a backend says that it takes are looked at.
+_MOST_SIZES = 10_000
+
+
+def _nearest(size: int, admitted: Collection[int] | None) -> int:
+    if admitted is None or size in admitted:
+        return size
+    if isinstance(admitted, range) and admitted.step == 1 and len(admitted):
+        return admitted[0] if size < admitted[0] else admitted[-1]
+    return min(islice(admitted, _MOST_SIZES), key=lambda each: (abs(each - size), each), default=size)

@@ -1,0 +1,171 @@
+"""A property: something that is true of every right backend, the cases in which it is tried, and how.
+
+Each is a function of a backend under test and a case, that returns what is wrong or None, in the registry ``PROPERTIES``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from attnreg.testing.case import Case
+from attnreg.testing.cases import fitted, without_name
+from attnreg.testing.subject import Subject
+
+Check = Callable[[Subject, Case], "str | None"]
+Choice = Callable[[Subject, bool], Iterable[Case]]
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Property:
+    """Something that is true of every right backend.
+
+    Attributes:
+        name: what reports call it.
+        says: what is true, in a sentence.
+        choose: the cases for a backend, fewer in a quick run; those that the backend refuses are left out.
+        check: what is wrong with a case, or None.
+        unless: why it does not apply to a backend, or None.
+    """
+
+    name: str
+    says: str
+    choose: Choice
+    check: Check
+    unless: Callable[[Subject], str | None] = lambda subject: None
+
+
+# By name; a module's in the order in which they are tried.
+PROPERTIES: dict[str, Property] = {}
+
+
+def holds(
+    name: str, says: str, choose: Choice, *, unless: Callable[[Subject], str | None] = lambda subject: None
+) -> Callable[[Check], Check]:
+    """Register the decorated check as a property."""
+
+    def add(check: Check) -> Check:
+        PROPERTIES[name] = Property(name, says, choose, check, unless)
+        return check
+
+    return add
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a property is tried with.
+
+    Attributes:
+        cases: those that the backend takes.
+        left_out: how many cases it refuses, by reason.
+        reason: why the property does not apply; None where it does.
+    """
+
+    cases: tuple[Case, ...]
+    left_out: Mapping[str, int]
+    reason: str | None = None
+
+
+def select(property: Property, subject: Subject, *, quick: bool = False) -> Selection:
+    """The cases of a property that a backend under test declares that it can do."""
+    reason = property.unless(subject)
+    if reason is not None:
+        return Selection((), {}, reason)
+    cases: dict[Case, Case] = {}
+    left_out: Counter[str] = Counter()
+    for case in property.choose(subject, quick):
+        refusals = subject.refusals(case.problem)
+        if refusals and property.name != REFUSALS:
+            left_out.update(refusals)
+        else:
+            cases.setdefault(without_name(case), case)
+    if cases:
+        return Selection(tuple(cases.values()), left_out)
+    reasons = [reason for reason, _ in left_out.most_common(2)]
+    return Selection((), left_out, "; ".join(reasons) or ("not in a quick run" if quick else "no case is about it"))
+
+
+# The one property whose cases are those that a backend does not take.
+REFUSALS = "refusals"
+
+
+# Choosing cases
+
+
+def calls(
+    subject: Subject,
+    cases: Sequence[Case],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    gradients: bool | None = None,
+    ops: Iterable[str] | None = None,
+) -> Iterator[Case]:
+    """The calls of every op and dtype that are made of these cases.
+
+    Args:
+        subject: the backend under test, whose nearest sizes the cases get.
+        cases: rows of the table.
+        dtypes: which; None for :func:`two` of those of the backend.
+        gradients: whether they are asked for; None for wherever the backend has some.
+        ops: which; None for those of the backend.
+    """
+    for dtype in two(subject) if dtypes is None else dtypes:
+        for op in subject.ops if ops is None else ops:
+            needs_grad = subject.has_gradients(op) if gradients is None else gradients
+            for case in cases:
+                yield fitted(case.of(op, dtype, subject.device, needs_grad=needs_grad), subject.backend.capability)
+
+
+def one(subject: Subject) -> Sequence[torch.dtype]:
+    """The dtype in which faults show best."""
+    wide = [dtype for dtype in (torch.float32, torch.float64) if dtype in subject.dtypes]
+    return [*wide, *subject.dtypes][:1]
+
+
+def two(subject: Subject) -> Sequence[torch.dtype]:
+    """That, and one of 16 bits."""
+    first = list(one(subject))
+    return [*first, *[dtype for dtype in NARROW if dtype in subject.dtypes and dtype not in first][:1]]
+
+
+def of_run(subject: Subject, quick: bool) -> Sequence[torch.dtype]:
+    """All, or those two in a quick run."""
+    return two(subject) if quick else subject.dtypes
+
+
+def narrow(subject: Subject) -> Sequence[torch.dtype]:
+    """Those of 16 bits."""
+    return [dtype for dtype in NARROW if dtype in subject.dtypes]
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """A case in which a property is broken.
+
+    Attributes:
+        tested: the property.
+        case: the case.
+        fault: what is wrong.
+        error: what was raised, if that is it.
+    """
+
+    tested: Property
+    case: Case
+    fault: str
+    error: BaseException | None = None
+
+
+def examine(property: Property, subject: Subject, case: Case) -> Failure | None:
+    """What is wrong with a case; None where the property holds."""
+    try:
+        fault = property.check(subject, case)
+    # A backend that ends the process is as wrong as one that raises.
+    except (Exception, SystemExit) as error:
+        first = next(iter(str(error).splitlines()), "")
+        return Failure(property, case, f"raised {type(error).__name__}: {first}", error)
+    return None if fault is None else Failure(property, case, fault)
