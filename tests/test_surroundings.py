@@ -452,11 +452,17 @@ def as_another_user(function):
 
 @pytest.fixture
 def shared_folder(folder):
-    """The folder of tables, reached by anybody."""
+    """The folder of tables, reached by anybody.
+
+    Torch has one thread: others would not be there in a forked child, and torch would wait for them for ever.
+    """
     folder.mkdir()
     for each in list(folder.parents)[:-2]:
         each.chmod(each.stat().st_mode | 0o055)
-    return folder
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield folder
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["shared", "sticky"])
@@ -798,7 +804,8 @@ def test_a_forked_child_tunes_at_its_first_call(tmp_path):
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     """
-    run_python(source, env={"ATTNREG_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": None})
+    # More threads of torch's than one would not be there in the child, and torch itself would wait for them for ever.
+    run_python(source, env={"ATTNREG_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": None, "OMP_NUM_THREADS": "1"})
     (path,) = (tmp_path / "tables").glob("*.json")
     assert len(store.load(path).rows) == 2
 

@@ -742,14 +742,14 @@ def test_a_table_of_too_many_rows_is_not_used_and_none_is_written(folder, monkey
 def test_the_largest_table_costs_a_first_call_a_second_and_a_plan_some_milliseconds(folder):
     folder.mkdir()
     (folder / "x.json").write_text(to_json(large_table(MOST_ROWS)))
-    start = time.process_time()
+    start = time.thread_time()
     assert attnreg.explain(*empty_tensors(), Window.causal(8)).source == "tuned"
-    first = time.process_time() - start
-    start = time.process_time()
+    first = time.thread_time() - start
+    start = time.thread_time()
     for size in range(2, 22):
         call(window=size, length=100)
     assert first < 4
-    assert (time.process_time() - start) / 20 < 0.02
+    assert (time.thread_time() - start) / 20 < 0.02
 
 
 def test_of_many_tables_the_newest_are_used_and_that_is_said(folder):
