@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnreg.op import ATTENTION, DOT_PRODUCT, OPS, ROWS, WEIGHTED_AVERAGE, Op
 from attnreg.packages import package_version
+from attnreg.printable import brief
 from attnreg.problem import Problem
 
 Function = Callable[..., Any]
@@ -63,17 +64,17 @@ class Capability:
             if given is None and name != "dtypes":
                 continue
             if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Collection):
-                raise TypeError(f"Capability: {name} must be a collection of {kind}, got {_brief(given)}")
+                raise TypeError(f"Capability: {name} must be a collection of {kind}, got {brief(given)}")
             if not len(given) and name != "takes":
                 raise ValueError(f"Capability: {name} is empty; nothing could run")
             for each in (given[0], given[-1]) if isinstance(given, range) and given else given:
                 if not holds(each):
-                    raise TypeError(f"Capability: {name} must be a collection of {kind}, got {_brief(each)} in it")
+                    raise TypeError(f"Capability: {name} must be a collection of {kind}, got {brief(each)} in it")
             # A copy: what is asked at every call must not change under it.
             object.__setattr__(self, name, given if isinstance(given, range) else frozenset(given))
         for name in ("grouped_heads", "unequal_lengths"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"Capability: {name} must be True or False, got {_brief(getattr(self, name))}")
+                raise TypeError(f"Capability: {name} must be True or False, got {brief(getattr(self, name))}")
         known = {argument.name for op in ROWS.values() for argument in op.arguments}
         for name in sorted(self.takes or ()):
             if name not in known:
@@ -100,14 +101,6 @@ _COLLECTIONS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "window_sizes": ("ints of at least 1", _is_size),
     "takes": ("arguments' names", lambda given: isinstance(given, str)),
 }
-
-
-def _brief(given: object) -> str:
-    try:
-        text = repr(given)
-    except Exception:
-        text = "an object without a repr"
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(given).__name__})"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -213,11 +206,11 @@ class Backend:
         if self.library is not None and not isinstance(self.library, str):
             raise TypeError(f"Backend {self.name!r}: library must be the name of a distribution, got {self.library!r}")
         if not callable(self.rank) and (not isinstance(self.rank, (int, float)) or self.rank != self.rank):
-            raise TypeError(f"Backend {self.name!r}: rank must be a number or callable, got {_brief(self.rank)}")
+            raise TypeError(f"Backend {self.name!r}: rank must be a number or callable, got {brief(self.rank)}")
         if not isinstance(self.differentiable, bool) or not isinstance(self.summary, str):
             raise TypeError(
                 f"Backend {self.name!r}: differentiable must be True or False and summary a string, got "
-                f"{_brief(self.differentiable)} and {_brief(self.summary)}"
+                f"{brief(self.differentiable)} and {brief(self.summary)}"
             )
         if not isinstance(self.options, Mapping) or not all(
             isinstance(option, str) and option.isidentifier() and callable(parse)
@@ -246,14 +239,13 @@ class Backend:
         own = {op.name: self._takes(op) for op in ROWS.values() if getattr(self, op.name)}
         if is_composed(self, ATTENTION):
             without = {argument.name for argument in WEIGHTED_AVERAGE.arguments} - own[WEIGHTED_AVERAGE.name]
-            own[ATTENTION.name] = _optional(ATTENTION) & own[DOT_PRODUCT.name] - without
+            own[ATTENTION.name] = ATTENTION.optional & own[DOT_PRODUCT.name] - without
         return own
 
     def _takes(self, op: Op) -> frozenset[str]:
-        optional = _optional(op)
         if self.capability.takes is not None:
-            return optional & frozenset(self.capability.takes)
-        return optional.intersection(*(_named(function) for function in self._functions(op)))
+            return op.optional & frozenset(self.capability.takes)
+        return op.optional.intersection(*(_named(function) for function in self._functions(op)))
 
     def _functions(self, op: Op) -> list[Function]:
         return [function for name in (op.name, op.backward) if (function := getattr(self, name)) is not None]
@@ -407,11 +399,6 @@ def is_composed(backend: Backend, op: Op) -> bool:
     return not getattr(backend, op.name) and has_op(backend, op)
 
 
-def _optional(op: Op) -> frozenset[str]:
-    """The arguments of ``op`` that a backend may not handle."""
-    return frozenset(argument.name for argument in op.arguments if not argument.for_all)
-
-
 def _has_products(backend: Backend, suffix: str) -> bool:
     return all(getattr(backend, f"{op.name}{suffix}") for op in (DOT_PRODUCT, WEIGHTED_AVERAGE))
 
@@ -478,7 +465,7 @@ def _ask(name: str, question: Callable[..., str | None], *arguments: object) -> 
     return (
         answer
         if answer is None or isinstance(answer, str)
-        else f"its {name}() answered {_brief(answer)}, no reason or None"
+        else f"its {name}() answered {brief(answer)}, no reason or None"
     )
 
 

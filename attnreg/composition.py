@@ -66,11 +66,9 @@ class _Products:
     def options_of(self, op: Op, options: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
         """What the functions of ``op`` get: attention's arguments, and for those that attention does not have what none gives."""
         return {
-            argument.name: options[argument.name]
-            if argument.name in options
-            else argument.default and argument.default(head_dim)
-            for argument in op.arguments
-            if argument.for_all or argument.name in self.taken[op.name]
+            name: options.get(name, default)
+            for name, default in op.defaults(head_dim).items()
+            if name in self.taken[op.name] or name not in op.optional
         }
 
 

@@ -185,7 +185,7 @@ def _call(
     op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | Sequence[str] | None
 ) -> tuple[Tensor, ...]:
     """The results of a call."""
-    if backend.__class__ is not str:
+    if backend is not None and backend.__class__ is not str:
         backend = written(backend)
     if _is_tracing():
         return _watched(op, tensors, window, arguments, backend)
@@ -238,7 +238,7 @@ def _find(
     kind: object,
 ) -> Plan | None:
     """The plan of a call that is like none before, kept for those like it; None where somebody watches."""
-    check(op, tensors, window, arguments, backend)
+    check(op, tensors, window, arguments)
     given = (*tensors, *[value for value in arguments if isinstance(value, Tensor)])
     if not is_plain(given):
         return None
@@ -259,7 +259,7 @@ def _watched(
     else:
         refuse_watchers(op, (*tensors, *arguments))
     tensors = autocast(tensors)
-    check(op, tensors, window, arguments, backend)
+    check(op, tensors, window, arguments)
     needs_grad = needs_gradients((*tensors, *[each for each in arguments if isinstance(each, Tensor)]))
     if not _is_tracing() and are_transformed((*tensors, *arguments)):
         plan, _ = find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))

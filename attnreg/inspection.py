@@ -97,7 +97,7 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
     tensors = autocast(tuple(given[name] for name in row.tensors))
     arguments = tuple(given[argument.name] for argument in row.arguments)
     backend, window = written(given["backend"]), given["window"]
-    check(row, tensors, window, arguments, backend)
+    check(row, tensors, window, arguments)
     needs_grad = needs_gradients(each for each in (*tensors, *arguments) if isinstance(each, Tensor))
     return explain_problem(problem_of(row, tensors, window, arguments, needs_grad=needs_grad), backend)
 

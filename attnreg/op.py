@@ -94,6 +94,7 @@ class Op:
         keeps_results: whether its backward gets the results.
         has_slots: whether a tensor or a result has a column for each slot of the window.
         has_values: whether it has values to average.
+        optional: the names of the arguments that a backend may not handle.
     """
 
     name: str
@@ -103,11 +104,21 @@ class Op:
     keeps_results: bool = False
     has_slots: bool = field(init=False)
     has_values: bool = field(init=False)
+    optional: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         tensors, results = self.tensors.values(), [row.dims for row in self.results.values()]
         object.__setattr__(self, "has_slots", any("W" in dims for dims in (*tensors, *results)))
         object.__setattr__(self, "has_values", any("D" in dims for dims in tensors))
+        optional = frozenset(argument.name for argument in self.arguments if not argument.for_all)
+        object.__setattr__(self, "optional", optional)
+
+    def defaults(self, head_dim: int) -> dict[str, float | None]:
+        """What stands for each argument where a call gives none."""
+        return {
+            argument.name: None if argument.default is None else argument.default(head_dim)
+            for argument in self.arguments
+        }
 
     @property
     def backward(self) -> str:
@@ -127,6 +138,10 @@ def _softmax_scale(head_dim: int) -> float:
     return head_dim**-0.5 if head_dim else 1.0
 
 
+def _no_scale(head_dim: int) -> float:
+    return 1.0
+
+
 BIAS = Argument("bias", dims="NHQW", broadcasts=True, differentiable=True)
 KEY_LENGTHS = Argument("key_lengths", dims="N", kind="integer", at_most="K")
 SCALE = Argument("scale", for_all=True, default=_softmax_scale)
@@ -135,7 +150,7 @@ DOT_PRODUCT = Op(
     name="local_dot_product",
     tensors={"query": "NHQE", "key": "NGKE"},
     results={"scores": Result("NHQW", fill=-math.inf)},
-    arguments=(BIAS, KEY_LENGTHS, replace(SCALE, required=True, default=None)),
+    arguments=(BIAS, KEY_LENGTHS, replace(SCALE, required=True, default=_no_scale)),
 )
 WEIGHTED_AVERAGE = Op(
     name="local_weighted_average",

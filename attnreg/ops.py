@@ -102,8 +102,6 @@ def find_plan(
         BackendError: as the op's public function.
     """
     problem = problem_of(op, tensors, window, arguments, needs_grad=needs_grad)
-    if monotonic() > registry.next_look:
-        registry.look_at_tables()
     dims = [value.dim() if isinstance(value, Tensor) else value is None for value in arguments]
     call = (problem, asked, variables.get(TABLE_KEY), *dims)
     try:
@@ -467,7 +465,9 @@ def _checked_plan(
     op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[Any], backend: str | None, needs_grad: bool
 ) -> Plan:
     """The plan of a call that may come from anywhere."""
-    check(op, tensors, window, arguments, backend)
+    check(op, tensors, window, arguments)
+    if monotonic() > registry.next_look:
+        registry.look_at_tables()
     return find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))[0]
 
 

@@ -330,11 +330,8 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
 @functools.lru_cache(maxsize=1024)
 def _defaults(op: Op, taken: frozenset[str], head_dim: int) -> Mapping[str, Any]:
     """What functions get that take these of the optional arguments, where a call gives none."""
-    return {
-        argument.name: None if argument.default is None else argument.default(head_dim)
-        for argument in op.arguments
-        if argument.name in taken or argument.for_all
-    }
+    defaults = op.defaults(head_dim)
+    return {name: default for name, default in defaults.items() if name in taken or name not in op.optional}
 
 
 def _preparation(argument: Argument, problem: Problem, value: Any) -> Callable[[Any], Any] | None:

@@ -15,3 +15,12 @@ def printable(text: str, most: int = MOST_CHARACTERS) -> str:
     if not cut.isprintable():
         cut = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)
     return cut if len(cut) <= most else f"{cut[: most - 3]}..."
+
+
+def brief(given: object) -> str:
+    """What was given, for a message: its repr, of 80 characters at most, and its type."""
+    try:
+        text = repr(given)
+    except Exception:
+        text = "an object without a repr"
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(given).__name__})"

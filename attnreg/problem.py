@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnreg.op import ROWS, SIZES, Argument, Op
+from attnreg.printable import brief
 from attnreg.window import Window
 
 _LARGEST = sys.float_info.max
@@ -171,9 +172,7 @@ def _given(argument: Argument, value: Any) -> Given:
     return Given((1,) * (len(argument.dims) - value.dim()) + tuple(value.shape), value.dtype)
 
 
-def check(
-    op: Op, tensors: Sequence[object], window: object, arguments: Sequence[object], backend: object = None
-) -> None:
+def check(op: Op, tensors: Sequence[object], window: object, arguments: Sequence[object]) -> None:
     """Check a call.
 
     Raises:
@@ -221,7 +220,6 @@ def check(
             check_number(argument.name, value)
         else:
             _check_argument(argument, argument.dims, value, sizes, first_name, first)
-    check_backend(backend)
 
 
 def check_window(window: object) -> None:
@@ -240,18 +238,12 @@ def check_window(window: object) -> None:
 def check_number(name: str, value: object) -> float:
     """A number as a float; a TypeError unless it is a real number, a ValueError unless a finite float holds it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {_text(value)} ({type(value).__name__})")
+        raise TypeError(f"{name} must be a float, got {brief(value)}")
     # Compared rather than converted: an int may be too large for a float.
     if not -_LARGEST <= value <= _LARGEST:
         given = "an int too large for a float" if isinstance(value, int) else value
         raise ValueError(f"{name} must be finite, got {given}")
     return float(value)
-
-
-def check_backend(backend: object) -> None:
-    """Raise a TypeError unless ``backend`` can be a request: a string or None."""
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a backend's name or None, got {backend!r} ({type(backend).__name__})")
 
 
 def prepared_integers(argument: Argument, largest: int | None, value: Tensor) -> Tensor:
@@ -361,11 +353,6 @@ def _check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one; pad it, and give key_lengths")
     if tensor.is_quantized:
         raise TypeError(f"{name} must be a dense (strided) tensor, got a quantized one")
-
-
-def _text(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _shape(tensor: Any) -> str:

@@ -12,7 +12,8 @@ import attnreg
 from attnreg import Window
 from attnreg.cli import app
 from attnreg.measured import Figure
-from attnreg.problem import Given, Problem
+from attnreg.measuring.sizes import square_problem
+from attnreg.problem import Given
 from attnreg.registry import SECONDS_BETWEEN_LOOKS, registry
 from attnreg.tables.call import as_measured
 from attnreg.tables.environment import environment
@@ -23,20 +24,8 @@ SMALL = {"ops": ["local_attention"], "dtypes": [torch.float32], "head_dims": [8]
 
 
 def problem(window=8, length=64, head_dim=8, heads=2, kv_heads=1, dtype=torch.float32, grad=False, **changes):
-    plain = Problem(
-        op="local_attention",
-        device=CPU,
-        dtype=dtype,
-        batch=1,
-        heads=heads,
-        kv_heads=kv_heads,
-        query_length=length,
-        key_length=length,
-        head_dim=head_dim,
-        value_dim=head_dim,
-        window=Window.causal(window),
-        needs_grad=grad,
-    )
+    sizes = (1, heads, kv_heads, length, head_dim)
+    plain = square_problem("local_attention", CPU, dtype, sizes, Window.causal(window), needs_grad=grad)
     return replace(plain, **changes)
 
 

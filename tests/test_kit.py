@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import attnreg
 from attnreg import Window
 from attnreg.cli import app
-from attnreg.testing import check_case, conform, make_case
+from attnreg.testing import check_case, conform, make_case, shrinking
 from attnreg.testing.cases import TABLE, fitted
 from attnreg.testing.conformance import BROKEN, DOES_NOT_APPLY, HELD, python_of
 from attnreg.testing.mutants import MUTANTS
@@ -136,7 +136,8 @@ def test_a_case_is_made_again_by_the_lines_that_it_prints(row):
     ("name", "most"),
     [("left_off_by_one", 2), ("key_lengths_ignored", 1), ("heads_transposed", 1), ("hidden_key_leaks", 1)],
 )
-def test_the_smallest_call_is_small_and_repeats_the_failure(name, most):
+def test_the_smallest_call_is_small_and_repeats_the_failure(name, most, monkeypatch):
+    monkeypatch.setattr(shrinking, "MOST_SECONDS", 60.0)  # a busy machine must not cut the search short
     mutant = MUTANTS[name]
     backend = mutant.of(right())
     report = conform(backend, quick=True, properties=[mutant.property])

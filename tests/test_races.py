@@ -110,26 +110,31 @@ def run_python(source: str, *folders) -> str:
     return done.stdout
 
 
+def write_plug_in(folder, name: str, source: str) -> None:
+    """A distribution with one module, which is its entry point."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[attnreg]\n{name} = {name}\n")
+    (folder / f"{name}.py").write_text(textwrap.dedent(source))
+
+
 @pytest.fixture
 def interrupting(tmp_path):
     """A plug-in whose hook runs ``builtins.interrupt`` before it offers its backend."""
-    info = tmp_path / "interrupting-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: interrupting\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[attnreg]\ninterrupting = interrupting\n")
-    (tmp_path / "interrupting.py").write_text(
-        textwrap.dedent(
-            """
-            import builtins, torch
-            from attnreg import Backend, Capability, hookimpl
+    write_plug_in(
+        tmp_path,
+        "interrupting",
+        """
+        import builtins, torch
+        from attnreg import Backend, Capability, hookimpl
 
-            @hookimpl
-            def attnreg_backends():
-                builtins.interrupt()
-                capability = Capability(dtypes={torch.float32})
-                yield Backend(name="interrupting", capability=capability, local_dot_product=lambda *_, scale: None)
-            """
-        )
+        @hookimpl
+        def attnreg_backends():
+            builtins.interrupt()
+            capability = Capability(dtypes={torch.float32})
+            yield Backend(name="interrupting", capability=capability, local_dot_product=lambda *_, scale: None)
+        """,
     )
     return tmp_path
 
@@ -215,26 +220,22 @@ def test_reset_forgets_and_what_runs_goes_on():
 
 def test_a_backend_may_be_registered_by_a_module_that_another_thread_discovers(tmp_path):
     """One thread imports the plug-in's module, which registers a backend; the other finds its entry point meanwhile."""
-    info = tmp_path / "slow_plugin-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[attnreg]\nslow_plugin = slow_plugin\n")
-    (tmp_path / "slow_plugin.py").write_text(
-        textwrap.dedent(
-            """
-            import builtins, time, attnreg, torch
-            builtins.imported.set()
-            time.sleep(1)
-            def dot(query, key, window, *, scale):
-                return query.new_zeros((*query.shape[:3], window.size))
-            def backend(name):
-                return attnreg.Backend(name=name, capability=attnreg.Capability(dtypes={torch.float32}), local_dot_product=dot)
-            attnreg.register(backend("by_hand"))
-            @attnreg.hookimpl
-            def attnreg_backends():
-                yield backend("by_hook")
-            """
-        )
+    write_plug_in(
+        tmp_path,
+        "slow_plugin",
+        """
+        import builtins, time, attnreg, torch
+        builtins.imported.set()
+        time.sleep(1)
+        def dot(query, key, window, *, scale):
+            return query.new_zeros((*query.shape[:3], window.size))
+        def backend(name):
+            return attnreg.Backend(name=name, capability=attnreg.Capability(dtypes={torch.float32}), local_dot_product=dot)
+        attnreg.register(backend("by_hand"))
+        @attnreg.hookimpl
+        def attnreg_backends():
+            yield backend("by_hook")
+        """,
     )
     names = run_python(
         """

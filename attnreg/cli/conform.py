@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnreg.cli.shared import DeviceOption, check_device, fail, new_console, parse_device, progress_bar
+from attnreg.cli.shared import (
+    DeviceOption,
+    check_device,
+    fail,
+    new_console,
+    parse_device,
+    progress_bar,
+    say,
+    whole,
+    wrapped,
+)
 
 # What tests is imported where it is asked for: the other commands do without.
 if TYPE_CHECKING:
@@ -56,7 +65,7 @@ def conform(
     if reason is not None:
         fail(f"{name} cannot be tested on {on}: {reason}")
     console = new_console()
-    typer.echo(f"{name} on {on}{', quick' if quick else ''}\n\n{'property':20}{'result':16}{'calls':>6}{'s':>8}")
+    say(f"{name} on {on}{', quick' if quick else ''}\n\n{'property':20}{'result':16}{'calls':>6}{'s':>8}")
     with progress_bar(console) as progress:
         bar = progress.add_task("")
 
@@ -69,13 +78,13 @@ def conform(
             console.file.flush()
 
         report = conform(name, device=on, quick=quick, properties=properties, progress=advance, found=tell)
-    typer.echo("\n".join(_summary(report)))
+    say("\n".join(_summary(report)))
     if json_file is not None:
         try:
             json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             fail(f"--json: {error}")
-        typer.echo(f"all that was found: {json_file}")
+        say(f"all that was found: {json_file}")
     if not report.conforms:
         raise typer.Exit(1)
 
@@ -115,11 +124,4 @@ def _summary(report: Report) -> list[str]:
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=f"{indent}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return wrapped(whole(text), WIDTH, indent=f"{indent}  ", first=indent)

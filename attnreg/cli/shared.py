@@ -158,9 +158,9 @@ def table_lines(
     justify = [str.rjust if heading in right else str.ljust for heading in headings]
 
     def lines(row: Sequence[str]) -> Iterator[str]:
-        wrapped = [_wrapped(cell, width) for cell, width in zip(row, widths)]
-        for number in range(max(map(len, wrapped))):
-            parts = [cell[number] if number < len(cell) else "" for cell in wrapped]
+        pieces = [wrapped(cell, width) for cell, width in zip(row, widths)]
+        for number in range(max(map(len, pieces))):
+            parts = [cell[number] if number < len(cell) else "" for cell in pieces]
             yield (" " * GAP).join(set_(part, width) for set_, part, width in zip(justify, parts, widths)).rstrip()
 
     rule = (" " * GAP).join("-" * width for width in widths)
@@ -172,14 +172,20 @@ def _stacked(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int)
     found = []
     for row in rows:
         for heading, cell in zip(headings, row):
-            found += _wrapped(f"{heading}: {cell}", width, indent="  ")
+            found += wrapped(f"{heading}: {cell}", width, indent="  ")
         found.append("")
     return found[:-1]
 
 
-def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+def wrapped(text: str, width: int, indent: str = "", first: str = "") -> list[str]:
+    """The lines of a text broken between words, the first and the others with these indents."""
     return textwrap.wrap(
-        text, max(width, 1), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        text,
+        max(width, 1),
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     ) or [""]
 
 
@@ -199,7 +205,7 @@ def say(text: str, *, err: bool = False) -> None:
 def _broken(line: str, width: int) -> list[str]:
     if len(line) <= width:
         return [line]
-    return _wrapped(line, width, indent=" " * (len(line) - len(line.lstrip()) + 2))
+    return wrapped(line, width, indent=" " * (len(line) - len(line.lstrip()) + 2))
 
 
 def whole(line: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -54,13 +53,7 @@ def group(problem: Problem) -> int:
 
 def class_of(problem: Problem) -> tuple[str, ...]:
     """The names of the optional arguments that make a call one of a class of its own."""
-    return tuple(name for name, _ in problem.given if name in _choosing(problem.op)) if problem.given else ()
-
-
-@cache
-def _choosing(op: str) -> frozenset[str]:
-    """What every backend gets, as a factor, moves no choice between them."""
-    return frozenset(argument.name for argument in ROWS[op].arguments if not argument.for_all)
+    return tuple(name for name, _ in problem.given if name in ROWS[problem.op].optional) if problem.given else ()
 
 
 def _given(problem: Problem, heads: int, window: int) -> Iterator[tuple[str, Given]]:

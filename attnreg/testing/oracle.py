@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, SCALE, WEIGHTED_AVERAGE, Op
+from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, WEIGHTED_AVERAGE, Op
 from attnreg.problem import Problem
 from attnreg.testing.inputs import Inputs
 from attnreg.window import Window
@@ -187,16 +187,10 @@ def _scores(
     visible = visible.expand(*query.shape[:3], key.shape[2])
     query = query.where(visible.any(-1)[..., None], 0)
     key = key.where(visible.any(-2)[..., None], 0)
-    scores = _scale(op, given, query.shape[-1]) * _product(query, key, visible)
+    scores = given.get("scale", op.defaults(query.shape[-1])["scale"]) * _product(query, key, visible)
     if bias is not None and hidden_by_bias is not None:
         scores = scores + bias.where(~hidden_by_bias, 0).to(scores.dtype)
     return scores, visible
-
-
-def _scale(op: Op, given: Mapping[str, Any], head_dim: int) -> float:
-    default = 1.0 if op is DOT_PRODUCT or SCALE.default is None else SCALE.default(head_dim)
-    scale: float = given.get("scale", default)
-    return scale
 
 
 def _product(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:

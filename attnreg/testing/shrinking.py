@@ -16,9 +16,9 @@ from attnreg.window import Window
 MOST_TRIES, MOST_SECONDS = 400, 6.0
 
 
-def smallest(failure: Failure, subject: Subject, *, seconds: float = MOST_SECONDS) -> Failure:
+def smallest(failure: Failure, subject: Subject) -> Failure:
     """The failure of the smallest case that greedy steps lead to; it is of the same property, raised or found alike."""
-    end, tries = monotonic() + seconds, 0
+    end, tries = monotonic() + MOST_SECONDS, 0
     going = True
     while going:
         going = False
