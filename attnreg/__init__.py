@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -101,5 +100,7 @@ def __getattr__(name: str) -> _Any:
 
         return tune
     if name == "__version__":
-        return _metadata.version("attnreg")
+        from attnreg.packages import own_version
+
+        return own_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

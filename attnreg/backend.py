@@ -162,6 +162,9 @@ class Backend:
             backend's.
         rank: orders the backends that could run a problem where nothing was measured; the lowest is taken. A number or a
             function of the problem. The slow but always right reference is 100.
+        workspace: how many bytes a problem needs at the most beside its tensors and results, gradients included where they are
+            needed; about is enough. One that needs more than its device can give is not chosen unless it is asked for. None
+            for next to nothing.
         contract: the version of this contract that it was written for.
 
     Raises:
@@ -185,6 +188,7 @@ class Backend:
     options: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
     library: str | None = None
     rank: float | Callable[[Problem], float] = 50.0
+    workspace: Callable[[Problem], int] | None = None
     contract: int = CONTRACT
 
     @property

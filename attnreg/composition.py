@@ -17,14 +17,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import fold, pad
 
-from attnreg.backend import Backend, Function
+from attnreg.backend import Backend, Function, is_composed
 from attnreg.memory import empty_like, laid_out, strides_like, with_gradient_laid_out
 from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, WEIGHTED_AVERAGE, Op
+from attnreg.problem import Problem
 from attnreg.window import Window
 
 # Bytes of scores that composed attention makes at a time, unless the queries of one key head alone have more. A forward holds
 # two bands of that size, a backward four.
 LARGEST_BAND = 2**30
+
+
+def workspace(backend: Backend, problem: Problem) -> int:
+    """How many bytes ``backend`` needs for a problem beside its tensors and results, as it says or as a composition does.
+
+    Raises:
+        Exception: whatever the backend's own function raises.
+    """
+    own = 0 if backend.workspace is None else int(backend.workspace(problem))
+    if not is_composed(backend, ROWS[problem.op]):
+        return own
+    rows = problem.batch * problem.heads * problem.query_length
+    band = rows * problem.window.size * _wide(problem.dtype).itemsize
+    # The queries of one key head are not divided.
+    most = max(LARGEST_BAND, band // max(problem.batch * problem.kv_heads, 1))
+    return own + min(band, most) * (4 if problem.needs_grad else 2)
 
 
 def complete(backend: Backend) -> Mapping[str, Function]:

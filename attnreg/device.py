@@ -1,8 +1,17 @@
-"""Whether a device can be used."""
+"""Whether a device can be used, and how much memory it has."""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+
+from attnreg.memo import asked_once
+
+# Where Linux says how much memory the processes of this container may have.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def why_unusable(device: torch.device | str) -> str | None:
@@ -18,3 +27,17 @@ def why_unusable(device: torch.device | str) -> str | None:
     except Exception as error:
         return next(iter(str(error).splitlines()), type(error).__name__)
     return None
+
+
+@asked_once
+def memory_bytes(type: str, index: int | None) -> int | None:
+    """How much memory a device has, used or not; None where that is not known."""
+    if type == "cuda":
+        return int(torch.cuda.get_device_properties(index).total_memory) if torch.cuda.is_available() else None
+    if type != "cpu":
+        return None
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _LIMITS:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            found.append(int(Path(path).read_text()))
+    return min(found)

@@ -7,11 +7,17 @@ from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any
 
-from attnreg.backend import BackendError, Entry, Fault, option_values, refusals
+from attnreg.backend import Backend, BackendError, Entry, Fault, option_values, refusals
+from attnreg.composition import workspace
+from attnreg.device import memory_bytes
 from attnreg.measured import Figure, Measured
 from attnreg.problem import Problem
 from attnreg.request import Request, Wish, did_you_mean
 
+# Of a device's memory one call may take so much for itself: its tensors, and what else the program has, want the rest.
+MOST_OF_MEMORY = 0.5
+# No device is asked how much it has where that is all.
+LITTLE_MEMORY = 2**28
 # Times within this part of the shorter one may be a tie.
 TIE = 0.03
 
@@ -106,9 +112,10 @@ def choose(
     """The decision for ``problem`` among ``entries``, with all that there is to be said of it.
 
     Precedence: a forced backend, which passes its own filter or is refused and is never replaced; else the fastest that
-    passes, by the first of ``measured`` that has a time of one; else the lowest rank among those that pass. Times that
-    differ by no more than their spread, or than ``TIE`` of the shorter where that is less, are a tie. Ties go to the
-    lower rank, then to the name that sorts first.
+    passes, by the first of ``measured`` that has a time of one; else the lowest rank among those that pass. One whose result was
+    measured as wrong is chosen only where it is forced; one that needs more memory than there is, only where it is forced or
+    where all do. Times that differ by no more than their spread, or than ``TIE`` of the shorter where that is less, are a tie.
+    Ties go to the lower rank, then to the name that sorts first.
 
     Args:
         problem: the call.
@@ -138,6 +145,13 @@ def choose(
             reason = f"the first of {', '.join(map(str, wish.preferred))} that can run it, as {wish.by} asks"
     else:
         passing = [candidate for candidate in candidates if not candidate.refusals]
+        unfit = _unfit(passing, entries, like or problem, measured)
+        candidates = [
+            replace(each, rank=None, refusals=(unfit[each.name],)) if each.name in unfit else each
+            for each in candidates
+        ]
+        candidates.sort(key=_order)
+        passing = [candidate for candidate in candidates if not candidate.refusals]
         if not passing:
             raise BackendError(_nobody(problem, candidates, faults))
         chosen, by = _pick(passing, measured)
@@ -146,7 +160,7 @@ def choose(
             others = (
                 "the only one that can run it" if len(passing) == 1 else f"the lowest of {len(passing)} that can run it"
             )
-            source, reason = "heuristic", f"heuristic, rank {chosen.rank:g}, {others}; nothing was measured"
+            source, reason = "heuristic", f"heuristic, rank {chosen.rank:g}, {others}; {_undecided(passing, measured)}"
         else:
             source, reason = by.source, f"{by.source}{_time(by.figures[name])} ({by.text})"
             remarks = (*by.remarks, *remarks)
@@ -225,8 +239,10 @@ def select(
     """
     ranked = sorted((each for each in (_ranked(entry, like) for entry in passing) if not each.refusals), key=_order)
     if wish is None or not wish.preferred:
-        if ranked:
-            return Request(_pick(ranked, measured)[0].name)
+        unfit = _unfit(ranked, passing, like, measured)
+        fit = [each for each in ranked if each.name not in unfit]
+        if fit:
+            return Request(_pick(fit, measured)[0].name)
     else:
         able = {each.name for each in ranked}
         backends = {entry.backend.name: entry.backend for entry in passing if entry.backend.name in able}
@@ -269,6 +285,54 @@ def _ranked(entry: Entry, problem: Problem) -> Candidate:
         reasons = (f"its rank() raised {type(error).__name__}: {error}",)
         return Candidate(backend.name, entry.distribution, None, reasons)
     return Candidate(backend.name, entry.distribution, rank, ())
+
+
+def _unfit(
+    passing: Sequence[Candidate], entries: Sequence[Entry], problem: Problem, measured: Sequence[Measured]
+) -> dict[str, str]:
+    """Why some candidates that could run a problem are not to be chosen: measured as wrong, or too large for the memory.
+
+    The latter only where it leaves some.
+    """
+    wrong = {each.name: reason for each in passing if (reason := _wrong(each.name, measured)) is not None}
+    backends = {entry.backend.name: entry.backend for entry in entries}
+    right = [each.name for each in passing if each.name not in wrong]
+    large = {name: reason for name in right if (reason := _too_large(backends[name], problem)) is not None}
+    return wrong if len(large) == len(right) else wrong | large
+
+
+def _wrong(name: str, measured: Sequence[Measured]) -> str | None:
+    """What the nearest measurement of a backend found wrong; None where it found nothing."""
+    by = next((each for each in measured if name in each.figures), None)
+    if by is None or not by.figures[name].is_wrong:
+        return None
+    return f"its result was measured as {by.figures[name].reason} ({by.text}); `attnreg tune` measures it again"
+
+
+def _too_large(backend: Backend, problem: Problem) -> str | None:
+    """Why a problem is too large for a backend on its device; None where it is not, or nobody knows."""
+    try:
+        needed = workspace(backend, problem)
+    except (Exception, SystemExit) as error:
+        return f"its workspace() raised {type(error).__name__}: {error}"
+    there = memory_bytes(problem.device.type, problem.device.index) if needed > LITTLE_MEMORY else None
+    if there is None or needed <= MOST_OF_MEMORY * there:
+        return None
+    return (
+        f"it needs {needed / 2**30:.1f} GiB beside the tensors; {problem.device} has {there / 2**30:.1f} GiB, of which a call "
+        f"may take {MOST_OF_MEMORY:.0%}"
+    )
+
+
+def _undecided(passing: Sequence[Candidate], measured: Sequence[Measured]) -> str:
+    """Why no measurement decides."""
+    for each in measured:
+        known = [candidate.name for candidate in passing if candidate.name in each.figures]
+        if len(known) == 1:
+            return f"{known[0]} was measured alone, which compares nothing: tune the others, too ({each.text})"
+        if known:
+            return f"no time was measured of {', '.join(known)} ({each.text})"
+    return "nothing was measured"
 
 
 def _pick(passing: Sequence[Candidate], measured: Sequence[Measured]) -> tuple[Candidate, Measured | None]:

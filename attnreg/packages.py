@@ -6,6 +6,9 @@ from importlib import metadata
 
 from attnreg.memo import asked_once
 
+# What a copy without metadata says: a version that others can parse.
+NO_VERSION = "0+unknown"
+
 
 @asked_once
 def package_version(package: str) -> str | None:
@@ -14,3 +17,8 @@ def package_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def own_version() -> str:
+    """The version of attnreg; ``NO_VERSION`` for a copy of its source that nothing installed."""
+    return package_version("attnreg") or NO_VERSION

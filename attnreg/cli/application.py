@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from attnreg.cli.added import added_commands, command_of
-from attnreg.packages import package_version
+from attnreg.packages import own_version
 
 # By name, the module in ``attnreg.cli`` and what in it is the command: a function, or a typer application of several.
 OWN = {
@@ -72,7 +72,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"attnreg {package_version('attnreg') or 'unknown'}")
+        typer.echo(f"attnreg {own_version()}")
         raise typer.Exit
 
 

@@ -14,7 +14,7 @@ import torch
 from attnreg.cli.shared import JsonOption, print_json, say, whole
 from attnreg.cli.tables import TableInUse, devices, tables_in_use
 from attnreg.inspection import backends
-from attnreg.packages import package_version
+from attnreg.packages import own_version, package_version
 from attnreg.paths import NoCacheDir, cache_dir
 from attnreg.precision import reduced_precision
 from attnreg.registry import registry
@@ -90,6 +90,7 @@ def _versions() -> dict[str, str]:
     names |= {entry.backend.library for entry in registry.entries if entry.backend.library is not None}
     found = {name: package_version(name) for name in names}
     versions = {name: version for name, version in found.items() if version is not None}
+    versions["attnreg"] = own_version()
     # A build of torch says more of itself than its metadata.
     versions[torch.__name__] = str(torch.__version__)
     return dict(sorted(versions.items(), key=lambda each: (each[0] != "attnreg", each[0])))

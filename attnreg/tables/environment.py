@@ -15,7 +15,7 @@ import torch
 
 from attnreg.backend import THIS_PROCESS, Entry
 from attnreg.memo import asked_once
-from attnreg.packages import package_version
+from attnreg.packages import own_version, package_version
 from attnreg.precision import reduced_precision
 
 
@@ -106,7 +106,7 @@ def environment(device: torch.device, entries: Iterable[Entry]) -> Environment:
     """The environment of this process for calls on ``device``, with these backends."""
     return Environment(
         device=describe(device.type, device.index),
-        attnreg=package_version("attnreg") or "unknown",
+        attnreg=own_version(),
         torch=torch.__version__,
         triton=package_version("triton") if device.type == "cuda" else None,
         driver=driver() if device.type == "cuda" else None,

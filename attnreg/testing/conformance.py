@@ -13,7 +13,7 @@ import torch
 
 from attnreg.backend import Backend
 from attnreg.op import OPS
-from attnreg.packages import package_version
+from attnreg.packages import own_version
 from attnreg.problem import Problem
 from attnreg.testing import about_calls, about_memory, about_values
 from attnreg.testing.case import Case
@@ -124,7 +124,7 @@ class Report:
             "remarks": self.remarks(),
             "seconds": round(self.seconds, 2),
             "versions": {
-                "attnreg": package_version("attnreg"),
+                "attnreg": own_version(),
                 torch.__name__: torch.__version__,
                 "python": platform.python_version(),
             },

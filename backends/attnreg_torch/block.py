@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnreg import Window, empty_like
+from attnreg import Problem, Window, empty_like
 from attnreg.memory import strides_like
 
 # How many terms of q . k (or dO . v) are summed up in one go. A matrix product adds them one after the other, so that its error
@@ -299,6 +299,17 @@ class Hidden:
 def block_rows(window: Window) -> int:
     """B, query rows a block: as many as the window has slots, within what makes a matrix product worth its call."""
     return min(max(1 << (window.size - 1).bit_length(), 32), 128)
+
+
+def workspace(problem: Problem) -> int:
+    """Bytes: dense blocks of scores and of weights, with gradients those of these, too; and what blocks see of the keys."""
+    rows = min(block_rows(problem.window), max(problem.query_length, 1))
+    blocks = problem.batch * -(-problem.query_length // rows)
+    keys = rows + problem.window.size - 1
+    size = 8 if problem.dtype == torch.float64 else 4
+    dense = blocks * problem.heads * rows * keys * size
+    seen = blocks * problem.kv_heads * keys * (problem.head_dim + problem.value_dim) * size
+    return 4 * dense + 2 * seen if problem.needs_grad else 2 * dense + seen
 
 
 def local_dot_product(

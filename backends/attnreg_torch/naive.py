@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnreg import Window
+from attnreg import Problem, Window
 from attnreg.memory import laid_out, strides_like, with_gradient_laid_out
 
 
@@ -121,3 +121,10 @@ def _positions(query_length: int, key_length: int, window: Window, device: torch
 def _accumulated(tensor: Tensor) -> Tensor:
     """float64 as it is, anything else in float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def workspace(problem: Problem) -> int:
+    """Bytes: the gathered keys or values and their products, (N, H, Lq, W, E) each; with gradients those of both stay."""
+    elements = problem.batch * problem.heads * problem.query_length * problem.window.size
+    size = 8 if problem.dtype == torch.float64 else 4
+    return elements * max(problem.head_dim, problem.value_dim) * size * (5 if problem.needs_grad else 2)

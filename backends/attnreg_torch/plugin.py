@@ -32,6 +32,7 @@ def attnreg_backends() -> Iterable[Backend]:
         local_attention=naive.local_attention,
         differentiable=True,
         rank=100,
+        workspace=naive.workspace,
     )
     yield Backend(
         name="torch_block",
@@ -44,4 +45,5 @@ def attnreg_backends() -> Iterable[Backend]:
         local_attention=block.local_attention,
         local_attention_backward=block.local_attention_backward,
         rank=rank_of_blocks,
+        workspace=block.workspace,
     )

@@ -1,0 +1,112 @@
+"""Backends that can run a call and are not to be chosen for it: measured as wrong, or too large for the memory there is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tabled import as_torch_block, empty_tensors, here, problem, table_of
+
+import attnreg
+from attnreg import Window, dispatch
+from attnreg.composition import workspace
+from attnreg.measured import Figure
+from attnreg.plan import explain_problem
+from attnreg.registry import registry
+from attnreg.tables.call import as_measured
+from attnreg.tables.table import Table
+from attnreg.tuning import writing
+
+
+def test_a_backend_that_was_measured_as_wrong_is_not_chosen_unless_it_is_asked_for(folder):
+    wrong = Figure(reason="wrong: output: relative error 1.0e+00 exceeds 1.0e-06", measured="2026-01-01")
+    # Nearer than NEAR, with no time of the others: the heuristic would choose it.
+    writing.save(Table(here(), {as_measured(problem(10)): {"torch_block": wrong}}))
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert (decision.backend, decision.source) == ("torch", "heuristic")
+    assert "its result was measured as wrong: output: relative error" in str(decision)
+    assert attnreg.explain(*empty_tensors(), Window.causal(8), backend="torch_block").backend == "torch_block"
+    query, key, value = torch.randn(1, 2, 64, 8), torch.randn(1, 1, 64, 8), torch.randn(1, 1, 64, 8)
+    attnreg.local_attention(query, key, value, Window.causal(8))
+    assert {each.backend.name for each in registry.chosen.values()} == {"torch"}
+    # One measured right at a nearer call counts.
+    writing.save(table_of({"torch": 2.0, "torch_block": 1.0}, window=8))
+    assert attnreg.explain(*empty_tensors(), Window.causal(8)).backend == "torch_block"
+
+
+def test_where_all_were_measured_as_wrong_a_call_is_refused_unless_it_asks_for_one(folder):
+    wrong = Figure(reason="wrong: output: relative error 1.0e+00 exceeds 1.0e-06", measured="2026-01-01")
+    writing.save(Table(here(), {as_measured(problem(8)): {"torch": wrong, "torch_block": wrong}}))
+    query, key, value = torch.randn(1, 2, 64, 8), torch.randn(1, 1, 64, 8), torch.randn(1, 1, 64, 8)
+    for refused in (attnreg.explain, attnreg.local_attention):
+        with pytest.raises(attnreg.BackendError, match=r"torch_block:\n.*its result was measured as wrong"):
+            refused(query, key, value, Window.causal(8))
+    assert attnreg.local_attention(query, key, value, Window.causal(8), backend="torch").shape == query.shape
+
+
+def test_a_candidate_measured_alone_is_not_chosen_and_that_is_said(folder):
+    writing.save(table_of({"torch": 1.0}))
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert decision.backend == "torch_block"
+    assert "torch was measured alone, which compares nothing: tune the others, too" in decision.reason
+
+
+def test_no_entry_chooses_a_backend_that_needs_more_memory_than_there_is(folder, monkeypatch):
+    writing.save(
+        table_of({"torch": 1.0, "torch_block": 2.0}, window=512, length=4096, heads=8, kv_heads=8, head_dim=64)
+    )
+    large = problem(512, length=16384, heads=8, kv_heads=8, head_dim=64)
+    monkeypatch.setattr(dispatch, "memory_bytes", lambda type, index: 24 * 2**30)
+    decision = explain_problem(large, None)
+    assert (decision.backend, decision.source) == ("torch_block", "tuned")
+    assert "it needs 32.0 GiB beside the tensors; cpu has 24.0 GiB, of which a call may take 50%" in str(decision)
+    assert explain_problem(large, "torch").backend == "torch"
+    monkeypatch.setattr(dispatch, "memory_bytes", lambda type, index: 128 * 2**30)
+    assert explain_problem(large, None).backend == "torch"
+    monkeypatch.setattr(dispatch, "memory_bytes", lambda type, index: 2**28)  # too little for each: a call goes on
+    assert explain_problem(large, None).backend == "torch"
+
+
+def test_a_workspace_that_raises_is_a_reason_against_its_backend(folder):
+    def unable(problem):
+        raise SystemExit("boom")
+
+    with attnreg.register(as_torch_block("bad", rank=1, workspace=unable)):
+        decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert decision.backend == "torch_block"
+    assert "its workspace() raised SystemExit: boom" in str(decision)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("name", ["torch", "torch_block", "composed"])
+def test_the_workspace_of_a_backend_is_about_what_it_takes(folder, name, grad):
+    code = """
+import resource, sys, torch, attnreg
+from attnreg import Window
+from tabled import as_torch_block
+attnreg.register(as_torch_block("composed", local_attention=None, local_attention_backward=None))
+def run(length):
+    q, k, v = (torch.randn(1, 4, length, 64, requires_grad=sys.argv[2] == "True") for _ in range(3))
+    out = attnreg.local_attention(q, k, v, Window.causal(256), backend=sys.argv[1])
+    if out.requires_grad: out.sum().backward()
+run(256)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(4096)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, str(grad)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    taken = int(done.stdout)
+    parts = {"local_attention": None, "local_attention_backward": None}
+    block = as_torch_block("composed", **(parts if name == "composed" else {}))
+    (backend,) = [e.backend for e in registry.entries if e.backend.name == name] or [block]
+    said = workspace(backend, problem(256, length=4096, heads=4, kv_heads=4, head_dim=64, grad=grad))
+    assert 0.4 * taken < said < 3 * taken, (said / 2**20, taken / 2**20)
