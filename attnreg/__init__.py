@@ -58,9 +58,9 @@ def reset() -> None:
 
 
 def autotune(on: bool | None = True) -> None:
-    """Measure the candidates of a call whose class was never measured on this machine, when it is first made.
+    """Let the first call of a kind that was never measured on this machine measure its candidates.
 
-    That takes seconds, once; the figures go into the user's table, as ``attnreg tune`` puts them. Nothing is measured
+    That takes seconds, once. The times go into the user's table, as with ``attnreg tune``. Nothing is measured
     while a CUDA graph is captured, in a compiled region, under ``torch.use_deterministic_algorithms``, or where
     ``ATTNREG_TABLE`` pins a table.
 

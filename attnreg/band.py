@@ -22,7 +22,7 @@ def band_from_dense(mask: Tensor, window: Window, *, dtype: torch.dtype | None =
         dtype: the result's floating-point dtype; None means that of an additive mask, torch's default for a boolean one.
 
     Returns:
-        (..., Lq, W), with W = ``window.size``: an additive mask; of a boolean one, 0 where visible and -inf where not.
+        An additive mask (..., Lq, W), with W = ``window.size``; of a boolean one, 0 where visible and -inf where not.
 
     Raises:
         TypeError, ValueError: the mask is no boolean or floating-point tensor of at least two dimensions, the window is no

@@ -78,7 +78,7 @@ def local_dot_product(
         key: (N, Hkv, Lk, E), of query's dtype and device; H is a multiple of Hkv, and query head ``h`` reads key head
             ``h // (H // Hkv)``.
         window: which keys a query sees.
-        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling; -inf hides a slot. Its gradient
+        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling; ``-inf`` hides a slot. Its gradient
             has its own shape.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
         scale: factor of the dot products.
@@ -151,7 +151,7 @@ def local_attention(
             head ``h // (H // Hkv)``.
         value: (N, Hkv, Lk, D), likewise.
         window: which keys a query sees.
-        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling; -inf hides a slot. Its gradient
+        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling; ``-inf`` hides a slot. Its gradient
             has its own shape. ``band_from_dense`` makes one of an (Lq, Lk) mask.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
         scale: factor of the dot products; None means ``1 / sqrt(E)``.

@@ -79,9 +79,9 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
             ``local_attention``; of two tensors, at least one is to be named (``query=``, ``key=`` or ``weights=``).
 
     Returns:
-        The decision: the problem, the chosen backend, why, and every other candidate with the reasons to refuse it.
-        ``str()`` of it is the readable trace. Nothing is built: a backend that is built on first use counts as usable until
-        its build has failed.
+        The decision, which holds the problem, the chosen backend, why, and every other candidate with the reasons to refuse it.
+        Its ``str()`` is the readable trace. Nothing is built. A backend that is built on first use counts as usable until its
+        build has failed.
 
     Raises:
         TypeError, ValueError, BackendError: as the op itself.

@@ -60,8 +60,11 @@ class Problem:
         op: the op's name, one of ``attnreg.op.OPS``.
         device: where the tensors are.
         dtype: of query, key, value and weights.
-        batch, heads, kv_heads: N, H and Hkv.
-        query_length, key_length: Lq and Lk.
+        batch: the batch size, N
+        heads: the number of query heads, H
+        kv_heads: the number of key/value heads, Hkv
+        query_length: the number of queries, Lq
+        key_length: the number of keys, Lk
         head_dim: E, the last dimension of query and key; 0 for ``local_weighted_average``.
         value_dim: D, the last dimension of value; 0 for ``local_dot_product``.
         window: the window of keys.
@@ -94,7 +97,7 @@ class Problem:
 
     @property
     def is_empty(self) -> bool:
-        """Whether a tensor of the call has no element: there is then nothing that a backend would compute."""
+        """Whether a tensor of the call has no element, so that a backend would have nothing to compute."""
         op = ROWS[self.op]
         return 0 in (self.batch, self.heads, self.kv_heads, self.query_length, self.key_length) or (
             self.value_dim == 0 and op.has_values

@@ -49,7 +49,7 @@ class Window:
 
     @property
     def size(self) -> int:
-        """W, the number of keys in a window that no border cuts: ``left + right + 1``."""
+        """W, the number of keys in a window that no border cuts, ``left + right + 1``."""
         return self.left + self.right + 1
 
 

@@ -24,7 +24,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(?!attnreg).*"),
     (
         r"py:.*",
-        r"attnreg\.(backend\.(Fault|Gradients|Function)|measured\..*|request\..*|registry\.Registry|op\..*|problem\.Given|tables\..*)",
+        r"attnreg\.(backend\.(Fault|Gradients|Function)|measured\..*|request\..*|registry\.Registry|op\..*|problem\.Given|tables\..*"
+        r"|testing\.(inputs|property)\..*)",
     ),
 ]
 
@@ -47,6 +48,14 @@ def _without_links_to_files(_app: Any, _path: Any, _parent: str, source: list[st
     source[0] = _LINK.sub(r"\1", source[0])
 
 
+def _with_defaults(
+    _app: Any, _what: str, _name: str, _object: Any, _options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Write ``{}`` for a default that is made anew for each object: a signature with ``<factory>`` cannot be parsed."""
+    return signature and signature.replace("<factory>", "{}"), returns
+
+
 def setup(app: Any) -> None:
-    """Register what is done to included files."""
+    """Register what is done to included files and to signatures."""
     app.connect("include-read", _without_links_to_files)
+    app.connect("autodoc-process-signature", _with_defaults)

@@ -48,6 +48,8 @@ class Driver:
 
 def compile_instead(kernel, programs, tiles, *args, device, **constants):
     """In the place of ``launch``."""
+    if tiles.max_registers is not None:
+        constants["maxnreg"] = tiles.max_registers
     compiled = kernel.warmup(
         *args,
         **constants,

@@ -45,7 +45,7 @@ _TOOLS = re.compile(r"extra == .(dev|docs).")
 
 
 def info(json: JsonOption = False) -> None:
-    """Tell what a report of a fault needs.
+    """Print what a bug report needs.
 
     Versions, devices, backends, the cache folder, the tables in use and their age, environment variables.
     """

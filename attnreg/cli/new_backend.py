@@ -170,7 +170,7 @@ def new_backend(
         ),
     ] = None,
 ) -> None:
-    """Write a plug-in with a backend, to begin with.
+    """Write a plug-in with a backend to start from.
 
     It is a package with one file of PyTorch, and its tests, and runs as it is. Nothing is installed, and no file is replaced.
     """

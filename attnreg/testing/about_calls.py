@@ -17,7 +17,7 @@ from attnreg.op import OPS
 from attnreg.testing.case import Case, make_case
 from attnreg.testing.cases import TABLE, cases_named
 from attnreg.testing.inputs import Inputs
-from attnreg.testing.judging import difference
+from attnreg.testing.judging import difference, expected, fault_of_outcome
 from attnreg.testing.property import REFUSALS, calls, holds, narrow, one
 from attnreg.testing.subject import DTYPES, Outcome, Subject, with_leaves
 from attnreg.window import Window
@@ -74,7 +74,7 @@ def autocast(subject: Subject, case: Case) -> str | None:
 
 @holds(
     "compile",
-    "a compiled call gives what an eager one does",
+    "a compiled call is right",
     lambda subject, quick: calls(
         subject,
         cases_named(*(["causal"] if quick else ["causal", "everything", "transposed", "key_lengths_with_bias"])),
@@ -83,7 +83,10 @@ def autocast(subject: Subject, case: Case) -> str | None:
     ),
 )
 def compiled_call(subject: Subject, case: Case) -> str | None:
-    """The same bits in the same order in memory, in one graph, with torch.compile(backend="aot_eager")."""
+    """Within the budget, in the same order in memory, in one graph, with torch.compile(backend="aot_eager").
+
+    A graph may give a function tensors with other strides, and that one other kernels.
+    """
     drawn = case.draw()
 
     def run(function: Callable[..., Tensor]) -> Outcome:
@@ -101,11 +104,10 @@ def compiled_call(subject: Subject, case: Case) -> str | None:
 
     torch._dynamo.reset()
     try:
-        eager = run(call)
         compiled = run(torch.compile(call, backend="aot_eager", fullgraph=True))
     finally:
         torch._dynamo.reset()
-    fault = difference(compiled, eager)
+    fault = fault_of_outcome(compiled, expected(case))
     if fault is not None:
         return f"{fault}, compiled"
     first = next(iter(drawn.tensors.values()))

@@ -19,6 +19,10 @@ from attnreg.window import Window
 # The letters of a bias as tests write them, "NHLW", and as an op's row has them.
 _AS_IN_ROWS = str.maketrans("L", "Q")
 
+# How large a scaled tensor may be: an element that overflows would make all that it reaches NaN, and prove nothing; and the
+# gradients that it is a factor of are to fit its dtype, too.
+MOST_OF_RANGE = 2.0**-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -32,7 +36,7 @@ class Case:
         dtypes: of the arguments that have a dtype of their own, by name; the others have that of the tensors.
         layout: how the floating-point tensors lie in memory, a name of ``LAYOUTS``.
         hidden: the share of a bias' elements that are -inf.
-        magnitude: what the first tensor is multiplied by.
+        magnitude: what the first tensor is multiplied by, as far as its dtype allows.
         one_sign: whether the tensors of scores have no negative number: the scores of a row are near each other then.
         seed: of the random numbers.
     """
@@ -107,7 +111,9 @@ class Case:
             tensors = {name: each if name in ("value", "weights") else each.abs() for name, each in tensors.items()}
         if self.magnitude != 1:
             first = next(iter(tensors))
-            tensors[first] = _LAYOUTS[self.layout]((tensors[first].float() * self.magnitude).to(problem.dtype))
+            most = torch.finfo(problem.dtype).max * MOST_OF_RANGE
+            scaled = (tensors[first].float() * self.magnitude).clamp(-most, most)
+            tensors[first] = _LAYOUTS[self.layout](scaled.to(problem.dtype))
         upstream = random(result_shape(problem), problem.dtype)
         arguments: dict[str, Any] = {}
         for argument in ROWS[problem.op].arguments:
@@ -209,13 +215,13 @@ def make_case(
         op: the op's name.
         dtype: of the tensors.
         device: where they are.
-        batch: N.
-        heads: H.
-        kv_heads: Hkv; H where not given.
-        query_length: Lq.
-        key_length: Lk; Lq where not given.
-        head_dim: E.
-        value_dim: D; E where not given.
+        batch: the batch size, N
+        heads: the number of query heads, H
+        kv_heads: Hkv; that of query heads where not given.
+        query_length: the number of queries, Lq
+        key_length: Lk; that of queries where not given.
+        head_dim: of queries and keys, E
+        value_dim: of values; that of keys where not given.
         window: the window of keys; eight keys, causal, where not given.
         needs_grad: whether gradients are asked for.
         layout: as in :class:`Case`.

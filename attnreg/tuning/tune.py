@@ -48,7 +48,8 @@ class Step:
         figure: what was found.
         copy_seconds: what a copy took right after; longer than after others where something else used the device. None where
             there is no time.
-        done, total: how many steps of how many are through.
+        done: how many steps are done.
+        total: how many steps there are.
         waited: for what part of the time threads waited for a core, or None; see ``attnreg.tuning.candidate``.
     """
 
@@ -70,8 +71,8 @@ class Tuned:
         path: the file that they were merged into; None where nothing was measured, or nothing was to be kept, or could be.
         interrupted: whether it was ended with Ctrl-C: the table then holds what was measured until there.
         disturbed: call and candidate of the figures that were measured while something else used the device, as copies tell.
-        fault: why the figures could not be written at last; they then serve this process alone. None where that is not so.
-        rescued: a file of the table where they could not be written, for ``attnreg tune --import``; None where there is none.
+        fault: why the last writing of the figures failed; they then serve this process alone. None where it did not fail.
+        rescued: where the figures could not be written, a file that holds them, for ``attnreg tune --import``; else None.
     """
 
     table: Table
@@ -103,16 +104,16 @@ def tune(
     A candidate runs in a child process, so that one that raises, runs out of memory, spoils its device, dies or hangs costs
     only itself; it is recorded with its reason. Backends that were registered in this process alone run in it. A result
     is compared with float64 first, and a wrong one gets no time. What seems to have been measured while something else used
-    the device is measured once more, and named where that does not help. What is measured is kept every few seconds, and
-    at the end, however that comes; where it cannot be, it serves this process, and a file among the temporary ones holds it.
-    Torch's threads and the precision of float32 products are this process', and the table's.
+    the device is measured once more, and named where that does not help. Figures are saved every few seconds, and at the
+    end, also after an error or Ctrl-C. Where they cannot be saved, they serve this process, and a temporary file holds them.
+    Candidates are measured with this process' number of threads and precision of float32 products, and the table records both.
 
     Args:
         ops: which ops.
         dtypes: of the tensors; None for float32 and bfloat16, and float16 on a GPU.
         head_dims: E = D.
         lengths: Lq = Lk; None for 4096 on a GPU, 1024 on a CPU.
-        batch: N.
+        batch: the batch size, N
         heads: pairs (H, Hkv); None for (64, 64) on a GPU, (8, 8) on a CPU.
         windows: sizes W; ``Window.causal`` for attention, ``Window.centered`` for the two products. Those larger than twice a
             length are left out.

@@ -153,9 +153,12 @@ def hopper_attention(head_dim: int, value_dim: int, window: Window) -> Tiles:
     return Tiles(64, 64 if max(head_dim, value_dim) <= 64 else 32, 4, num_stages=2)
 
 
-def hopper_attention_backward_by_rows(window: Window) -> Tiles:
+def hopper_attention_backward_by_rows(head_dim: int, value_dim: int, window: Window) -> Tiles:
     """For the gradient of the query on Hopper. At least two stages, as a step's tiles are free only in the next."""
-    return Tiles(64, 32, 4, num_stages=3) if window.size <= NARROW_WINDOW else Tiles(64, 64, 4, num_stages=2)
+    if window.size <= NARROW_WINDOW:
+        return Tiles(64, 32, 4, num_stages=3)
+    # Three programs to a multiprocessor, where their tiles let so many in.
+    return Tiles(64, 64, 4, num_stages=2, max_registers=168 if max(head_dim, value_dim) <= 64 else None)
 
 
 def hopper_attention_backward_by_keys(window: Window) -> Tiles:

@@ -4,8 +4,10 @@ Rows first: ``D = rowsum(dO * O)`` and ``dQ = scale * dS K``; then keys: ``dV = 
 with ``P = exp(S - log-sum-exp)`` computed anew in both and ``dS = P * (dP - D)``, ``dP = dO V^T``. No program writes what another
 does, so there are no atomics and no accumulator in memory.
 
-Where the log-sum-exp is large it has lost digits of P, which is then divided by its row sum; and in fp16 dS may be too large.
-Both are rare and cost up to a quarter of the time. So programs do without at first, and those that meet one of them run again.
+Where the log-sum-exp is large it has lost digits of P, which is then divided by its row sum. O, too, is then not the very value
+of a key that dominates its row, but a rounding step beside it, which large queries and keys make much of; so D is corrected
+to rowsum(P * dP), by ``rowsum(P * (dP - D))``. And in fp16 dS may be too large. All of that is rare and costs a multiple of the
+time. So programs do without at first, and those that meet it run again: once for the sums, and once with them.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -38,6 +40,7 @@ from attnreg_triton.hopper.tile import (
     product_layout,
     rows_layout,
     store_tile,
+    synchronize,
     visible_length,
 )
 from attnreg_triton.launch import ceil_div, interleaved, launch, origin
@@ -71,7 +74,7 @@ def local_attention_backward(
     row_rescale = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
     sizes = (len_q, len_k, origin(window, len_q, len_k), window.size, scale)
 
-    tiles = tile_table.hopper_attention_backward_by_rows(window)
+    tiles = tile_table.hopper_attention_backward_by_rows(query.shape[3], value.shape[3], window)
     row_tiles = ceil_div(len_q, tiles.rows)
     launch(
         _attention_backward_rows,
@@ -142,15 +145,16 @@ def _all_finite(x, valid):
 
 
 @gluon.jit
-def _fetch_keys(key, value, n, h_kv, begin, steps, ready, k_tiles, v_tiles, STAGES: gl.constexpr):
-    """Start copying the keys and values of the first steps."""
+def _fetch_keys(key, value, n, h_kv, begin, steps, ready, first_ready, k_tiles, v_tiles, STAGES: gl.constexpr):
+    """Start copying the keys and values of the first steps, announced by ``STAGES`` barriers from ``first_ready`` on."""
     STEP_BYTES: gl.constexpr = key.block_type.nbytes + value.block_type.nbytes
     BLOCK_N: gl.constexpr = key.block_type.shape[2]
     for slot in gl.static_range(STAGES):
         wanted = slot < steps
-        mbarrier.expect(ready.index(slot), STEP_BYTES, pred=wanted)
-        fetch(key, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), k_tiles.index(slot), wanted)
-        fetch(value, n, h_kv, begin + slot * BLOCK_N, ready.index(slot), v_tiles.index(slot), wanted)
+        bar = ready.index(first_ready + slot)
+        mbarrier.expect(bar, STEP_BYTES, pred=wanted)
+        fetch(key, n, h_kv, begin + slot * BLOCK_N, bar, k_tiles.index(slot), wanted)
+        fetch(value, n, h_kv, begin + slot * BLOCK_N, bar, v_tiles.index(slot), wanted)
 
 
 @gluon.jit
@@ -164,14 +168,16 @@ def _query_gradient(
     d,
     scale,
     ready,
+    first_ready,
     tiles,
     STAGES: gl.constexpr,
     CAREFUL: gl.constexpr,
+    SUMS: gl.constexpr = False,
 ):
     """``(up * dS K, total, up)`` with P undivided by its row sums ``total``, after ``_fetch_keys``.
 
     CAREFUL computes what is 1 otherwise: ``total``, which is off where the log-sum-exp is large, and ``up``, that brings dS
-    into fp16's range.
+    into fp16's range. SUMS computes ``(0, total, rowsum(dS))`` alone.
     """
     n, h_kv, begin, steps, length = place
     first, last, all_from, all_to = interval
@@ -182,7 +188,7 @@ def _query_gradient(
     BLOCK_N: gl.constexpr = key.block_type.shape[2]
     BLOCK_HEAD: gl.constexpr = key.block_type.shape[3]
     BLOCK_VALUE: gl.constexpr = value.block_type.shape[3]
-    SHRINK: gl.constexpr = CAREFUL and dtype == gl.float16
+    SHRINK: gl.constexpr = CAREFUL and not SUMS and dtype == gl.float16
     s_layout: gl.constexpr = product_layout(BLOCK_N, WARPS, dtype)
     q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, q_layout, 2)
@@ -197,16 +203,16 @@ def _query_gradient(
     else:
         factor, shift = scale * _LOG2E, lse * _LOG2E
         total = gl.where(lse == float("-inf"), 0.0, 1.0)
-    up = gl.full([BLOCK_M], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
+    up = gl.full([BLOCK_M], 0.0 if SUMS else 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     dq = gl.zeros([BLOCK_M, BLOCK_HEAD], gl.float32, q_layout)
-    if not SHRINK:
+    if not (SHRINK or SUMS):
         dq = warpgroup_mma_init(dq)
     empty = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
     j_begin = begin
     stage = 0
     phase = 0
     for step in range(steps):
-        mbarrier.wait(ready.index(stage), phase)
+        mbarrier.wait(ready.index(first_ready + stage), phase)
         if key_lengths is not None:
             clear_rows_from(length - j_begin, k_tiles.index(stage), k_layout)
             clear_rows_from(length - j_begin, v_tiles.index(stage), v_layout)
@@ -214,7 +220,7 @@ def _query_gradient(
         v = matrix(v_tiles.index(stage))
         s = warpgroup_mma(matrix(q_tile), k.permute((1, 0)), empty, use_acc=False, is_async=True)
         dp = warpgroup_mma(matrix(do_tile), v.permute((1, 0)), empty, use_acc=False, is_async=True)
-        if SHRINK:
+        if SHRINK or SUMS:
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
         else:
             s, dq = warpgroup_mma_wait(num_outstanding=1, deps=(s, dq))
@@ -222,9 +228,10 @@ def _query_gradient(
         before = gl.where(stage == 0, STAGES - 1, stage - 1)
         ahead = step + STAGES - 1
         wanted = (step > 0) & (ahead < steps)
-        mbarrier.expect(ready.index(before), STEP_BYTES, pred=wanted)
-        fetch(key, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), k_tiles.index(before), wanted)
-        fetch(value, n, h_kv, begin + ahead * BLOCK_N, ready.index(before), v_tiles.index(before), wanted)
+        bar = ready.index(first_ready + before)
+        mbarrier.expect(bar, STEP_BYTES, pred=wanted)
+        fetch(key, n, h_kv, begin + ahead * BLOCK_N, bar, k_tiles.index(before), wanted)
+        fetch(value, n, h_kv, begin + ahead * BLOCK_N, bar, v_tiles.index(before), wanted)
 
         p = gl.exp2(gl.fma(s, factor, -shift[:, None]))
         p = hide(p, j_begin, first, last, all_from, all_to, 0.0, s_layout)
@@ -237,13 +244,16 @@ def _query_gradient(
             up = fp16_shrinkage(ds, up)
             ds *= up[:, None]
             dq = warpgroup_mma_init(dq * gl.convert_layout(up / up_before, gl.SliceLayout(1, q_layout))[:, None])
-        dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), ds_layout), k, dq, is_async=True)
+        if SUMS:
+            up += gl.sum(ds, 1)
+        else:
+            dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), ds_layout), k, dq, is_async=True)
         if SHRINK:
             # An accumulator in flight that is also multiplied would make ptxas run every product by itself (C7514).
             dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
         j_begin += BLOCK_N
         stage, phase = advance(stage, phase, STAGES)
-    if not SHRINK:
+    if not (SHRINK or SUMS):
         dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
     return dq, total, up
 
@@ -302,12 +312,12 @@ def _attention_backward_rows(
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_VALUE], value.layout)
     rows_ready = barriers(1).index(0)
     ready = barriers(STAGES)
-    again = barriers(STAGES)
+    again = barriers(2 * STAGES)
     mbarrier.expect(rows_ready, query.block_type.nbytes + grad_output.block_type.nbytes + output.block_type.nbytes)
     fetch(grad_output, n, h, i_begin, rows_ready, do_tile)
     fetch(output, n, h, i_begin, rows_ready, o_tile)
     fetch(query, n, h, i_begin, rows_ready, q_tile)
-    _fetch_keys(key, value, n, h_kv, begin, steps, ready, k_tiles, v_tiles, STAGES)
+    _fetch_keys(key, value, n, h_kv, begin, steps, ready, 0, k_tiles, v_tiles, STAGES)
 
     row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
     lse = gl.load(log_sum_exp + row, mask=i < i_end, other=float("-inf"))
@@ -331,15 +341,23 @@ def _attention_backward_rows(
     interval = (first, last, all_from, all_to)
     tiles = (q_tile, do_tile, k_tiles, v_tiles)
     dq, total, up = _query_gradient(
-        key, value, key_lengths, place, interval, lse, d, scale, ready, tiles, STAGES, False
+        key, value, key_lengths, place, interval, lse, d, scale, ready, 0, tiles, STAGES, False
     )
     careful = gl.max(gl.where(large, 1, 0), 0) > 0
     if dtype == gl.float16:
         careful = careful | ~_all_finite(dq, gl.convert_layout(sees, gl.SliceLayout(1, q_layout)))
     if careful:
-        _fetch_keys(key, value, n, h_kv, begin, steps, again, k_tiles, v_tiles, STAGES)
+        _fetch_keys(key, value, n, h_kv, begin, steps, again, 0, k_tiles, v_tiles, STAGES)
+        _, total, surplus = _query_gradient(
+            key, value, key_lengths, place, interval, lse, d, scale, again, 0, tiles, STAGES, True, True
+        )
+        d += gl.where(total > 0.0, surplus / total, 0.0)
+        gl.store(row_pairs + 2 * row + 1, gl.where(sees, d, 0.0), mask=i < i_end)
+        # The tiles are free to be written once all warps have read them.
+        synchronize()
+        _fetch_keys(key, value, n, h_kv, begin, steps, again, STAGES, k_tiles, v_tiles, STAGES)
         dq, total, up = _query_gradient(
-            key, value, key_lengths, place, interval, lse, d, scale, again, tiles, STAGES, True
+            key, value, key_lengths, place, interval, lse, d, scale, again, STAGES, tiles, STAGES, True
         )
 
     gl.store(row_rescale + row, 1.0 / total, mask=i < i_end)
