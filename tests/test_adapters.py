@@ -54,6 +54,16 @@ def reasons(name, **changes):
         ("flash", {"head_dim": 264, "value_dim": 264}, "the head_dim of query and key is 264"),
         ("flash", {"value_dim": 32}, "E = 64 and D = 32 differ; it takes equal head dims only"),
         ("flash", {"key_length": 290}, "the first 5 queries see no key"),
+        (
+            "flash",
+            {"key_length": 290, "window": Window(20, 290)},
+            "the window's right side, 290, reaches past all 290 keys",
+        ),
+        (
+            "flash",
+            {"key_length": 290, "window": Window(999, 999)},
+            "the window's right side, 999, reaches past all 290 keys",
+        ),
         ("flash", {"op": "local_dot_product", "value_dim": 0}, "it has no local_dot_product"),
         ("flash", {"device": torch.device("cpu")}, "the device is cpu; it takes cuda"),
         ("flash4", {"dtype": torch.float32}, "the dtype is float32; it takes bfloat16, float16"),

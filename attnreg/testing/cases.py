@@ -311,8 +311,8 @@ CASES: Sequence[Case] = tuple(
     row.case for row in TABLE if row.group not in ("broadcast", "hidden", "magnitude", "large")
 )
 
-SMALL_LENGTHS = ((1, 1), (1, 3), (3, 1), (2, 2), (3, 4), (4, 3), (5, 5))
-QUICK_LENGTHS = ((3, 4), (5, 5))
+SMALL_LENGTHS = ((1, 1), (1, 3), (3, 1), (2, 2), (3, 4), (4, 3), (5, 2), (5, 5))
+QUICK_LENGTHS = ((3, 4), (4, 1), (5, 5))
 MOST_OF_A_SMALL_WINDOW = 5
 
 

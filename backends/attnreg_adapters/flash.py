@@ -40,6 +40,12 @@ def refuse(problem: Problem) -> str | None:
     refused = refuse_shapes(problem)
     if refused is not None:
         return refused
+    # The library takes a window's right side of Lk or more for one of Lk, or for none: the first queries then see other keys.
+    if problem.window.right >= problem.key_length and problem.query_length > problem.key_length + 1:
+        return (
+            f"the window's right side, {problem.window.right}, reaches past all {problem.key_length} keys, and there are "
+            f"{problem.query_length} queries; it takes such a window with at most one query more than keys"
+        )
     if problem.needs_grad and problem.head_dim > _MOST_ON_SMALL_GPUS:
         capability = torch.cuda.get_device_capability(problem.device)
         if capability not in _LARGE_GPUS:
