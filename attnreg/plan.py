@@ -6,7 +6,7 @@ Functions in ``attnreg.functional`` keep plans by the bare facts of a call; this
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
@@ -40,7 +40,7 @@ _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: 
 # Not frozen, which would make each cost 2 us more: a new shape needs one.
 @dataclass(slots=True, eq=False)
 class Plan:
-    """What one kind of call needs to know to run; never changed.
+    """What one kind of call needs to know to run; never changed but for what it has seen of its backend's results.
 
     Attributes:
         op: the op.
@@ -57,7 +57,8 @@ class Plan:
         is_recorded: whether the backward function has to be recorded for autograd.
         places: of the arguments that the call gives, those of tensors in the op's row.
         given_tensors: their names.
-        is_checked: whether results of its backend were looked at.
+        result_shape: of the first result, once results of its backend were looked at; None before, and where sizes are open.
+        are_gradients_checked: whether gradients of its backend were looked at.
     """
 
     op: Op
@@ -75,7 +76,8 @@ class Plan:
     is_recorded: bool
     places: tuple[int, ...]
     given_tensors: tuple[str, ...]
-    is_checked: bool = False
+    result_shape: tuple[int, ...] | None = None
+    are_gradients_checked: bool = False
 
     def _options_of(self, arguments: Sequence[Any]) -> Mapping[str, Any]:
         """The arguments that the functions get for a call with these."""
@@ -101,15 +103,18 @@ class Plan:
             else:
                 with _below_autograd():
                     results = self.forward(*tensors, self.window, **options)
-        except Exception as error:
+        except BaseException as error:
             self._name_backend(error, self.op.name)
             raise
-        if results.__class__ is not tuple:
-            results = (results,)
-        if not self.is_checked:
-            self._check_results(results, tensors)
-            self.is_checked = True
-        output = results[0]
+        output = results[0] if results.__class__ is tuple and results else results
+        # Of every call what is cheap to see; all of it where this shows something, and of the first.
+        shape = self.result_shape
+        if shape is None or output.__class__ is not Tensor or output.shape != shape or output.dtype is not self.dtype:
+            self.check_results(results, tensors, arguments)
+        if output is results:
+            results = (output,)
+        elif len(results) > 1 and not results[1].is_contiguous():
+            results = (output, results[1].contiguous())
         if output.is_contiguous() and (are_contiguous or first.is_contiguous()):
             return results  # type: ignore[no-any-return]
         strides, wanted = output.stride(), strides_like(first, output.shape[-1])
@@ -138,7 +143,7 @@ class Plan:
                 **self._options_of(arguments),
                 needs_grad=needs_grad,
             )
-        except Exception as error:
+        except BaseException as error:
             self._name_backend(error, self.op.backward)
             raise
         if not isinstance(gradients, Mapping):
@@ -146,17 +151,16 @@ class Plan:
         missing = needs_grad - gradients.keys()
         if missing:
             raise self._wrong(self.op.backward, f"left out the gradient of {', '.join(sorted(missing))}")
+        if not self.are_gradients_checked:
+            self._check_gradients(gradients, needs_grad, grads, saved, arguments)
+            self.are_gradients_checked = True
         return gradients
 
     def gradient(self, name: str, tensor: Tensor, gradients: Mapping[str, Tensor]) -> Tensor:
         """One of the gradients, in its tensor's shape and order in memory."""
         found = gradients[name]
         if found.__class__ is not Tensor or found.shape != tensor.shape or found.dtype is not tensor.dtype:
-            # A bias has all its dimensions where a backend gets it.
-            whole = (*(1,) * (len(self._dims(name)) - tensor.dim()), *tensor.shape)
-            problem = _unlike(found, whole, tensor.dtype, tensor.device)
-            if problem is not None:
-                raise self._wrong(self.op.backward, f"returned as gradient of {name} {problem}")
+            self._check_gradient(name, found, tensor)
             found = found.reshape(tensor.shape)
         strides = strides_like(tensor)
         return found if found.stride() == strides else in_order(found, strides)
@@ -164,30 +168,69 @@ class Plan:
     def _dims(self, name: str) -> str:
         return self.op.tensors.get(name) or next(row.dims or "" for row in self.op.arguments if row.name == name)
 
-    def _check_results(self, results: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-        """Raise unless the backend's results are what the op's row says of them.
+    def check_results(self, returned: Any, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+        """Raise unless what a backend returned is what the op's row says of it.
 
         Raises:
-            RuntimeError: they are not; names the backend.
+            RuntimeError: it is not; names the backend.
         """
         op, problem = self.op, self.problem
+        results = returned if returned.__class__ is tuple else (returned,)
         if len(results) != len(op.results):
-            raise self._wrong(op.name, f"returned {len(results)} results, not {len(op.results)}")
+            what = f"{len(results)} results" if results is returned else type(returned).__name__
+            raise self._wrong(op.name, f"returned {what}, not a tuple of {' and '.join(op.results)}")
         if not isinstance(problem.key_length, int) or not isinstance(problem.query_length, int):
             return
-        for result, (name, row) in zip(results, op.results.items()):
-            shape = tuple(problem.size(letter) for letter in row.dims)
-            wrong = _unlike(result, shape, row.dtype(problem.dtype), problem.device)
+        given = [*tensors, *[each for each in arguments if isinstance(each, Tensor)]]
+        types: set[Any] = {Tensor, *map(type, given)} - {torch.nn.Parameter}
+        shapes = [tuple(problem.size(letter) for letter in row.dims) for row in op.results.values()]
+        for result, shape, (name, row) in zip(results, shapes, op.results.items()):
+            wrong = _unlike(result, shape, row.dtype(problem.dtype), problem.device, types)
+            if wrong is None and result.requires_grad and not (self.differentiable and torch.is_grad_enabled()):
+                wrong = "a tensor that requires gradients; expected none that does"
+            if wrong is None and torch._C._functorch.peek_interpreter_stack() is None and _is_view(result, given):
+                wrong = "a view of one of its inputs, not memory of its own"
             if wrong is not None:
                 raise self._wrong(op.name, f"returned as {name} {wrong}")
-            if not self.differentiable and any(_is_alias_of(result, tensor) for tensor in tensors):
-                raise self._wrong(op.name, f"returned as {name} a view of one of its inputs, not memory of its own")
+        self.result_shape = shapes[0]
+
+    def _check_gradients(
+        self,
+        gradients: Mapping[str, Any],
+        names: frozenset[str],
+        grads: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        arguments: Sequence[Any],
+    ) -> None:
+        """Raise unless the gradients are tensors as the op's row has them, each in memory of its own."""
+        given = [*grads, *saved, *[each for each in arguments if isinstance(each, Tensor)]]
+        named = {argument.name: value for argument, value in zip(self.op.arguments, arguments)}
+        named.update(zip(self.op.tensors, saved))
+        for name in sorted(names):
+            found = gradients[name]
+            self._check_gradient(name, found, named[name])
+            if _is_view(found, given):
+                raise self._wrong(self.op.backward, f"returned as gradient of {name} a view of one of its inputs")
+            for other in sorted(names):
+                same = other < name and _is_view(found, [gradients[other]])
+                if same and found.storage_offset() == gradients[other].storage_offset():
+                    raise self._wrong(self.op.backward, f"returned one memory as gradients of {other} and {name}")
+
+    def _check_gradient(self, name: str, found: Any, tensor: Tensor) -> None:
+        """Raise unless ``found`` can be the gradient of ``tensor``."""
+        # A bias has all its dimensions where a backend gets it.
+        whole = (*(1,) * (len(self._dims(name)) - tensor.dim()), *tensor.shape)
+        types: set[Any] = {Tensor, type(tensor)} - {torch.nn.Parameter}
+        wrong = _unlike(found, whole, tensor.dtype, tensor.device, types)
+        if wrong is not None:
+            raise self._wrong(self.op.backward, f"returned as gradient of {name} {wrong}")
 
     def _wrong(self, function: str, what: str) -> RuntimeError:
         return RuntimeError(f"{self._who}: {function} {what}")
 
-    def _name_backend(self, error: Exception, function: str) -> None:
-        if hasattr(error, "add_note"):  # from Python 3.11 on
+    def _name_backend(self, error: BaseException, function: str) -> None:
+        # There are notes from Python 3.11 on; and an exception of one's own may do anything when it is asked to take one.
+        with suppress(Exception):
             error.add_note(f"raised by {function} of {self._who}, for {self.problem}")
 
     @property
@@ -197,13 +240,31 @@ class Plan:
         return f"backend {backend.name!r} of {origin}"
 
 
-def _unlike(found: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str | None:
+def _unlike(
+    found: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, types: Collection[type]
+) -> str | None:
     """What ``found`` is and what it should be; None where it is that."""
     if not isinstance(found, Tensor):
         return f"{type(found).__name__}, not a tensor"
-    if tuple(found.shape) == shape and found.dtype == dtype and found.device == device:
-        return None
-    return f"a tensor of shape {tuple(found.shape)}, {found.dtype} on {found.device}; expected {shape}, {dtype} on {device}"
+    if type(found) not in types:
+        return f"a {type(found).__name__}, not a plain tensor"
+    if found.layout is not torch.strided or found.is_nested:
+        return f"a tensor of layout {found.layout}{', nested' if found.is_nested else ''}; expected a dense one"
+    if tuple(found.shape) != shape or found.dtype != dtype or found.device != device:
+        return (
+            f"a tensor of shape {tuple(found.shape)}, {found.dtype} on {found.device}; "
+            f"expected {shape}, {dtype} on {device}"
+        )
+    if found.is_neg() or found.is_conj():
+        return "a tensor that is still to be negated or conjugated when it is read; expected resolve_neg() of it"
+    if found.is_inference() and not torch.is_inference_mode_enabled():
+        return "a tensor made in inference mode, outside of it"
+    return None
+
+
+def _is_view(found: Tensor, of: Sequence[Tensor]) -> bool:
+    """Whether ``found`` lies in the memory of one of these."""
+    return any(found is each or _is_alias_of(found, each) for each in of)
 
 
 def rows(tensor: Tensor) -> Tensor:
