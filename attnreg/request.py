@@ -80,9 +80,9 @@ def parse_wish(text: str, by: str = "") -> Wish:
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """The likeliest of ``names`` as a question, after a semicolon; nothing where none is like it."""
+    """The likeliest of ``names`` as a question, in brackets: a text may go on behind it. Nothing where none is like it."""
     close = get_close_matches(name.lower(), names, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def parse_request(text: str) -> Request:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -452,7 +454,34 @@ def test_without_matplotlib_the_plot_is_refused_before_anything_is_measured(monk
 
 def test_bench_lists_the_workloads():
     result = bench("--list", "--device", "cpu")
-    assert [line.split()[0] for line in result.output.splitlines()] == list(select("cpu"))
+    assert [line.split()[0] for line in result.output.splitlines() if line[0] != " "][2:] == list(select("cpu"))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 500])
+@pytest.mark.parametrize("listed", [True, False], ids=["list", "report"])
+def test_what_bench_prints_fits_the_width_and_breaks_no_word(measured, monkeypatch, listed, columns):
+    def shown(columns: int) -> str:
+        options = ["--list", "--device", "cpu"] if listed else ["--from", str(measured[1])]
+        out, result = StringIO(), None
+        monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "stdout", out)
+        result = app(["bench", *options], standalone_mode=False)
+        monkeypatch.undo()
+        assert result is None
+        return out.getvalue()
+
+    output = shown(columns)
+    assert max(map(len, output.splitlines())) <= columns
+    known = {word.strip(":,;") for word in shown(1000).split() if word[0].isalpha()}
+    assert {word.strip(":,;") for word in output.split() if word[0].isalpha()} == known
+
+
+def test_the_example_in_the_help_fits_a_workload_on_every_device():
+    help_text = " ".join(bench("--help").output.split())
+    (pattern,) = re.findall(r"such as '(.*?)' or", help_text)
+    for device_type in ("cpu", "cuda"):
+        assert select(device_type, [pattern])
 
 
 @pytest.mark.parametrize(
@@ -462,9 +491,10 @@ def test_bench_lists_the_workloads():
         (("--op", "softmax"), "'softmax' is not one of local_dot_product"),
         (("--backend", "nobody"), "no backend is called 'nobody'; registered: cublas_block"),
         (("--direction", "up"), "'up' is neither forward nor backward"),
-        (("--repeat", "0"), "1"),
+        (("--repeat", "0"), "expected an integer of at least 1; got '0'"),
+        (("--backend", "torhc"), "no backend is called 'torhc'"),
         (("--plot", "plot.doc"), "the suffix says the format"),
-        (("--from", "/nowhere.json"), "No such file"),
+        (("--from", "/nowhere.json"), "--from: /nowhere.json: No such file or directory"),
         (("--from", __file__), "holds no results of attnreg bench"),
     ],
 )

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_the_version_is_told():
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_completes_commands_and_names_of_backends(shell):
+def test_a_shell_completes_commands_and_names(shell, two_tables, monkeypatch):
     def completed(line: str) -> str:
         asked = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_TYPER_COMPLETE_ARGS": line}
         environment = {"_ATTNREG_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args", **asked}
@@ -98,6 +99,18 @@ def test_a_shell_completes_commands_and_names_of_backends(shell):
     assert "explain" in completed("attnreg exp")
     assert "torch_block" in completed("attnreg explain --backend torch_")
     assert "bfloat16" in completed("attnreg explain --dtype b")
+    assert "torch_block" in completed("attnreg conform torch_")
+    assert "torch_block" in completed("attnreg tune --backend torch_")
+    assert "torch_block" in completed("attnreg bench --backend torch_")
+    assert "second_derivatives" in completed("attnreg conform torch --property sec")
+    own = "an-unusually-long-name-of-a-cpu"
+    monkeypatch.setattr(store, "SHIPPED", two_tables / "shipped")
+    (two_tables / "shipped").mkdir()
+    (two_tables / "shipped" / "anybody.json").write_text("")
+    assert own in completed("attnreg tables show an")
+    assert own in completed("attnreg tables clear an")
+    assert "anybody.json" in completed("attnreg tables show an")
+    assert "anybody.json" not in completed("attnreg tables clear an")
 
 
 def test_nothing_is_imported_before_it_is_needed():
@@ -334,12 +347,17 @@ def test_a_table_is_as_wide_as_it_needs_where_the_output_is_piped():
     assert re.search(r"^ *8 +\w+ +[\d.]+ +\w+ [\d.]+x$", piped("tables", "show", "cpu"), re.M)
 
 
-def on_terminal(columns: int, *arguments: str) -> str:
-    """What the command prints on a terminal of that width."""
+def on_terminal(columns: int, *arguments: str, code: int = 0, script: str | None = None, piped: bool = False) -> str:
+    """What the command prints on a terminal of that width, errors included; with ``piped``, these alone.
+
+    ``script`` is run in place of the command.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    child = subprocess.Popen([sys.executable, "-m", "attnreg", *arguments], stdout=theirs, env=environment)
+    command = [sys.executable, "-m", "attnreg", *arguments] if script is None else [sys.executable, "-c", script]
+    out = subprocess.DEVNULL if piped else theirs
+    child = subprocess.Popen(command, stdout=out, stderr=theirs, env=environment)
     os.close(theirs)
     found = b""
     try:
@@ -348,7 +366,7 @@ def on_terminal(columns: int, *arguments: str) -> str:
     except OSError:  # the child has closed its end
         pass
     os.close(ours)
-    assert child.wait() == 0
+    assert child.wait() == code, found.decode()
     return found.decode().replace("\r\n", "\n")
 
 
@@ -359,6 +377,103 @@ def test_a_terminal_gets_no_line_that_it_would_break(command):
     shown = on_terminal(80, *command)
     assert max(map(len, shown.splitlines())) <= 80
     assert words(shown) == words(piped(*command))
+
+
+UNKNOWN = ("explain", "--backend", "nobody_at_all_of_this_name")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [UNKNOWN, ("explain", "--op", "softmax"), ("conform", "torch", "--property", "nope"), ("tune", "--window", "none")],
+    ids="-".join,
+)
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("piped", [False, True], ids=["shown", "piped"])
+def test_a_usage_error_is_broken_between_words_on_a_terminal(command, columns, piped):
+    shown = on_terminal(columns, *command, code=2, piped=piped)
+    whole_words = attnreg_command(*command, columns=columns)
+    assert max(map(len, shown.splitlines())) <= columns
+    assert words(shown) == words(whole_words.output)
+    assert max(map(len, whole_words.output.splitlines())) > columns
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in OWN), ("bench",), ("tables", "clear")], ids="-".join)
+@pytest.mark.parametrize("columns", [36, 40, 80])
+def test_help_fits_and_breaks_no_word(command, columns):
+    shown = attnreg_command(*command, "--help", columns=columns).output
+    assert max(map(len, shown.splitlines())) <= columns
+    assert words(shown) == words(attnreg_command(*command, "--help", columns=200).output)
+    assert "..." not in shown.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("conform", "attnreg conform [OPTIONS] NAME"),
+        ("new-backend", "attnreg new-backend [OPTIONS] DIR"),
+        ("tables show", "attnreg tables show [OPTIONS] TABLE"),
+        ("tables clear", "attnreg tables clear [OPTIONS] [TABLE]..."),
+    ],
+)
+def test_the_usage_shows_what_is_required_and_what_is_not(command, usage):
+    # Some versions of typer write the name in capital letters.
+    assert usage.lower() == attnreg_command(*command.split(), "--help").output.splitlines()[0].lower()[len("usage: ") :]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_what_conform_shows_fits_a_terminal(columns):
+    chosen = ("values", "second_derivatives")
+    options = [each for name in chosen for each in ("--property", name)]
+    shown = on_terminal(columns, "conform", "torch_block", "--quick", "--device", "cpu", *options)
+    printed = shown.replace("\x1b[2K", "").replace("\r", "\n")
+    lines = [line for line in re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", printed).splitlines() if "/" not in line]
+    assert max(map(len, lines)) <= columns
+    if columns < 50:
+        assert "property: values" in lines
+        assert "result: held" in lines
+    else:
+        assert re.search(r"^values +held +\d+ +[\d.]+$", "\n".join(lines), re.M)
+
+
+BROKEN_ON_PURPOSE = """
+import attnreg
+from attnreg.cli import app
+from attnreg.testing.mutants import MUTANTS
+from attnreg.testing.subject import find
+
+with attnreg.register(MUTANTS["bias_before_scaling"].of(find("torch_block")[0])):
+    app(["conform", "mutant.bias_before_scaling", "--quick", "--device", "cpu", "--property", "bias"])
+"""
+
+
+def test_the_python_that_conform_shows_is_code_on_a_narrow_terminal():
+    shown = on_terminal(40, script=BROKEN_ON_PURPOSE, code=1)
+    (code,) = re.findall(r"^(    import torch\n.*?^    check_case\(.*?\)\n)", shown, re.M | re.S)
+    compile(textwrap.dedent(code), "shown", "exec")
+    assert max(map(len, code.splitlines())) > 40
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("values",), r"^1 property held, 0 broken, 0 do not apply; \d+ calls in "),
+        (("values", "cuda_graph"), r"^1 property held, 0 broken, 1 does not apply; "),
+        (("values", "described", "cuda_graph", "side_stream"), r"^2 properties held, 0 broken, 2 do not apply; "),
+    ],
+)
+def test_conform_counts_in_english(options, told):
+    chosen = [each for name in options for each in ("--property", name)]
+    result = attnreg_command("conform", "torch_block", "--quick", "--device", "cpu", *chosen)
+    assert re.search(told, result.output, re.M), result.output
+
+
+def test_conform_lists_the_properties_in_order_where_one_is_unknown():
+    result = attnreg_command("conform", "torch", "--device", "cpu", "--property", "valeus")
+    assert result.exit_code == 2
+    assert "--property: no property is called 'valeus' (did you mean 'values'?); there are " in result.output
+    listed = re.findall(r"\w+", result.output.partition("there are ")[2])
+    assert listed == sorted(listed)
+    assert "values" in listed
 
 
 def test_a_table_on_a_terminal_is_no_wider_than_that():
@@ -497,19 +612,70 @@ def test_explain_obeys_the_environment_and_the_option_goes_before_it():
     by_environment = attnreg_command("explain", "--device", "cpu", ATTNREG_BACKEND="torch")
     assert "-> torch: forced by the environment variable ATTNREG_BACKEND" in by_environment.output
     by_option = attnreg_command("explain", "--device", "cpu", "--backend", "torch_block", ATTNREG_BACKEND="torch")
-    assert "-> torch_block: forced by the argument backend=" in by_option.output
+    assert "-> torch_block: forced by --backend" in by_option.output
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("backend", ["torch", "torch; hafl; -flxe", "-torch"])
+def test_explain_calls_its_option_by_its_name(backend, json_option):
+    output = attnreg_command("explain", "--device", "cpu", "--backend", backend, *json_option).output
+    assert "by --backend" in output
+    assert "argument" not in output
+
+
+@pytest.mark.parametrize("command", ["explain", "demo"])
+def test_a_refusal_is_a_message_and_exit_code_1(command):
+    result = attnreg_command(command, "--device", "cpu", "--backend", "cublas_block")
+    assert result.exit_code == 1
+    assert "the device is cpu; it takes cuda" in result.output
+    assert "asked for by --backend" in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+REGISTERED = "; registered: cublas_block, "
+
+
+@pytest.mark.parametrize("command", ["explain", "demo", "tune", "bench", "conform"])
+def test_an_unknown_backend_is_a_usage_error_everywhere(command):
+    given = ("nobody",) if command == "conform" else ("--backend", "nobody")
+    result = attnreg_command(command, "--device", "cpu", *given)
+    assert result.exit_code == 2
+    assert f"{'NAME' if command == 'conform' else '--backend'}: no backend is called 'nobody'" in result.stderr
+    assert REGISTERED in result.stderr
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(
     ("backend", "message"),
-    [("nobody", "no backend is called 'nobody'"), ("cublas_block", "the device is cpu; it takes cuda")],
+    [
+        ("torc", f"no backend is called 'torc' (did you mean 'torch'?){REGISTERED}"),
+        ("", "no backend is called ''"),
+        ("torch:foo=1", "torch:foo=1: it has no option 'foo'; it has none"),
+        ("torch:foo", "a backend is asked for as NAME or NAME:OPTION=VALUE,..., got 'torch:foo'"),
+        ("torch;", "a name is missing in 'torch;'"),
+        ("nobody; nobody_else", "no backend is called 'nobody_else'"),
+    ],
 )
-@pytest.mark.parametrize("command", ["explain", "demo"])
-def test_a_refusal_is_a_message_and_exit_code_1(command, backend, message):
-    result = attnreg_command(command, "--device", "cpu", "--backend", backend)
-    assert result.exit_code == 1
-    assert message in result.output
-    assert isinstance(result.exception, SystemExit)
+def test_what_no_backend_can_be_asked_for_by_is_told_by_who_asks(backend, message):
+    for hint, result in (
+        ("--backend: ", attnreg_command("explain", "--device", "cpu", "--backend", backend)),
+        (
+            "the environment variable ATTNREG_BACKEND: ",
+            attnreg_command("explain", "--device", "cpu", ATTNREG_BACKEND=backend or "-"),
+        ),
+    ):
+        assert result.exit_code == 2
+        assert hint in result.stderr
+        assert message in result.stderr or not backend
+        assert "?;" not in result.stderr
+
+
+def test_explain_says_once_that_a_table_is_not_used(tmp_path):
+    command = [sys.executable, "-m", "attnreg", "explain", "--device", "cpu"]
+    environment = {**os.environ, "ATTNREG_TABLE": str(tmp_path / "nope.json")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("is not used: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -519,15 +685,30 @@ def test_a_refusal_is_a_message_and_exit_code_1(command, backend, message):
         ("--shape 1,2,3", "expected N,H,LQ,E, 4 integers of at least 0; got '1,2,3'"),
         ("--shape 1,2,three,4", "got '1,2,three,4'"),
         ("--shape 1,2,-3,4", "got '1,2,-3,4'"),
-        ("--shape 1,2,3,0", "head_dim must be at least 1"),
-        ("--shape 99999999,99999999,99999999,99999999", "overflow"),
-        ("--kv-heads 3", "must be a multiple of the number of key/value heads (Hkv = 3)"),
+        ("--shape 1,2,3,0", "--shape: query: head_dim must be at least 1, got shape (1, 2, 3, 0)"),
+        (
+            "--shape 99999999,99999999,99999999,99999999",
+            "expected tensors of less than 2**63 bytes; got sizes N=99999999",
+        ),
+        (
+            "--value-dim 9223372036854775808",
+            "less than 2**63 bytes; got sizes N=1, H=8, G=8, Q=4096, K=4096, E=64, D=922",
+        ),
+        ("--kv-heads 3", "--kv-heads: the heads of the query, H of --shape, must be a multiple of"),
+        ("--kv-heads 3", "got H=8, HKV=3"),
+        ("--kv-heads 0", "'--kv-heads': expected an integer of at least 1; got '0'"),
+        ("--key-length -1", "'--key-length': expected an integer of at least 0; got '-1'"),
         ("--kv-heads two", "Invalid value for '--kv-heads'"),
         ("--dtype int8", "'int8' is not one of float32, float16, bfloat16, float64"),
         ("--window 4", "expected LEFT,RIGHT"),
-        ("--causal 0", "Window.causal: size must be at least 1, got 0"),
+        (
+            "--window 0,9223372036854775808",
+            "--window: Window: right must be at most 2**62 - 1, got 9223372036854775808",
+        ),
+        ("--causal 0", "'--causal': expected an integer from 1 to 4611686018427387903; got '0'"),
+        ("--centered none", "'--centered': expected an integer from 1 to 4611686018427387903; got 'none'"),
         ("--causal 3 --centered 3", "give only one of --causal, --centered and --window"),
-        ("--op local_weighted_average --bias", "takes no bias"),
+        ("--op local_weighted_average --bias", "--bias: local_weighted_average takes no bias"),
         ("--device toaster", "toaster"),
         ("--wrong", "No such option"),
     ],
@@ -572,6 +753,66 @@ def test_info_as_json(two_tables):
     assert found["tables"][0]["days"] >= 0
     assert found["autotune"] is True
     assert found["environment"]["ATTNREG_AUTOTUNE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        (
+            "ATTNREG_AUTOTUNE",
+            "maybe",
+            "autotune cannot be told: the environment variable ATTNREG_AUTOTUNE must be 1 or 0",
+        ),
+        ("ATTNREG_TABLE", "/nowhere/nope.json", "nope.json is not used: it cannot be read"),
+        ("ATTNREG_TABLE", "/", "is not used: it cannot be read: Is a directory"),
+        ("ATTNREG_TABLE", "~no_such_user/x", "x is not used: "),
+        ("ATTNREG_CACHE_DIR", "~no_such_user/x", "cache folder none: ATTNREG_CACHE_DIR is '~no_such_user/x'"),
+        ("ATTNREG_CACHE_DIR", "/dev/null/x", "cache folder /dev/null/x: nothing can be written to /dev/null"),
+        ("ATTNREG_CACHE_DIR", "x" * 5000, "xxx: File name too long"),
+        ("ATTNREG_BACKEND", "nope", "ATTNREG_BACKEND is of no use: no backend is called 'nope'; registered: "),
+        ("ATTNREG_BACKEND", "a:b;;", "ATTNREG_BACKEND is of no use: a name is missing in 'a:b;;'"),
+        ("ATTNREG_NONSENSE", "\udcff", "  (attnreg reads no such variable)"),
+    ],
+)
+def test_info_survives_a_broken_variable(variable, value, told):
+    result = attnreg_command("info", **{variable: value})
+    assert result.exit_code == 0, result.exception
+    assert told in result.output
+    for section in ("devices", "backends", "tables in use", "environment variables"):
+        assert f"\n{section}\n" in result.output
+    as_json = attnreg_command("info", "--json", **{variable: value})
+    assert as_json.exit_code == 0
+    found = json.loads(as_json.output)
+    assert found["devices"]
+    assert found["backends"]
+    if variable == "ATTNREG_AUTOTUNE":
+        assert found["autotune"] is None
+        assert "got 'maybe'" in found["problems"]["autotune"]
+
+
+@pytest.mark.parametrize(
+    ("section", "function"),
+    [
+        ("devices", "_device"),
+        ("backends", "_backends"),
+        ("versions", "_versions"),
+        ("tables", "tables_in_use"),
+        ("driver", "driver"),
+        ("cache", "_cache"),
+    ],
+)
+def test_a_section_of_info_that_fails_says_why_and_costs_only_itself(monkeypatch, section, function):
+    def fail(*_):
+        raise RuntimeError("out of order")
+
+    before = json.loads(attnreg_command("info", "--json").output)
+    monkeypatch.setattr(f"attnreg.cli.info.{function}", fail)
+    result = attnreg_command("info")
+    assert result.exit_code == 0, result.exception
+    assert "RuntimeError: out of order" in result.output
+    found = json.loads(attnreg_command("info", "--json").output)
+    assert found["problems"] == {section: "RuntimeError: out of order"}
+    assert {name for name in found if found[name] != before[name]} <= {section, "problems", "table_problems"}
 
 
 def test_info_tells_every_variable_that_is_read():
@@ -665,10 +906,20 @@ def test_only_the_users_own_tables_are_cleared(two_tables, tmp_path, monkeypatch
     for path in (shipped, pinned):
         writing.write(table_of({"torch": 1.0}), path)
     monkeypatch.setenv("ATTNREG_TABLE", str(pinned))
-    assert attnreg_command("tables", "clear", "shipped").exit_code == 2
+    monkeypatch.setattr(store, "SHIPPED", shipped.parent)
+    for name, told in (
+        ("shipped", "shipped.json ships with attnreg and cannot be cleared; yours: "),
+        ("shipped.json", "shipped.json ships with attnreg and cannot be cleared; yours: "),
+        ("pinned", "pinned.json is pinned by ATTNREG_TABLE and cannot be cleared; yours: "),
+        ("nobody", "no table of yours is called 'nobody'; yours: "),
+    ):
+        refused = attnreg_command("tables", "clear", name)
+        assert refused.exit_code == 2
+        assert told in refused.stderr
     assert attnreg_command("tables", "clear", "--yes").exit_code == 0
     assert shipped.exists()
     assert pinned.exists()
+    assert "cannot be cleared; you have no tables" in attnreg_command("tables", "clear", "shipped").stderr
 
 
 # new-backend
@@ -855,8 +1106,23 @@ def test_the_demo_on_a_device_that_is_not_there_exits_with_2():
     assert "cannot put tensors on 'cuda'" in result.output
 
 
-@pytest.mark.parametrize("options", [("--steps", "0"), ("--seed", "-1"), ("--steps", "many")])
-def test_the_demo_refuses_senseless_numbers(options):
-    result = attnreg_command("demo", *options)
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--steps", "0", "an integer of at least 1"),
+        ("--steps", "many", "an integer of at least 1"),
+        ("--seed", "-1", "an integer from 0 to 9223372036854775807"),
+        ("--seed", str(2**63), "an integer from 0 to 9223372036854775807"),
+    ],
+)
+def test_the_demo_refuses_senseless_numbers(option, value, told):
+    result = attnreg_command("demo", option, value)
     assert result.exit_code == 2
-    assert options[0] in result.output
+    assert f"Invalid value for '{option}': expected {told}; got '{value}'" in result.stderr
+
+
+def test_the_demo_says_what_is_wrong_with_a_variable_before_it_trains():
+    result = attnreg_command("demo", "--device", "cpu", ATTNREG_AUTOTUNE="maybe")
+    assert result.exit_code == 2
+    assert "the environment variable ATTNREG_AUTOTUNE must be 1 or 0, got 'maybe'" in result.stderr
+    assert result.stdout == ""

@@ -93,3 +93,28 @@ def test_the_command_refuses_what_is_no_table(folder, tmp_path):
     result = run("--export", str(tmp_path / "y.json"), "--device", "cpu")
     assert "there is no table for" in result.output
     assert not (tmp_path / "y.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--backend", "torhc"),
+            "--backend: no backend is called 'torhc' (did you mean 'torch'?); registered: cublas_block, ",
+        ),
+        (("--heads", "3,2"), "--heads: expected at least one head, and H a multiple of HKV; got '3,2'"),
+        (("--heads", "0"), "--heads: expected at least one head, and H a multiple of HKV; got '0'"),
+        (("--heads", "two"), "--heads: expected H, 1 integers of at least 0; got 'two'"),
+        (("--op", "softmax"), "--op: 'softmax' is not one of local_dot_product"),
+        (("--window", "0"), "'--window': expected an integer of at least 1; got '0'"),
+        (("--length", "1.5"), "'--length': expected an integer of at least 1; got '1.5'"),
+        (("--seconds", "0"), "'--seconds': expected a number of at least 0.001; got '0'"),
+        (("--seconds", "nan"), "'--seconds': expected a number of at least 0.001; got 'nan'"),
+        (("--import", "/nowhere.json"), "--import: /nowhere.json"),
+    ],
+)
+def test_a_bad_option_is_named_with_what_was_given_and_what_was_expected(folder, options, message):
+    result = run("--device", "cpu", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""

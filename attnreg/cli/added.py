@@ -14,6 +14,7 @@ import typer
 
 from attnreg.cli.shared import fail
 from attnreg.entry_points import entry_points
+from attnreg.printable import trouble
 
 GROUP = "attnreg.commands"
 
@@ -44,8 +45,8 @@ def _load(entry_point: EntryPoint, name: str) -> Any:
             raise TypeError(f"a command must be a function, {entry_point.value} is {type(function).__name__}")
         return command_of(entry_point.name, function)
     # Whatever a stranger's module does when it is imported, or its function's parameters do when typer reads them.
-    except (Exception, SystemExit) as error:
-        return _unusable(name, f"{type(error).__name__}: {error}")
+    except BaseException as error:
+        return _unusable(name, trouble(error))
 
 
 def _unusable(name: str, reason: str) -> Any:

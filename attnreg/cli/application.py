@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from attnreg.cli.added import added_commands, command_of
+from attnreg.cli.group import Group, usage_errors
 from attnreg.packages import own_version
 
 # By name, the module in ``attnreg.cli`` and what in it is the command: a function, or a typer application of several.
@@ -27,10 +27,20 @@ OWN = {
 }
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """The commands by name. The classes that are ``Any`` here differ between versions of typer."""
 
     _complete = False
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read what stands before the command."""
+        with usage_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read what stands after the command, and run it."""
+        with usage_errors():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names, in the order of the help."""

@@ -16,12 +16,17 @@ from attnreg.backend import BackendError
 from attnreg.cli.shared import (
     BackendOption,
     DeviceOption,
+    as_option,
     backend_errors,
+    check_autotune,
     check_device,
+    check_wish,
+    integer,
     new_console,
     parse_device,
     print_table,
     progress_bar,
+    reason_of,
     say,
 )
 from attnreg.demo import LanguageModel, Measurement, evaluate, first_layer, measure, own_text, split, train
@@ -48,9 +53,15 @@ def demo(
         ),
     ] = None,
     backend: BackendOption = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", parser=integer(1), metavar="STEPS", help="Training steps.")] = 200,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the model and of the order of the data.")
+        int,
+        typer.Option(
+            "--seed",
+            parser=integer(0, 2**63 - 1),
+            metavar="SEED",
+            help="Of the model and of the order of the data.",
+        ),
     ] = 0,
     device: DeviceOption = None,
 ) -> None:
@@ -65,10 +76,13 @@ def demo(
     """
     on = parse_device(device)
     check_device(on)
+    check_wish(backend)
+    check_autotune()
     try:
         training, held_out = split(own_text() if text is None else text.read_bytes())
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(f"{text}: {error}", param_hint="--text") from None
+        told = reason_of(error) if isinstance(error, OSError) else f"{text}: {error}"
+        raise typer.BadParameter(told, param_hint="--text") from None
     source = "attnreg's own README and source" if text is None else str(text)
     say(f"text: {source}, {len(training)} bytes to train on, {len(held_out)} held out")
 
@@ -127,7 +141,7 @@ def _measure(model: LanguageModel, sequence: torch.Tensor, backend: str | None, 
                 result = measure(query, key, value, Window.causal(size), backend=backend)
             except BackendError as error:
                 rows.append((str(size), "-", "refused, see below", "-", "-", "-"))
-                refused.append(str(error))
+                refused.append(as_option(str(error)))
                 continue
             measured.append(result)
             rows.append(

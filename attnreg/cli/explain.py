@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,10 +16,14 @@ from attnreg.cli.shared import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    as_option,
     backend_errors,
+    bad_value_of,
     check_op,
+    check_wish,
     complete_dtype,
     complete_op,
+    integer,
     parse_device,
     parse_dtype,
     parse_integers,
@@ -31,6 +38,9 @@ from attnreg.problem import Problem, check, problem_of
 from attnreg.tables.call import call_to_json
 from attnreg.window import Window
 
+# A window reaches so far at most; torch counts in 64 bits.
+LARGEST = 2**62 - 1
+
 
 def explain(
     op: Annotated[
@@ -40,13 +50,16 @@ def explain(
         str, typer.Option("--shape", metavar="N,H,LQ,E", help="Query: batch, heads, length, head_dim.")
     ] = "1,8,4096,64",
     kv_heads: Annotated[
-        int | None, typer.Option("--kv-heads", min=1, help="Heads of key and value. Default: H.")
+        int | None,
+        typer.Option("--kv-heads", parser=integer(1), metavar="HKV", help="Heads of key and value. Default: H."),
     ] = None,
     key_length: Annotated[
-        int | None, typer.Option("--key-length", min=0, help="Length of key and value. Default: LQ.")
+        int | None,
+        typer.Option("--key-length", parser=integer(0), metavar="LK", help="Length of key and value. Default: LQ."),
     ] = None,
     value_dim: Annotated[
-        int | None, typer.Option("--value-dim", min=0, help="Last dimension of value. Default: E.")
+        int | None,
+        typer.Option("--value-dim", parser=integer(0), metavar="D", help="Last dimension of value. Default: E."),
     ] = None,
     dtype: Annotated[
         str,
@@ -59,10 +72,18 @@ def explain(
     ] = "float32",
     causal: Annotated[
         int | None,
-        typer.Option("--causal", metavar="SIZE", help="Window of SIZE keys, the query's own last. Default: 64."),
+        typer.Option(
+            "--causal",
+            parser=integer(1, LARGEST),
+            metavar="SIZE",
+            help="Window of SIZE keys, the query's own last. Default: 64.",
+        ),
     ] = None,
     centered: Annotated[
-        int | None, typer.Option("--centered", metavar="SIZE", help="Window of SIZE keys around the query.")
+        int | None,
+        typer.Option(
+            "--centered", parser=integer(1, LARGEST), metavar="SIZE", help="Window of SIZE keys around the query."
+        ),
     ] = None,
     window: Annotated[
         str | None,
@@ -80,10 +101,18 @@ def explain(
     Every other backend is listed with the reasons to refuse it. Nothing is run, and no tensor of that size is made.
     """
     check_op(op)
+    check_wish(backend)
     on = parse_device(device)
+    query = parse_integers(shape, "--shape", ("N", "H", "LQ", "E"))
+    if kv_heads is not None and query[1] % kv_heads:
+        raise typer.BadParameter(
+            f"the heads of the query, H of --shape, must be a multiple of those of key and value; got H={query[1]}, "
+            f"HKV={kv_heads}",
+            param_hint="--kv-heads",
+        )
     problem = _describe(
         op=op,
-        query=parse_integers(shape, "--shape", ("N", "H", "LQ", "E")),
+        query=query,
         kv_heads=kv_heads,
         key_length=key_length,
         value_dim=value_dim,
@@ -93,8 +122,8 @@ def explain(
         key_lengths=key_lengths,
         grad=grad,
     )
-    with backend_errors():
-        decision = explain_problem(replace(problem, device=on), backend)
+    with backend_errors(), _no_log():
+        decision = _as_option(explain_problem(replace(problem, device=on), backend))
     if json:
         print_json(_to_json(decision))
     else:
@@ -102,6 +131,27 @@ def explain(
     missing = why_unusable(on)
     if missing is not None:
         say(f"note: this machine has no device {str(on)!r} to put tensors on: {missing}", err=True)
+
+
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """Without warnings of what keeps a table from being used: the decision says it, too."""
+    logger, nowhere = logging.getLogger("attnreg"), logging.NullHandler()
+    logger.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        logger.removeHandler(nowhere)
+
+
+def _as_option(decision: Decision) -> Decision:
+    candidates = [replace(each, refusals=tuple(map(as_option, each.refusals))) for each in decision.candidates]
+    return replace(
+        decision,
+        reason=as_option(decision.reason),
+        candidates=tuple(candidates),
+        remarks=tuple(map(as_option, decision.remarks)),
+    )
 
 
 def _to_json(decision: Decision) -> dict[str, Any]:
@@ -133,14 +183,12 @@ def _candidate_to_json(candidate: Candidate) -> dict[str, Any]:
 def _window(causal: int | None, centered: int | None, window: str | None) -> Window:
     if sum(given is not None for given in (causal, centered, window)) > 1:
         raise typer.BadParameter("give only one of --causal, --centered and --window")
-    try:
-        if window is not None:
+    if window is not None:
+        with bad_value_of("--window"):
             return Window(*parse_integers(window, "--window", ("LEFT", "RIGHT")))
-        if centered is not None:
-            return Window.centered(centered)
-        return Window.causal(64 if causal is None else causal)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    if centered is not None:
+        return Window.centered(centered)
+    return Window.causal(64 if causal is None else causal)
 
 
 def _describe(
@@ -174,6 +222,8 @@ def _describe(
 
     row = ROWS[op]
     try:
+        if max(sizes.values()) >= 2**63:
+            raise RuntimeError
         tensors = [tensor(dtype, *(sizes[letter] for letter in dims)) for dims in row.tensors.values()]
         # A number decides nothing, whichever it is.
         given: dict[str, object] = {argument.name: 1.0 for argument in row.arguments if argument.required}
@@ -182,10 +232,12 @@ def _describe(
         if key_lengths:
             given["key_lengths"] = tensor(torch.int64, batch)
         arguments = [given.pop(argument.name, None) for argument in row.arguments]
-        if given:
-            raise ValueError(f"{op} takes no {' and no '.join(given)}")
+        for name in given:
+            raise typer.BadParameter(f"{op} takes no {name}", param_hint=f"--{name.replace('_', '-')}")
         check(row, tensors, window, arguments)
-    # torch's own RuntimeError is about sizes whose product overflows.
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise typer.BadParameter(str(error)) from None
+    except RuntimeError:  # torch's own, of tensors that are too large
+        told = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+        raise typer.BadParameter(f"expected tensors of less than 2**63 bytes; got sizes {told}") from None
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--shape") from None
     return problem_of(row, tensors, window, arguments, needs_grad=grad)

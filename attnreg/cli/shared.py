@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
 
-from attnreg.backend import BackendError
+from attnreg.backend import BackendError, option_values
 from attnreg.device import why_unusable
 from attnreg.drawing import MissingMatplotlib
 from attnreg.op import OPS
 from attnreg.printable import printable
 from attnreg.problem import dtype_name
 from attnreg.registry import registry
+from attnreg.request import did_you_mean, parse_wish
 
 # rich is imported where something is drawn with it: most commands print plain lines.
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ WIDE = 1000
 GAP = 2
 
 
-def _completing(names: Callable[[], Collection[str]]) -> Callable[[str], list[str]]:
+def completing(names: Callable[[], Collection[str]]) -> Callable[[str], list[str]]:
     """What completes an option's value in the shell, of these names."""
 
     def complete(incomplete: str) -> list[str]:
@@ -43,9 +46,12 @@ def _completing(names: Callable[[], Collection[str]]) -> Callable[[str], list[st
     return complete
 
 
-complete_op = _completing(lambda: OPS)
-complete_dtype = _completing(lambda: DTYPES)
-complete_backend = _completing(lambda: [entry.backend.name for entry in registry.entries])
+complete_op = completing(lambda: OPS)
+complete_dtype = completing(lambda: DTYPES)
+complete_backend = completing(lambda: [entry.backend.name for entry in registry.entries])
+# How the library says that a backend was asked for as the command passes it on.
+_BY_ARGUMENT = "the argument backend="
+_VARIABLE = "ATTNREG_BACKEND"
 
 DeviceOption = Annotated[
     str | None,
@@ -93,6 +99,93 @@ def parse_integers(given: str, option: str, names: tuple[str, ...]) -> tuple[int
     return numbers
 
 
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """What reads an option's value as an integer, and refuses it with what was given; typer would not say that."""
+    told = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+
+    def parse(given: str) -> int:
+        try:
+            number = int(given)
+        except ValueError:
+            raise typer.BadParameter(f"expected {told}; got {given!r}") from None
+        if number < least or (most is not None and number > most):
+            raise typer.BadParameter(f"expected {told}; got {given!r}")
+        return number
+
+    return parse
+
+
+def number(least: float) -> Callable[[str], float]:
+    """The same for a number that need not be whole."""
+
+    def parse(given: str) -> float:
+        try:
+            number = float(given)
+        except ValueError:
+            number = math.nan
+        if not least <= number < math.inf:
+            raise typer.BadParameter(f"expected a number of at least {least}; got {given!r}")
+        return number
+
+    return parse
+
+
+def unknown_backend(name: str) -> str:
+    """The message for a name that no registered backend has."""
+    names = sorted(entry.backend.name for entry in registry.entries)
+    broken = "".join(f"\n  {fault}" for fault in registry.faults)
+    return f"no backend is called {name!r}{did_you_mean(name, names)}; registered: {', '.join(names) or 'none'}{broken}"
+
+
+def check_backends(names: Collection[str] | None) -> None:
+    """Refuse a name that is no registered backend's."""
+    known = {entry.backend.name for entry in registry.entries}
+    for name in names or ():
+        if name not in known:
+            raise typer.BadParameter(unknown_backend(name), param_hint="--backend")
+
+
+def check_wish(backend: str | None) -> None:
+    """Refuse what asks for no backend that there is: the value of ``--backend`` or, where that is not given, the variable's."""
+    wrong = wrong_wish(backend)
+    if wrong is not None:
+        hint = f"the environment variable {_VARIABLE}" if backend is None else "--backend"
+        raise typer.BadParameter(wrong, param_hint=hint)
+
+
+def wrong_wish(backend: str | None) -> str | None:
+    """Why no call whatever could get a backend that is asked for so, or by the environment variable where this is None."""
+    asked = (os.environ.get(_VARIABLE) or None) if backend is None else backend
+    if asked is None:
+        return None
+    try:
+        wish = parse_wish(asked)
+    except ValueError as error:
+        return str(error)
+    backends = {entry.backend.name: entry.backend for entry in registry.entries}
+    reasons = []
+    for request in wish.preferred:
+        if request.name not in backends:
+            reasons.append(unknown_backend(request.name))
+            continue
+        _, wrong = option_values(backends[request.name], request.options)
+        if not wrong:
+            return None
+        reasons.append(f"{request}: {'; '.join(wrong)}")
+    return "\n".join(reasons) or None
+
+
+def check_autotune() -> None:
+    """Refuse a value of the environment variable that a call would stumble over."""
+    with bad_value_of(None):
+        registry.autotunes  # noqa: B018 - reads it
+
+
+def as_option(text: str) -> str:
+    """What the library says of a call, with the name that a user of the command knows."""
+    return text.replace(_BY_ARGUMENT, "--backend")
+
+
 def parse_device(name: str | None) -> torch.device:
     """The device of that name, there or not; the default where no name is given."""
     if name is None:
@@ -110,9 +203,13 @@ def check_device(device: torch.device) -> None:
         raise typer.BadParameter(f"cannot put tensors on {str(device)!r}: {missing}", param_hint="--device")
 
 
-def output_width() -> int:
-    """The columns of the output: as ``COLUMNS`` says, else those of the terminal; ``WIDE`` where it is none."""
-    return shutil.get_terminal_size((WIDE, 24)).columns
+def output_width(*, err: bool = False) -> int:
+    """The columns of the output, or of the errors: as ``COLUMNS`` says, else those of the terminal; ``WIDE`` where it is none."""
+    columns = WIDE
+    if err and sys.stderr.isatty():  # the output itself may be piped meanwhile
+        with suppress(OSError, ValueError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or WIDE
+    return shutil.get_terminal_size((columns, 24)).columns
 
 
 def new_console() -> Console:
@@ -151,7 +248,7 @@ def table_lines(
     least = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
     available = width - GAP * (len(columns) - 1)
     if sum(least) > available:
-        return _stacked(headings, cells[1:], width)
+        return stacked(headings, cells[1:], width)
     while sum(widths) > available:
         place = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
         widths[place] -= 1
@@ -167,8 +264,8 @@ def table_lines(
     return [*lines(cells[0]), rule, *(line for row in cells[1:] for line in lines(row))]
 
 
-def _stacked(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """A line, or as many as it needs, for each cell, and an empty one between rows."""
+def stacked(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """The lines of a table that is too wide: a line, or as many as it needs, for each cell, and an empty one between rows."""
     found = []
     for row in rows:
         for heading, cell in zip(headings, row):
@@ -189,16 +286,17 @@ def wrapped(text: str, width: int, indent: str = "", first: str = "") -> list[st
     ) or [""]
 
 
-def say(text: str, *, err: bool = False) -> None:
+def say(text: str, *, err: bool = False, is_code: bool = False) -> None:
     """Print a text of one line or more; what a terminal would obey, or cannot encode, as escapes.
 
-    A line that is too long for a terminal is broken between words. Elsewhere lines stay whole: they are searched.
+    A line that is too long for a terminal is broken between words. Elsewhere lines stay whole: they are searched. Those of
+    code stay whole everywhere: copied from the terminal, they run.
     """
     stream = sys.stderr if err else sys.stdout
     encoding = stream.encoding or "utf-8"
     lines = [whole(line) for line in text.split("\n")]
-    if stream.isatty():
-        lines = [part for line in lines for part in _broken(line, output_width())]
+    if stream.isatty() and not is_code:
+        lines = [part for line in lines for part in _broken(line, output_width(err=err))]
     typer.echo("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
@@ -230,7 +328,7 @@ def backend_errors() -> Iterator[None]:
     try:
         yield
     except BackendError as error:
-        fail(str(error))
+        fail(as_option(str(error)))
 
 
 @contextmanager
@@ -239,7 +337,14 @@ def bad_value_of(option: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+        raise typer.BadParameter(reason_of(error), param_hint=option) from None
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong, for somebody who knows no numbers of errors: with the file, if it is about one."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import Annotated
 import torch
 import typer
 
-from attnreg.cli.shared import fail, print_table, say, whole
+from attnreg.cli.group import Group
+from attnreg.cli.shared import completing, fail, print_table, say, whole
 from attnreg.measured import Figure
 from attnreg.paths import NoCacheDir
 from attnreg.problem import Problem
@@ -23,6 +24,7 @@ from attnreg.tables.environment import environment
 from attnreg.tables.table import Table, TableError
 
 tables = typer.Typer(
+    cls=Group,
     help="List, show or clear the tables of measured times.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -109,6 +111,10 @@ def table_files() -> list[TableFile]:
     ]
 
 
+complete_table = completing(lambda: dict.fromkeys(file.path.name for file in table_files()))
+complete_own_table = completing(lambda: [file.path.name for file in table_files() if file.whose == "yours"])
+
+
 def tables_in_use() -> tuple[list[TableInUse], list[str]]:
     """The tables by which calls go here, those to be asked first first, and what is wrong with those that are not used."""
     files = table_files()
@@ -154,7 +160,10 @@ def list_() -> None:
 
 @tables.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="TABLE", help="Its name in the list, or a file.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="TABLE", help="Its name in the list, or a file.", autocompletion=complete_table),
+    ],
 ) -> None:
     """Show what is in a table.
 
@@ -214,8 +223,9 @@ def _environment_lines(table: Table) -> Iterator[str]:
 
 @tables.command()
 def clear(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[TABLE]...", help="Only these. Default: all of yours.")
+    # Without a metavar, which versions of typer put differently: this name is shown.
+    table: Annotated[
+        list[str] | None, typer.Argument(help="Only these. Default: all of yours.", autocompletion=complete_own_table)
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
@@ -223,11 +233,12 @@ def clear(
 
     Those that attnreg ships serve then.
     """
-    own = [file.path for file in table_files() if file.whose == "yours"]
-    chosen = [path for path in own if not names or _is_called(path, names)]
-    for name in names or ():
+    files = table_files()
+    own = [file.path for file in files if file.whose == "yours"]
+    chosen = [path for path in own if not table or _is_called(path, table)]
+    for name in table or ():
         if not any(_is_called(path, [name]) for path in own):
-            raise typer.BadParameter(f"no table of yours is called {name!r}{_listed(own)}", param_hint="TABLE")
+            raise typer.BadParameter(_why_not_cleared(name, files), param_hint="TABLE")
     if not chosen:
         typer.echo("there is no table of yours")
         return
@@ -241,6 +252,16 @@ def clear(
         except OSError as error:
             fail(whole(f"{path} cannot be deleted: {error.strerror or error}"))
     typer.echo(f"deleted: {len(chosen)}")
+
+
+def _why_not_cleared(name: str, files: Sequence[TableFile]) -> str:
+    own = [whole(file.path.name) for file in files if file.whose == "yours"]
+    yours = f"yours: {', '.join(own)}" if own else "you have no tables"
+    other = next((file for file in files if _is_called(file.path, [name])), None)
+    if other is None:
+        return f"no table of yours is called {whole(name)!r}; {yours}"
+    why = "ships with attnreg" if other.whose == "shipped" else "is pinned by ATTNREG_TABLE"
+    return f"{whole(other.path.name)} {why} and cannot be cleared; {yours}"
 
 
 def _tables_in(folder: Path) -> list[Path]:

@@ -16,9 +16,16 @@ from attnreg.cli.shared import (
     ALL_OPS,
     DeviceOption,
     bad_value_of,
+    check_backends,
     check_device,
+    check_op,
+    complete_backend,
+    complete_dtype,
+    complete_op,
     fail,
+    integer,
     new_console,
+    number,
     parse_device,
     parse_dtype,
     parse_integers,
@@ -40,35 +47,59 @@ TELLING_SECONDS = 10.0
 
 def tune(
     op: Annotated[
-        list[str] | None, typer.Option("--op", metavar="OP", help=f"Of {ALL_OPS}; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option("--op", metavar="OP", help=f"Of {ALL_OPS}; repeatable. Default: all.", autocompletion=complete_op),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option("--dtype", metavar="DTYPE", help="Repeatable. Default: float32, bfloat16, on a GPU float16 too."),
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="Repeatable. Default: float32, bfloat16, on a GPU float16 too.",
+            autocompletion=complete_dtype,
+        ),
     ] = None,
     head_dim: Annotated[
-        list[int] | None, typer.Option("--head-dim", min=1, help="E = D; repeatable. Default: 64, 128.")
+        list[int] | None,
+        typer.Option("--head-dim", parser=integer(1), metavar="E", help="E = D; repeatable. Default: 64, 128."),
     ] = None,
     length: Annotated[
-        list[int] | None, typer.Option("--length", min=1, help="Lq = Lk; repeatable. Default: 4096, on a CPU 1024.")
+        list[int] | None,
+        typer.Option(
+            "--length", parser=integer(1), metavar="L", help="Lq = Lk; repeatable. Default: 4096, on a CPU 1024."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="N.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", parser=integer(1), metavar="N", help="N.")] = 1,
     heads: Annotated[
         list[str] | None,
         typer.Option("--heads", metavar="H[,HKV]", help="Repeatable. Default: 64, on a CPU 8."),
     ] = None,
     window: Annotated[
         list[int] | None,
-        typer.Option("--window", min=1, help="W; repeatable. Default: powers of two to 1024 and the steps between."),
+        typer.Option(
+            "--window",
+            parser=integer(1),
+            metavar="W",
+            help="W; repeatable. Default: powers of two to 1024 and the steps between.",
+        ),
     ] = None,
     grad: Annotated[
         bool | None, typer.Option("--grad/--no-grad", help="Only with gradients, or only without. Default: both.")
     ] = None,
     backend: Annotated[
-        list[str] | None, typer.Option("--backend", metavar="NAME", help="Only this candidate; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--backend",
+            metavar="NAME",
+            help="Only this candidate; repeatable.",
+            autocompletion=complete_backend,
+        ),
     ] = None,
     device: DeviceOption = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.001, help="Sample each candidate so long.")] = 0.06,
+    seconds: Annotated[
+        float,
+        typer.Option("--seconds", parser=number(0.001), metavar="S", help="Sample each candidate so long."),
+    ] = 0.06,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -85,7 +116,7 @@ def tune(
         typer.Option("--import", metavar="FILE", help="Measure nothing: merge the table in FILE into the user's."),
     ] = None,
 ) -> None:
-    """Measure the backends on this machine, so that the fastest is chosen from then on.
+    """Measure the backends; the fastest is then chosen.
 
     Each candidate runs in a child process, is compared with float64 first, and timed with a cold cache. The table lies in
     the user's cache directory (ATTNREG_CACHE_DIR). Ctrl-C keeps what was measured. ATTNREG_TABLE=FILE pins a table instead.
@@ -96,6 +127,9 @@ def tune(
     on = parse_device(device)
     if sum(given is not None for given in (plot, export, import_)) > 1:
         raise typer.BadParameter("give only one of --plot, --export and --import")
+    for each in op or ():
+        check_op(each)
+    check_backends(backend)
     given: dict[str, Any] = {
         "ops": op,
         "dtypes": None if dtype is None else [parse_dtype(each) for each in dtype],
@@ -120,7 +154,8 @@ def tune(
     elif export is not None:
         with bad_value_of("--export"):
             writing.export_table(on, export)
-        say(f"table: {export}")
+        # What is no file, such as /dev/stdout, has got the table itself.
+        say(f"table: {export}", err=not export.is_file())
     elif plot is not None:
         with plot_errors():
             plotting.plot_table(on, plot, batch=batch, **options)
@@ -133,7 +168,12 @@ def tune(
 def _heads(given: str) -> tuple[int, int]:
     names = ("H", "HKV") if "," in given else ("H",)
     numbers = parse_integers(given, "--heads", names)
-    return numbers[0], numbers[-1]
+    query, kv = numbers[0], numbers[-1]
+    if query < 1 or kv < 1 or query % kv:
+        raise typer.BadParameter(
+            f"expected at least one head, and H a multiple of HKV; got {given!r}", param_hint="--heads"
+        )
+    return query, kv
 
 
 def _tune(device: torch.device, **options: Any) -> None:

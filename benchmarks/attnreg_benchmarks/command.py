@@ -17,10 +17,15 @@ from attnreg.cli.shared import (
     bad_value_of,
     check_device,
     check_op,
+    complete_backend,
+    complete_op,
+    integer,
     new_console,
     parse_device,
     plot_errors,
+    print_table,
     progress_bar,
+    say,
 )
 from attnreg.drawing import check_picture
 from attnreg_benchmarks import results
@@ -40,14 +45,20 @@ def bench(
         typer.Option(
             "--workload",
             metavar="GLOB",
-            help="Only workloads whose name or group fits, such as 'fused-*' or '*/w64'; repeatable. See --list.",
+            help="Only workloads whose name or group fits, such as '*fused*' or '*/w64'; repeatable. See --list.",
         ),
     ] = None,
-    op: Annotated[str | None, typer.Option("--op", metavar="OP", help=f"Only one of {ALL_OPS}.")] = None,
+    op: Annotated[
+        str | None,
+        typer.Option("--op", metavar="OP", help=f"Only one of {ALL_OPS}.", autocompletion=complete_op),
+    ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            "--backend", metavar="NAME", help="Only this backend; repeatable. Default: all but the slow reference."
+            "--backend",
+            metavar="NAME",
+            help="Only this backend; repeatable. Default: all but the slow reference.",
+            autocompletion=complete_backend,
         ),
     ] = None,
     direction: Annotated[
@@ -56,7 +67,13 @@ def bench(
     device: DeviceOption = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other libraries that are installed, too.")] = True,
     repeat: Annotated[
-        int, typer.Option("--repeat", min=1, help="Go through everything so many times; medians of all are shown.")
+        int,
+        typer.Option(
+            "--repeat",
+            parser=integer(1),
+            metavar="TIMES",
+            help="Go through everything so many times; medians of all are shown.",
+        ),
     ] = 1,
     json: Annotated[
         Path | None,
@@ -74,10 +91,11 @@ def bench(
     ] = None,
     only_list: Annotated[bool, typer.Option("--list", help="List the workloads, and measure nothing.")] = False,
 ) -> None:
-    """Measure backends and other libraries against the physical limit.
+    """Measure against other libraries and the limit.
 
-    In the same run the copy bandwidth and the matmul rate of the device are measured; they give each workload its floor, the time
-    that no kernel can beat. Every result is checked first: a wrong one gets no time. Backward is the backward alone.
+    The limit is the device's: in the same run its copy bandwidth and its matmul rate are measured. They give each workload its
+    floor, the time that no kernel can beat. Every result is checked first: a wrong one gets no time. Backward is the backward
+    alone.
     """
     if op is not None:
         check_op(op)
@@ -94,28 +112,27 @@ def bench(
             found = results.load(stored)
         with bad_value_of("--workload"):
             found = results.narrow(found, workload or (), op, directions)
-        print_results(found, console)
+        print_results(found)
     else:
         on = parse_device(device)
         with bad_value_of("--workload"):
             workloads = select(on.type, workload or (), op)
         if only_list:
-            for name, problem in workloads.items():
-                typer.echo(f"{name:24} {problem}")
+            print_table(("workload", "call"), [(name, str(problem)) for name, problem in workloads.items()])
             return
         check_device(on)
         with bad_value_of("--backend"):
             contenders = (*backends_to_measure(backend or ()), *(PEERS if peers else ()))
         found = benchmark(workloads, contenders, directions, on, repeat, console)
-        print_results(found, console)
+        print_results(found)
         path = results.default_path(found) if json is None else json
         with bad_value_of("--json"):
             results.save(found, path)
-        typer.echo(f"results: {path}")
+        say(f"results: {path}")
     if plot is not None:
         with plot_errors():
             plot_results(found, plot)
-        typer.echo(f"plot: {plot}")
+        say(f"plot: {plot}")
 
 
 def benchmark(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-
-from attnreg.cli.shared import print_table
+from attnreg.cli.shared import print_table, say
 from attnreg_benchmarks.results import Results
 from attnreg_benchmarks.run import Record
 from attnreg_benchmarks.workloads import DIRECTIONS
 
 
-def print_results(results: Results, console: Console) -> None:
+def print_results(results: Results) -> None:
     """Print the environment, the ceilings, the tables, and why a contender has no time."""
     environment, ceilings = results.environment, results.ceilings
     versions = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
@@ -25,15 +23,14 @@ def print_results(results: Results, console: Console) -> None:
         f"measured ceilings: copy {ceilings.bytes_per_second / 1e12:.3g} TB/s, read + written; matmul {rates}",
         "Times in ms, and floor / time: 1.00 is the physical limit. * is the fastest.",
     ]
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+    say("\n".join(lines))
     for op, direction in dict.fromkeys((each.op, way) for each in results.workloads.values() for way in DIRECTIONS):
         headings, rows = _table(results, op, direction)
         if rows:
-            console.print(f"\n{op}, {direction}\n", highlight=False)
+            say(f"\n{op}, {direction}\n")
             print_table(headings, rows, right=headings[1:])
     for line in _notes(results.records):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _table(results: Results, op: str, direction: str) -> tuple[list[str], list[list[str]]]:

@@ -10,8 +10,9 @@ import torch
 
 from attnreg import Problem
 from attnreg.device import why_unusable
-from attnreg.measuring.failure import first_line, release
+from attnreg.measuring.failure import release
 from attnreg.measuring.timing import Call, Timing, measure, measuring_stream
+from attnreg.printable import told
 from attnreg.testing.checking import Verdict, check
 from attnreg.testing.stage import Stage, set_stage
 from attnreg_benchmarks.contender import Contender
@@ -145,7 +146,7 @@ def _measured(record: Record, stage: Stage | str, contender: Contender, directio
         timing = clock(stage, contender, direction)
     # Whatever a contender raises is its own affair.
     except Exception as error:
-        reason = first_line(error)
+        reason = told(error)
     else:
         return replace(record, seconds=timing.median, spread=timing.spread, runs=(timing.median,), method=timing.method)
     release()  # not before the traceback, and with it the contender's tensors, is gone
@@ -157,4 +158,4 @@ def _try_to_set_stage(problem: Problem, seed: int) -> Stage | str:
     try:
         return set_stage(problem, seed)
     except (RuntimeError, MemoryError) as error:
-        return f"its inputs cannot be made: {first_line(error)}"
+        return f"its inputs cannot be made: {told(error)}"
