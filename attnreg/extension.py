@@ -180,14 +180,16 @@ def load(library: Path) -> None:
     Raises:
         BuildError: it could not be loaded, or somebody else can have put it there.
     """
+    # What is loaded is what is looked at here: a link may lead elsewhere a moment later.
+    real = Path(os.path.realpath(library))
     # What lies beside attnreg's own code is as much to be trusted as that.
-    if not library.resolve().is_relative_to(_BESIDE_ATTNREG):
-        reason = why_not_trusted(library)
+    if not real.is_relative_to(_BESIDE_ATTNREG):
+        reason = why_not_trusted(library) or why_not_trusted(real)
         if reason is not None:
             raise BuildError(f"{library} is not loaded: {reason}")
     load_library: Callable[[str], None] = torch.ops.load_library
     try:
-        load_library(str(library))
+        load_library(str(real))
     except OSError as error:
         raise BuildError(f"{library} could not be loaded: {error.__cause__ or error}") from error
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 
 # How the reason of a candidate begins whose result was compared with the truth and was another one.
 WRONG = "wrong: "
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601 in the form in which the dates of figures can be compared."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,14 @@ from filelock import FileLock
 from tabled import CPU, SMALL, as_torch_block, call, empty_tensors, here, problem, run, table_of
 
 import attnreg
-from attnreg import Window, extension, paths
+from attnreg import Window, environ, extension, paths
 from attnreg.measured import Figure
 from attnreg.measuring import steadiness
 from attnreg.op import OPS
 from attnreg.registry import registry
 from attnreg.tables import store
 from attnreg.tables.call import as_measured
-from attnreg.tables.table import Table
+from attnreg.tables.table import Table, from_json
 from attnreg.tuning import autotune, writing
 from attnreg.tuning import tune as tune_module
 from attnreg.tuning import worker as worker_module
@@ -88,6 +88,16 @@ def writes_nonsense(*a, **k):
         try: os.write(number, b'null\\n[]\\n' + b'{"number": 7}\\n' + b'[' * 9000 + b'\\n')
         except OSError: pass
     raise ValueError("it wrote")
+def detaches(*a, **k):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            with open(os.environ["ATTNREG_LEFT"], "w") as file: file.write(str(os.getpid()))
+            time.sleep(60)
+        os._exit(0)
+    while not os.path.exists(os.environ["ATTNREG_LEFT"]) or not os.path.getsize(os.environ["ATTNREG_LEFT"]): time.sleep(0.01)
+    if "HANGS" in os.environ["ATTNREG_LEFT"]: time.sleep(60)
+    raise ValueError("it detached")
 def reads(*a, **k): raise ValueError(repr(sys.stdin.read()))
 def no_memory(*a, **k): torch.empty(2**60)
 def killed(*a, **k): os.kill(os.getpid(), 9)
@@ -95,7 +105,8 @@ def counts(*a, **k): raise ValueError(",".join(map(str, os.listdir("/proc/self/f
 @hookimpl
 def attnreg_backends():
     for each in (
-        forks, forks_and_ends, forks_and_hangs, forks_and_goes_on, writes_half, writes_nonsense, reads, no_memory, killed
+        forks, forks_and_ends, forks_and_hangs, forks_and_goes_on, writes_half, writes_nonsense, reads, no_memory, killed,
+        detaches,
     ):
         yield Backend(name=each.__name__, capability=Capability(dtypes=(torch.float32,)), local_attention=each)
 """
@@ -169,6 +180,51 @@ def members(group):
         if int(of) == group and state != "Z":
             found.append(int(name))
     return found
+
+
+def has_ended(process):
+    """Whether a process is no more, or only waits to be asked how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def gone(process):
+    """Whether a process ends within some seconds."""
+    until = time.monotonic() + 10
+    while not has_ended(process) and time.monotonic() < until:
+        time.sleep(0.02)
+    return has_ended(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells who has detached themselves")
+@pytest.mark.parametrize("name", ["left", "HANGS"])
+def test_what_a_candidate_detached_ends_with_the_process_that_measured_it(plugin_folder, monkeypatch, tmp_path, name):
+    monkeypatch.syspath_prepend(str(plugin_folder))
+    monkeypatch.setenv("ATTNREG_LEFT", str(tmp_path / name))
+    with Worker() as worker:
+        assert worker.measure(small_call(), "torch", 0.01).figure.seconds
+        worker.longest = 5 if name == "HANGS" else worker.longest
+        reason = worker.measure(small_call(), "detaches", 0.01).figure.reason
+        assert ("given up after 5 s" if name == "HANGS" else "it detached") in reason
+    assert gone(int((tmp_path / name).read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells who has detached themselves")
+def test_what_a_candidate_detached_ends_with_the_program(plugin_folder, tmp_path):
+    source = """
+        import os, sys
+        sys.path[:0] = sys.argv[1:]
+        from test_surroundings import small_call
+        from attnreg.tuning.worker import Worker
+        worker = Worker()
+        worker.measure(small_call(), "detaches", 0.01)
+        os.kill(os.getpid(), 9)
+    """
+    left = tmp_path / "left"
+    run_python(source, plugin_folder, os.path.dirname(__file__), env={"ATTNREG_LEFT": str(left)}, check=False)
+    assert gone(int(left.read_text()))
 
 
 def test_a_process_that_was_killed_while_nothing_was_measured_is_started_again(worker):
@@ -246,6 +302,9 @@ def test_code_in_the_current_folder_is_not_run_by_a_process_that_measures(tmp_pa
         ({"executable": "/opt/program/program"}, "sys.executable is '/opt/program/program', which is no Python"),
         ({"executable": ""}, "sys.executable is ''"),
         ({"executable": None}, "sys.executable is ''"),
+        ({"executable": 5}, "sys.executable is 5, which is no Python"),
+        ({"executable": "/opt/python-app"}, "sys.executable is '/opt/python-app', which is no Python"),
+        ({"executable": "/opt/pythonic"}, "which is no Python"),
         ({"frozen": True}, "this program is frozen"),
     ],
 )
@@ -254,6 +313,20 @@ def test_a_program_that_is_no_python_is_not_started_again(monkeypatch, changes, 
         monkeypatch.setattr(sys, name, value, raising=False)
     with Worker() as worker, pytest.raises(NoPython, match=reason):
         worker.measure(small_call(), "torch", 0.01)
+
+
+def test_a_program_without_a_main_module_is_not_started_again(monkeypatch):
+    monkeypatch.delitem(sys.modules, "__main__")
+    with pytest.raises(NoPython, match="no module __main__: it is no Python that could measure"):
+        worker_module.python()
+
+
+@pytest.mark.parametrize(
+    "name", ["python", "python3", "python3.11", "python3.13t", "python3.14td", "pythonw", "pythonw.exe", "Python3.exe"]
+)
+def test_python_is_known_by_its_name(monkeypatch, name):
+    monkeypatch.setattr(sys, "executable", f"/opt/{name}")
+    assert worker_module.python() == f"/opt/{name}"
 
 
 def test_a_process_that_measures_starts_none(monkeypatch):
@@ -358,15 +431,99 @@ def test_the_home_in_what_variables_name_is_found(monkeypatch, tmp_path):
     assert "t.json is not used: it cannot be read" in str(attnreg.explain(*empty_tensors(), Window.causal(8)))
 
 
+def test_a_pinned_table_that_cannot_be_read_is_named_whole_with_what_to_do(folder, tmp_path, monkeypatch):
+    def remarks(pin):
+        monkeypatch.setenv("ATTNREG_TABLE", str(pin))
+        return attnreg.explain(*empty_tensors(), Window.causal(8)).remarks
+
+    missing = tmp_path / "missing.json"
+    assert remarks(missing) == (
+        f"ATTNREG_TABLE={missing} is not used: it cannot be read: No such file or directory; unset it, or write one with "
+        f"`attnreg tune --export {missing}`",
+    )
+    assert remarks("/dev/null") == ("ATTNREG_TABLE=/dev/null is not used: it is no regular file; unset it",)
+    assert remarks("/" + "x" * 300)[0].startswith("ATTNREG_TABLE=/xxx")
+    writing.write(replace(table_of({"torch": 1.0}), environment=replace(here(), attnreg="99.0")), missing)
+    (remark,) = remarks(missing)
+    assert remark.startswith(f"ATTNREG_TABLE={missing} is not used: it was measured with attnreg 99.0")
+
+
 def test_folders_are_made_for_this_user_alone(folder, tmp_path):
     writing.save(table_of({"torch": 1.0}))
     paths.make_private(tmp_path / "a" / "b")
     paths.make_private(tmp_path / "a" / "b")
     for each in (folder, tmp_path / "a", tmp_path / "a" / "b"):
         assert each.stat().st_mode & 0o777 == 0o700
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
-        paths.make_private(tmp_path / "file")
+
+
+def long(folder):
+    return folder / ("x" * 300)
+
+
+def in_a_file(folder):
+    (folder / "file").touch()
+    return folder / "file" / "cache"
+
+
+def dangling(folder):
+    (folder / "link").symlink_to(folder / "nowhere")
+    return folder / "link" / "cache"
+
+
+def looping(folder):
+    (folder / "link").symlink_to(folder / "link")
+    return folder / "link"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (long, "xxx: File name too long"),
+        (dangling, "link is a symbolic link to {}/nowhere, which is not there"),
+        (looping, "link: Too many levels of symbolic links"),
+        (in_a_file, "file is no folder"),
+    ],
+)
+def test_where_there_can_be_no_folder_the_reason_is_said_and_calls_go_on(tmp_path, monkeypatch, make, reason):
+    path, reason = make(tmp_path), reason.format(tmp_path)
+    with pytest.raises(paths.NoCacheDir, match="cannot be made: ") as refusal:
+        paths.make_private(path)
+    assert reason.rpartition(": ")[2] in str(refusal.value)
+    monkeypatch.setattr(store, "table_dir", lambda: paths.cache_dir() / "tables")
+    monkeypatch.setenv("ATTNREG_CACHE_DIR", str(path))
+    registry.tables.forget()
+    with pytest.raises(OSError, match="tables cannot be written: ") as refusal:
+        writing.check_writable(here())
+    assert reason in str(refusal.value)
+    decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    if make is in_a_file:  # only whoever writes is told
+        assert paths.cache_dir() == path
+    else:
+        assert f"ATTNREG_CACHE_DIR={paths.shown(path)}: " in str(decision)
+        assert reason in str(decision)
+        assert reason in build.LIBRARY.unavailable()
+    # It is found at once that nothing is in the way any more.
+    monkeypatch.setenv("ATTNREG_CACHE_DIR", str(tmp_path / "cache"))
+    writing.check_writable(here())
+
+
+def test_a_cache_directory_does_not_follow_the_program_around(monkeypatch):
+    monkeypatch.setenv("ATTNREG_CACHE_DIR", "cache")
+    with pytest.raises(paths.NoCacheDir, match="ATTNREG_CACHE_DIR=cache: a relative path; set it to the whole path"):
+        paths.cache_dir()
+    assert "a relative path" in replace(build.LIBRARY, find_compiler=lambda: None).unavailable()
+
+
+def test_a_switch_is_read_whatever_stands_around_it(monkeypatch):
+    for text, on in {"1": True, " On\n": True, "TRUE ": True, "": False, "  ": False, " 0": False, "No": False}.items():
+        monkeypatch.setenv("ATTNREG_AUTOTUNE", text)
+        assert environ.switch(b"ATTNREG_AUTOTUNE") is on
+    monkeypatch.delenv("ATTNREG_AUTOTUNE")
+    assert environ.switch(b"ATTNREG_AUTOTUNE") is False
+    monkeypatch.setenv("ATTNREG_AUTOTUNE", "maybe")
+    told = r"ATTNREG_AUTOTUNE must be 1 or 0 \(or true, yes, on; false, no, off\), got 'maybe'"
+    with pytest.raises(ValueError, match=told):
+        environ.switch(b"ATTNREG_AUTOTUNE")
 
 
 # What a library may be loaded from
@@ -417,6 +574,71 @@ def test_a_library_is_loaded_only_where_nobody_else_can_have_put_it(library, spo
         assert reason in extension_of.unavailable()
     with loaded:
         extension.load(path)
+
+
+def reached_by(link, target, mode):
+    """A link in a folder of that mode."""
+    link.parent.mkdir()
+    link.symlink_to(target)
+    link.parent.chmod(mode)
+    return link
+
+
+@pytest.mark.parametrize(
+    ("mode", "foreign", "reason"),
+    [
+        (0o777, False, "others may write to"),
+        (0o770, False, "others may write to"),
+        (0o1777, False, None),
+        (0o700, True, "belongs to another user"),
+        (0o1777, True, "belongs to another user"),
+        (0o700, False, None),
+    ],
+)
+def test_a_link_to_a_library_is_trusted_only_where_nobody_else_can_have_put_it(
+    library, tmp_path, mode, foreign, reason
+):
+    _, path = library
+    link = reached_by(tmp_path / "open" / "l.so", path, mode)
+    by_folder = tmp_path / "open" / "folder"
+    by_folder.symlink_to(os.path.relpath(path.parent, by_folder.parent))
+    if foreign:
+        if os.geteuid():
+            pytest.skip("only root can give a file away")
+        for each in (link, by_folder):
+            os.lchown(each, 65534, 65534)
+    for each in (link, by_folder / path.name, by_folder / ".." / path.parent.name / path.name):
+        told = paths.why_not_trusted(each)
+        # A folder above may be a group's.
+        if reason is None or (mode == 0o770 and each != link):
+            assert told is None
+        else:
+            assert reason in told
+    assert paths.why_not_trusted(path) is None
+
+
+def test_a_folder_on_the_way_back_is_looked_at_as_any_other(library):
+    _, path = library
+    (path.parent / "below").mkdir()
+    path.parent.chmod(0o770)
+    assert "others may write to" in paths.why_not_trusted(path.parent / "below" / ".." / path.name)
+    path.parent.chmod(0o700)
+    loop = path.parent / "loop.so"
+    loop.symlink_to(loop)
+    assert "Too many levels of symbolic links" in paths.why_not_trusted(loop)
+
+
+def test_what_is_loaded_is_what_was_looked_at(library, tmp_path, monkeypatch):
+    _, path = library
+    link = reached_by(tmp_path / "links" / "l.so", path, 0o700)
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    extension.load(link)
+    assert loaded == [str(path)]
+    link.parent.chmod(0o777)
+    with pytest.raises(extension.BuildError, match=r"l\.so is not loaded: others may write to"):
+        extension.load(link)
+    assert loaded == [str(path)]
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next_one(tmp_path):
@@ -522,7 +744,7 @@ def test_what_a_killed_process_left_is_removed(folder):
 SMALL_TUNING = {**SMALL, "windows": [4], "gradients": [False], "seconds": 0.01, "device": CPU}
 
 
-def full_disk(table, path):
+def full_disk(table, path, first=()):
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
@@ -536,6 +758,71 @@ def test_what_was_measured_before_the_disk_was_full_is_not_lost(folder, monkeypa
     assert "(in this process)" in decision.reason
     assert store.load(found.rescued).rows == found.table.rows
     monkeypatch.undo()
+
+
+def test_the_file_of_a_table_that_could_not_be_saved_has_a_name_that_nobody_foresees(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tune_module, "save", lambda table: full_disk(table, folder))
+    found = [tune_module._keep(table_of({"torch": 1.0}))[2] for _ in range(2)]
+    assert len(set(found)) == 2
+    assert {each.parent for each in found} == {tmp_path}
+    monkeypatch.setattr(tune_module, "write", full_disk)
+    assert tune_module._keep(table_of({"torch": 1.0}))[2] is None
+    assert set(tmp_path.glob("attnreg-*")) == set(found)
+
+
+# Where a table is exported to
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    target, table = tmp_path / "there" / "table.json", table_of({"torch": 1.0})
+    target.parent.mkdir()
+    (tmp_path / "link.json").symlink_to(target)
+    for _ in range(2):  # one that is not there yet, and one that is
+        writing.write(table, tmp_path / "link.json")
+        assert (tmp_path / "link.json").is_symlink()
+        assert store.load(target) == table
+    assert [*target.parent.iterdir()] == [target]
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    with pytest.raises(OSError, match="cannot be written: Too many levels of symbolic links"):
+        writing.write(table, tmp_path / "loop.json")
+    assert (tmp_path / "loop.json").is_symlink()
+
+
+def test_what_is_no_file_is_written_into_and_never_replaced(tmp_path):
+    table, pipe = table_of({"torch": 1.0}), tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writing.write(table, pipe)
+    with open(reading) as file:
+        assert from_json(file.read()) == table
+    assert pipe.is_fifo()
+    with pytest.raises(OSError, match="cannot be written: Is a directory"):
+        writing.write(table, tmp_path)
+    source = """
+        from pathlib import Path
+        from attnreg.tables import store
+        from attnreg.tuning import writing
+        import sys
+        writing.write(store.load(Path(sys.argv[1])), Path("/dev/stdout"))
+    """
+    writing.write(table, tmp_path / "t.json")
+    assert from_json(run_python(source, tmp_path / "t.json").stdout) == table
+    assert os.path.lexists("/dev/stdout")
+
+
+def test_a_link_to_a_table_of_ones_own_is_saved_into_and_one_of_another_user_is_not(folder, tmp_path):
+    path = writing.save(table_of({"torch": 1.0}))
+    elsewhere = path.rename(tmp_path / "mine.json")
+    path.symlink_to(elsewhere)
+    assert writing.save(table_of({"torch": 2.0}, window=16)) == path
+    assert path.is_symlink()
+    assert len(store.load(elsewhere).rows) == 2
+    if os.geteuid():
+        pytest.skip("only root can give a link away")
+    os.lchown(path, 65534, 65534)
+    assert writing.save(table_of({"torch": 3.0}, window=32)) != path
+    assert len(store.load(elsewhere).rows) == 2
 
 
 def test_the_command_says_where_the_table_is_that_could_not_be_written(folder, monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ from attnreg.tuning.worker import Worker
 def test_nothing_is_measured_where_it_cannot_be_written(folder):
     folder.write_text("a file where the folder should be")
     seen = []
-    with pytest.raises(OSError, match=f"tables cannot be written to {folder}: File exists"):
+    with pytest.raises(OSError, match=f"tables cannot be written: {folder} cannot be made: {folder} is no folder"):
         attnreg.tune(**SMALL, device=CPU, windows=[4], progress=seen.append)
     assert not seen
 

@@ -11,11 +11,6 @@ import torch
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, which another time it may."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -32,7 +32,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from attnreg.measured import Figure, Measured
+from attnreg.measured import Figure, Measured, now
 from attnreg.problem import Problem
 from attnreg.tables.call import as_measured, class_of, group, sizes_in_words, visible_size
 from attnreg.tables.environment import Environment
@@ -143,8 +143,7 @@ class Entry:
         found = self._measured.get(itself)
         if found is None:
             stored = self._stored
-            days = sorted({figure.measured[:10] for figure in self.figures.values()})
-            text = f"{stored.name}, {days[-1] if days else 'no date'}"
+            text = f"{stored.name}, {measured_last(self.figures, now())[:10] or 'no date'}"
             if not itself:
                 text += f", the nearest entry, {sizes_in_words(self.call)}"
             remarks = (f"{stored.name} is from elsewhere: {'; '.join(stored.remarks)}",) if stored.remarks else ()
@@ -173,7 +172,10 @@ class Index:
         for entry in entries:
             alike.setdefault((*entry.sizes[:1], *entry.sizes[2:], entry.call.given), []).append(entry)
         if len(alike) > MOST_SHAPES:
-            last = {shape: max(measured_last(entry.figures) for entry in those) for shape, those in alike.items()}
+            today = now()
+            last = {
+                shape: max(measured_last(entry.figures, today) for entry in those) for shape, those in alike.items()
+            }
             kept = sorted(alike, key=lambda shape: last[shape], reverse=True)[:MOST_SHAPES]
             alike = {shape: alike[shape] for shape in kept}
         by_head_dims: dict[tuple[float, float, float, float], list[_Shape]] = {}

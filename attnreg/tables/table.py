@@ -2,23 +2,23 @@
 
 A text is read no further than it is needed: of the table of another device whose it is, and of one's own the entries of a
 call's kind. It is anybody's until it is read: what is of another form than this attnreg writes, or larger, is no table, and
-nothing is kept that could not be printed.
+nothing is kept that could not be printed. Nor does it cost a call more than a moment, whatever it holds.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from attnreg.measured import Figure
+from attnreg.measured import Figure, now
 from attnreg.printable import printable
 from attnreg.problem import Problem, dtype_name
 from attnreg.tables.call import as_measured, call_from_json, call_to_json, from_format_1, order
@@ -27,13 +27,20 @@ from attnreg.tables.environment import Device, Environment
 # The form of the file: another number, and an older or newer attnreg reads it not at all. The first form is read, too.
 FORMAT = 2
 
-# What a file may hold. A tuning with all that it offers makes a thousand rows of a third of a megabyte.
-MOST_BYTES = 2**24
-MOST_ROWS = 8192
+# What a file may hold, so that to read all of it takes less than half a second. A tuning with all that it offers makes a
+# thousand rows of a third of a megabyte.
+MOST_BYTES = 2**21
+MOST_ROWS = 4096
 MOST_CANDIDATES = 256
+# What stands before the rows: a page or two.
+_MOST_HEAD = 2**16
+# No object or list of a table is shorter. Python makes them ten times as slowly as anything else that JSON holds.
+_LEAST_PART = 16
 MOST_THREADS = 2**20
 # Of a version or a device's name.
 MOST_LETTERS = 200
+# No machine copies more than its last cache holds in so little time (see ``attnreg.measuring.steadiness``).
+_LEAST_COPY_SECONDS = 2e-5
 
 Row = tuple[Problem, Mapping[str, Figure]]
 
@@ -74,13 +81,13 @@ class Table:
     def merged(self, other: Table) -> Table:
         """Both tables' figures, and of the same candidate for the same call the better founded one.
 
-        That is one that was measured beside nothing else, then the one measured last. A date that lies in the future says
-        nothing: it would go before all that is measured until then.
+        That is one that was measured beside nothing else, then the one measured last. A row has as many candidates as it may:
+        those of ``other``, then those measured last.
         """
-        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        today = now()
 
         def worth(figure: Figure) -> tuple[bool, str]:
-            return not figure.disturbed, figure.measured if figure.measured <= now else ""
+            return not figure.disturbed, past(figure.measured, today)
 
         rows = {call: dict(figures) for call, figures in self.rows.items()}
         for call, figures in other.rows.items():
@@ -91,6 +98,10 @@ class Table:
                 is_same = known is not None and (known.measured, known.seconds) == (figure.measured, figure.seconds)
                 if known is None or is_same or worth(known) <= worth(figure):
                     mine[name] = figure
+            if len(mine) > MOST_CANDIDATES:  # nobody would read it
+                by_date = sorted(mine, key=lambda name: past(mine[name].measured, today), reverse=True)
+                by_date.sort(key=lambda name: name not in figures)
+                rows[call] = {name: mine[name] for name in by_date[:MOST_CANDIDATES]}
         copies = [each for each in (self.copy_seconds, other.copy_seconds) if each is not None]
         return Table(self.environment, rows, min(copies, default=None))
 
@@ -102,17 +113,25 @@ class Table:
         }
         return replace(self, rows={call: figures for call, figures in rows.items() if figures})
 
-    def newest(self, count: int) -> Table:
-        """At most so many rows, those that were measured last."""
+    def newest(self, count: int, first: Collection[Problem] = ()) -> Table:
+        """At most so many rows: those of the calls that go ``first``, then those that were measured last."""
         if len(self.rows) <= count:
             return self
-        by_date = sorted(self.rows.items(), key=lambda row: measured_last(row[1]), reverse=True)
+        today = now()
+        by_date = sorted(
+            self.rows.items(), key=lambda row: (row[0] in first, measured_last(row[1], today)), reverse=True
+        )
         return replace(self, rows=dict(by_date[:count]))
 
 
-def measured_last(figures: Mapping[str, Figure]) -> str:
-    """When the last of these was measured."""
-    return max((figure.measured for figure in figures.values()), default="")
+def past(date: str, today: str) -> str:
+    """A date as it is compared with others: one that lies after ``today`` says nothing, or it would always be the last."""
+    return date if date <= today else ""
+
+
+def measured_last(figures: Mapping[str, Figure], today: str) -> str:
+    """When the last of these was measured, as far as :func:`past` lets it count."""
+    return max((past(figure.measured, today) for figure in figures.values()), default="")
 
 
 class TableText:
@@ -133,38 +152,54 @@ class TableText:
     def __init__(self, text: str) -> None:
         self.fault: TableError | None = None
         self._text = text
+        self._kinds: dict[object, list[Row]] = {}
         if len(text) > MOST_BYTES:
             raise TableError(f"it has {len(text)} characters; a table has {MOST_BYTES} at most")
-        # What stands before the rows says whose the table is.
-        head = text.partition('"rows"')[0].rstrip().removesuffix(",")
-        try:
-            given = json.loads(f"{head}}}")
-            given["environment"], given["format"]
-        except (ValueError, RecursionError, KeyError, TypeError):
-            given = _parsed(text)
+        given = _head(text)
         _check_format(given)
         with _no_table():
             self.environment = _environment(given["environment"])
-            self.copy_seconds = _seconds("copy_seconds", given.get("copy_seconds", None), may_lack=True)
+            self.copy_seconds = _copy_seconds(given.get("copy_seconds"))
         self._format = given["format"]
+
+    @cached_property
+    def cost(self) -> int:
+        """How many characters are parsed for a call, at most."""
+        with self._keeping_fault():
+            if self._row_texts is None:
+                return len(self._text)
+            sizes: Counter[tuple[str, ...]] = Counter()
+            for text in self._row_texts:
+                begin = _BEGIN.match(text)
+                # bfloat16 and float16 stand in for each other.
+                kind = (begin[1], begin[2].removeprefix("b")) if begin else ()
+                sizes[kind] += len(text)
+            of_any_kind = sizes.pop((), 0)
+            return of_any_kind + max(sizes.values(), default=0)
 
     def of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
         """The rows of an op, in these dtypes, with or without gradients, in the order of the file."""
-        with self._keeping_fault():
-            if self._row_texts is None:
-                return self._whole().of_kind(op, dtypes, needs_grad)
-            begins = tuple(f'{{"op": "{op}", "dtype": "{dtype_name(dtype)}", ' for dtype in dtypes)
-            other = f'"needs_grad": {json.dumps(not needs_grad)}'
-            texts = [text for text in self._row_texts if text.startswith(begins) or not _BEGIN.match(text)]
-            texts = [text for text in texts if other not in text.partition(_CANDIDATES)[0]]
-            rows = dict(self._row(_parsed(f"{_CALL}{text}")) for text in texts)
-            # One that is written otherwise shows its kind only now.
-            return Table(self.environment, rows).of_kind(op, dtypes, needs_grad)
+        kind = (op, dtypes, needs_grad)
+        if kind not in self._kinds:
+            with self._keeping_fault():
+                self._kinds[kind] = self._of_kind(*kind)
+        return self._kinds[kind]
 
     def whole(self) -> Table:
         """The whole table."""
         with self._keeping_fault():
-            return self._whole()
+            return self._table
+
+    def _of_kind(self, op: str, dtypes: frozenset[torch.dtype], needs_grad: bool) -> list[Row]:
+        if self._row_texts is None:
+            return self._table.of_kind(op, dtypes, needs_grad)
+        begins = tuple(f'{{"op": "{op}", "dtype": "{dtype_name(dtype)}", ' for dtype in dtypes)
+        other = f'"needs_grad": {json.dumps(not needs_grad)}'
+        texts = [text for text in self._row_texts if text.startswith(begins) or not _BEGIN.match(text)]
+        texts = [text for text in texts if other not in text.partition(_CANDIDATES)[0]]
+        rows = dict(self._row(_parsed(f"{_CALL}{text}")) for text in texts)
+        # One that is written otherwise shows its kind only now.
+        return Table(self.environment, rows).of_kind(op, dtypes, needs_grad)
 
     @cached_property
     def _row_texts(self) -> list[str] | None:
@@ -172,7 +207,8 @@ class TableText:
         _check_count(texts or ())
         return texts
 
-    def _whole(self) -> Table:
+    @cached_property
+    def _table(self) -> Table:
         given = _parsed(self._text)
         _check_format(given)
         with _no_table():
@@ -195,7 +231,8 @@ class TableText:
     @contextmanager
     def _keeping_fault(self) -> Iterator[None]:
         try:
-            yield
+            with _no_table():
+                yield
         except TableError as error:
             self.fault = error
             raise
@@ -203,7 +240,8 @@ class TableText:
 
 # How the rows of a file are laid out.
 _CALL, _CANDIDATES = '{"call": ', ', "candidates": '
-_BEGIN = re.compile(r'{"op": "\w+", "dtype": "\w+", ')
+_BEGIN = re.compile(r'{"op": "(\w+)", "dtype": "(\w+)", ')
+_ROWS = re.compile(r'"rows"\s*:\s*\[')
 _BEFORE_ROWS, _BETWEEN_ROWS, _AFTER_ROWS = '"rows": [\n    ', ",\n    ", "\n  ]\n}\n"
 
 
@@ -241,7 +279,23 @@ def from_json(text: str) -> Table:
     return TableText(text).whole()
 
 
+def _head(text: str) -> Any:
+    """What stands before the rows, which says whose the table is; of a short text, all that it holds where it has none."""
+    rows = _ROWS.search(text, 0, _MOST_HEAD)
+    if rows is not None:
+        with suppress(TableError):
+            given = _parsed(f"{text[: rows.start()].rstrip().removesuffix(',')}}}")
+            if {"environment", "format"} <= given.keys():
+                return given
+    if len(text) > _MOST_HEAD:
+        raise TableError(f"its first {_MOST_HEAD} characters hold no format and environment, and then rows")
+    return _parsed(text)
+
+
 def _parsed(text: str) -> Any:
+    parts = text.count("[") + text.count("{")
+    if _LEAST_PART * parts > len(text) + _MOST_HEAD:
+        raise TableError(f"it has {parts} lists and objects in {len(text)} characters")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -318,6 +372,12 @@ def _figure(given: Mapping[str, Any]) -> Figure:
         measured=measured,
         disturbed=disturbed,
     )
+
+
+def _copy_seconds(given: object) -> float | None:
+    seconds = _seconds("copy_seconds", given, may_lack=True)
+    # Or all that is measured from then on would seem to have been disturbed.
+    return None if seconds is None or seconds < _LEAST_COPY_SECONDS else seconds
 
 
 _FIGURE = frozenset(("seconds", "spread", "reason", "measured", "disturbed"))

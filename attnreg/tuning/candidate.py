@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from attnreg.functional import local_attention, local_dot_product, local_weighted_average
-from attnreg.measured import WRONG, Figure
-from attnreg.measuring.failure import first_line, is_out_of_memory, release
+from attnreg.measured import WRONG, Figure, now
+from attnreg.measuring.failure import is_out_of_memory, release
 from attnreg.measuring.steadiness import copy_seconds, waited_seconds
 from attnreg.measuring.timing import Timing, measure, measuring_stream
-from attnreg.printable import printable
+from attnreg.printable import printable, told
 from attnreg.problem import Problem
 from attnreg.testing.checking import check
 from attnreg.testing.inputs import Inputs, autograd_calls, call_with_leaves
@@ -58,7 +57,7 @@ def measure_candidate(problem: Problem, backend: str, seconds: float) -> Measure
             return _measured(problem, backend, seconds)
         # Whatever a candidate raises is its own affair.
         except Exception as error:
-            return failed(first_line(error), passing=is_out_of_memory(error))
+            return failed(told(error), passing=is_out_of_memory(error))
         finally:
             release()
 
@@ -68,7 +67,7 @@ def _measured(problem: Problem, backend: str, seconds: float) -> Measurement:
     try:
         stage = _stage(replace(problem, needs_grad=False))
     except (RuntimeError, MemoryError) as error:
-        return failed(f"its inputs cannot be made: {first_line(error)}", passing=True)
+        return failed(f"its inputs cannot be made: {told(error)}", passing=True)
     run = partial(_FUNCTIONS[problem.op], window=problem.window, backend=backend)
     with measuring_stream(device):
         calls = [autograd_calls(run, inputs) for inputs in stage.sets]
@@ -94,11 +93,6 @@ def _timed(calls: Sequence[Callable[[], object]], device: torch.device, seconds:
 def failed(reason: str, *, passing: bool = False) -> Measurement:
     """One without a time; ``passing`` says whether it may have one the next time."""
     return Measurement(Figure(reason=printable(reason), measured=now(), passing=passing))
-
-
-def now() -> str:
-    """The time in UTC, as tables hold it."""
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
 def _both(run: Callable[..., Tensor], inputs: Inputs) -> Callable[[], Sequence[Tensor]]:

@@ -191,10 +191,16 @@ def _keep(table: Table) -> tuple[Path | None, str | None, Path | None]:
     except OSError as error:
         fault = error.strerror or str(error)
     hold(table)
-    rescued = Path(tempfile.gettempdir()) / f"attnreg-{os.getpid()}-{table.environment.file_name}"
+    rescued: Path | None = None
     try:
+        # Of a name that nobody can have foreseen: in a folder of everybody's, a link may lie where one was.
+        handle, name = tempfile.mkstemp(prefix="attnreg-", suffix=f"-{table.environment.file_name}")
+        os.close(handle)
+        rescued = Path(name)
         write(table, rescued)
     except OSError:
+        if rescued is not None:
+            rescued.unlink(missing_ok=True)
         return None, fault, None
     return None, fault, rescued
 
@@ -203,8 +209,10 @@ def _usual_copy_seconds(device: torch.device, here: Environment) -> float | None
     """What a copy is known to take at most where nothing else uses the device, from tables of it or from its memory's clock."""
     stored, _ = registry.tables.stored(here, of_float32=False)
     known = [each.table.copy_seconds for each in stored if each.table.environment.device == here.device]
-    known.append(usual_copy_seconds(device))
-    return min((seconds for seconds in known if seconds is not None), default=None)
+    usual = usual_copy_seconds(device)
+    # A table in which a copy takes less than memory of that clock needs for it says nothing.
+    least = 0.0 if usual is None else usual / 2
+    return min((seconds for seconds in (usual, *known) if seconds is not None and seconds >= least), default=None)
 
 
 def grid(

@@ -3,7 +3,8 @@
 Orders and answers are lines of JSON. An order has a number, which stands in what answers it: first that it was begun, then what
 was found. What ends before it began is nobody's fault; a line with another number, or with none, is no answer.
 
-The process is a session of its own, which is ended as a whole: by the parent, or where that has ended, by a guard in it.
+The process is a session of its own, which is ended as a whole, and with it what has left it: by a guard in it, to which Linux
+gives all that a candidate detached, when the parent says so or has ended.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ import torch
 
 from attnreg.device import why_unusable
 from attnreg.measured import Figure
-from attnreg.measuring.failure import first_line
-from attnreg.printable import printable
+from attnreg.printable import printable, told
 from attnreg.problem import Problem
 from attnreg.tables.call import call_from_json, call_to_json
 from attnreg.tuning.candidate import Measurement, failed, measure_candidate
@@ -46,6 +46,8 @@ ATTEMPTS = 2
 _TICK_SECONDS = 0.05
 # A killed process is waited for no longer: one that hangs in a driver cannot be ended.
 _ENDING_SECONDS = 5.0
+# The guard has so long to end what a candidate started; then the session is ended without it.
+_GUARD_SECONDS = 2.0
 # What a process writes without a line's end is no answer.
 _LONGEST_LINE = 2**20
 _LONGEST_ERROR = 2**14
@@ -53,7 +55,8 @@ _LONGEST_ERROR = 2**14
 # Set in the process: what it starts must not start another one.
 _MARK = "ATTNREG_WORKER"
 _NOT_FOR_THE_CHILD = ("ATTNREG_BACKEND", "ATTNREG_AUTOTUNE", "PYTHONINSPECT", "PYTHONSTARTUP")
-_PYTHON = re.compile(r"(python|pypy|graalpy)[\w.-]*", re.IGNORECASE)
+# As Python is installed, with the letters of a build without the lock or for debugging.
+_PYTHON = re.compile(r"pythonw?([0-9.]+[dt]{0,2})?(\.exe)?", re.IGNORECASE)
 # The path of imports is the parent's, and set before anything is imported: `python -m` would look into the current folder first,
 # and with `-c` alone Python 3.10 would, too.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from attnreg.tuning.worker import main; main(int(sys.argv[1]))"
@@ -70,16 +73,23 @@ def python() -> str:
     Raises:
         NoPython: there is none, or this is such a child itself: it would start the program again, and this one again.
     """
-    program = sys.executable or ""
+    program: object = sys.executable or ""
     if os.environ.get(_MARK):
         raise NoPython("this process was itself started to measure")
-    if getattr(sys, "frozen", False) or "__compiled__" in vars(sys.modules["__main__"]):
+    main = sys.modules.get("__main__")
+    if main is None:
+        raise NoPython("this program has no module __main__: it is no Python that could measure")
+    if getattr(sys, "frozen", False) or hasattr(main, "__compiled__"):
         raise NoPython(
             f"this program is frozen: {program!r} would be started again, and is no Python that could measure"
         )
-    if not any(_PYTHON.fullmatch(os.path.basename(path)) for path in (program, os.path.realpath(program))):
+    if not isinstance(program, str) or not _is_python(program):
         raise NoPython(f"sys.executable is {program!r}, which is no Python that could measure")
     return program
+
+
+def _is_python(program: str) -> bool:
+    return any(_PYTHON.fullmatch(os.path.basename(path)) for path in (program, os.path.realpath(program)))
 
 
 class Worker:
@@ -121,7 +131,13 @@ class Worker:
         process, self._process, self._unread = self._process, None, b""
         if process is None:
             return
-        # Before it is waited for: until then nobody else can have its number.
+        # Before it is waited for: until then nobody else can have its number. The guard comes first: it alone finds what has
+        # left the session.
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, signal.SIGTERM)
+        until = time.monotonic() + _GUARD_SECONDS
+        while _exit_code(process.pid) is None and time.monotonic() < until:
+            time.sleep(0.002)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         for pipe in (process.stdin, process.stdout):
@@ -231,10 +247,7 @@ class Worker:
     def _exit_code(self) -> int | None:
         """The child's exit code, negative for a signal; None while it runs. Its number stays its own until it is waited for."""
         assert self._process is not None
-        status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if status is None:
-            return None
-        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        return _exit_code(self._process.pid)
 
     def _how_it_ended(self) -> str:
         code = self._exit_code()
@@ -258,10 +271,15 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def main(parent: int) -> None:
     """Carry out orders until there are no more, in a process that ends, with all that it starts, where the ``parent`` does."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    guard = os.getpid()
     worker = os.fork()
     if worker:
         _guard(worker, parent)
-    _ask_to_be_killed()
+    # It is killed when the guard ends: then nobody would end it.
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != guard:
+        os._exit(1)
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a backend reads is no order
     os.dup2(2, 1)  # what a backend prints is no answer
@@ -283,7 +301,7 @@ def _carry_out(orders: Iterable[str], answers: TextIO) -> None:
         try:
             found = measure_candidate(call_from_json(order["problem"], device), order["backend"], order["seconds"])
         except SystemExit as error:
-            found = failed(first_line(error))
+            found = failed(told(error))
         if os.getpid() != own:
             os._exit(0)  # a candidate has forked: its child has nothing to say here
         answer(order, **asdict(found), unusable=why_unusable(device))
@@ -292,13 +310,23 @@ def _carry_out(orders: Iterable[str], answers: TextIO) -> None:
 
 
 def _guard(worker: int, parent: int) -> NoReturn:
-    """Wait for the worker, and end as it does; where the parent has ended, end the worker and all that it started.
+    """Wait for the worker, and end as it does; where the parent has ended or says so, end the worker. Nothing is left then.
 
     A process of its own, as a candidate may hold the worker's interpreter for as long as it likes.
     """
+
+    def end(*_: object) -> NoReturn:
+        _end_descendants()
+        # What Linux does not tell of is ended with the session, this process with it.
+        os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
     while True:
-        ended, status = os.waitpid(worker, os.WNOHANG)
-        if ended:
+        ended, status = _wait()
+        if ended == worker:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _end_descendants()
             code = os.waitstatus_to_exitcode(status)
             if code < 0:
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -307,11 +335,58 @@ def _guard(worker: int, parent: int) -> NoReturn:
                 os.kill(os.getpid(), -code)
             os._exit(code)
         if os.getppid() != parent:
-            os.killpg(0, signal.SIGKILL)
-        time.sleep(_TICK_SECONDS)
+            end()
+        if not ended:
+            time.sleep(_TICK_SECONDS)
 
 
-def _ask_to_be_killed() -> None:
-    """Ask Linux to kill this process when its parent, the guard, ends: then nobody would end it."""
+def _wait() -> tuple[int, int]:
+    """A child that has ended, and how; 0 where none has."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return 0, 0
+
+
+def _end_descendants() -> None:
+    """Kill all that this process started, and what that started, again and again: whose parent has ended becomes its child."""
+    until = time.monotonic() + _GUARD_SECONDS / 2
+    while (found := _descendants(os.getpid())) and time.monotonic() < until:
+        for each in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(each, signal.SIGKILL)
+        while _wait()[0]:
+            pass
+        time.sleep(0.002)
+
+
+def _descendants(of: int) -> list[int]:
+    """The processes below one, as far as the system tells."""
+    children: dict[int, list[int]] = {}
+    with suppress(OSError):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                _, parent = file.read().rpartition(b")")[2].split()[:2]
+                children.setdefault(int(parent), []).append(int(name))
+    found, wanted = [], [of]
+    while wanted:
+        below = children.pop(wanted.pop(), [])
+        found += below
+        wanted += below
+    return found
+
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def _prctl(option: int, value: int) -> None:
+    """Ask Linux for something; other systems have no such thing."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _exit_code(process: int) -> int | None:
+    status = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if status is None:
+        return None
+    return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status

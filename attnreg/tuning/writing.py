@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from attnreg.paths import make_private
+from attnreg.paths import NoCacheDir, make_private
+from attnreg.problem import Problem
 from attnreg.registry import registry
 from attnreg.tables import store
 from attnreg.tables.environment import Environment, environment
@@ -40,10 +41,11 @@ def check_writable(environment: Environment, seconds: float = LOCK_SECONDS) -> N
         make_private(folder)
         with _locked(folder, environment, seconds):
             _sweep(folder)
-            with _beside(_place(folder, environment)[0]) as temporary:
+            with _beside(Path(os.path.realpath(_place(folder, environment)[0]))) as temporary:
                 temporary.write_text("{}", encoding="utf-8")
     except OSError as error:
-        where = "" if folder is None else f" to {folder}"
+        # Which names the folder itself.
+        where = "" if folder is None or isinstance(error, NoCacheDir) else f" to {folder}"
         raise OSError(f"tables cannot be written{where}: {error.strerror or error}") from None
 
 
@@ -51,7 +53,7 @@ def save(table: Table, seconds: float = LOCK_SECONDS) -> Path:
     """Merge ``table`` into the file of its environment, under a lock: what another process wrote meanwhile is kept.
 
     Figures that are no lasting facts are left out. A file of that name that cannot be read as a table, or that belongs to
-    another user, is left alone: the table goes beside it. It holds no more rows than a table may, those measured last.
+    another user, is left alone: the table goes beside it. It holds no more rows than a table may, first of all these.
 
     Args:
         table: the figures.
@@ -65,7 +67,7 @@ def save(table: Table, seconds: float = LOCK_SECONDS) -> Path:
     with _locked(folder, table.environment, seconds):
         path, there = _place(folder, table.environment)
         merged = table.lasting() if there is None else there.merged(table.lasting())
-        write(merged.newest(MOST_ROWS), path)
+        write(merged, path, first=table.rows.keys())
     registry.tables.changed()
     registry.look_at_tables()
     return path
@@ -90,22 +92,40 @@ def hold(table: Table) -> None:
     registry.look_at_tables()
 
 
-def write(table: Table, path: Path) -> None:
-    """Write a file that others see either as it was or whole.
+def write(table: Table, path: Path, first: Collection[Problem] = ()) -> None:
+    """Write a file that others see either as it was or whole; of more rows than it may hold, as ``Table.newest`` gives them.
+
+    Of a symbolic link it is what that leads to. What is there and is no file, such as ``/dev/stdout``, is written into.
 
     Raises:
         OSError: it cannot be written.
     """
+    table = table.newest(MOST_ROWS, first)
     text = to_json(table)
     while len(text) > MOST_BYTES:  # rows of many candidates: nobody would read it
-        table = table.newest(len(table.rows) // 2)
+        table = table.newest(len(table.rows) // 2, first)
         text = to_json(table)
     try:
-        with _beside(path) as temporary:
+        real = Path(os.path.realpath(path))
+        if not _is_file_or_nothing(path, real):
+            with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOCTTY), "w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        with _beside(real) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            os.replace(temporary, real)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _is_file_or_nothing(path: Path, real: Path) -> bool:
+    """Whether a file may take the place of ``real``, to which ``path`` leads: nothing else is there."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return True
+    # What the system gives for one that is open, as in ``/dev/stdout``, need not be a name that it has.
+    return stat.S_ISREG(status.st_mode) and os.path.exists(real) and os.path.samestat(status, os.stat(real))
 
 
 def own_table(device: torch.device, *, shipped: bool = False) -> Table:
@@ -197,11 +217,17 @@ def _place(folder: Path, environment: Environment) -> tuple[Path, Table | None]:
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Whether this user may put another file in the place of one: in a sticky folder it has to be their own."""
+    """Whether this user may put another file in the place of one: in a sticky folder it has to be their own.
+
+    So must a symbolic link be: what it leads to is written.
+    """
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+        return False
     folder = path.parent.stat()
     if not folder.st_mode & stat.S_ISVTX:
         return True
-    return os.geteuid() in (0, folder.st_uid, path.lstat().st_uid)
+    return os.geteuid() in (0, folder.st_uid, status.st_uid)
 
 
 def _sweep(folder: Path) -> None:
