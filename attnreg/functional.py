@@ -8,8 +8,7 @@ nothing else happens; else ``attnreg.plan`` makes one. Where somebody watches, a
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ from attnreg.plan import MOST_PLANS, TABLE_KEY, Plan
 from attnreg.problem import check
 from attnreg.registry import keep, registry
 from attnreg.request import written
-from attnreg.unknown import unknown_arguments
+from attnreg.unknown import answers, wrong_call
 from attnreg.window import Window
 
 if TYPE_CHECKING:
@@ -57,11 +56,12 @@ MOST_CALLS = 8
 _BAD = (TypeError, AttributeError, RuntimeError)
 
 
+@answers
 def local_dot_product(
     query: Tensor,
     key: Tensor,
     window: Window,
-    *,
+    *_more: Never,
     bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float = 1.0,
@@ -92,16 +92,17 @@ def local_dot_product(
         TypeError, ValueError: an argument is bad; the message names it, what it was and what was expected.
         BackendError: the backend asked for cannot run this call, or none can; a ValueError that lists every reason.
     """
-    if _unknown:
-        raise unknown_arguments(DOT_PRODUCT, _unknown)
+    if _unknown or _more:
+        raise wrong_call(local_dot_product, _unknown, _more)
     return _call(DOT_PRODUCT, (query, key), window, (bias, key_lengths, scale), backend)[0]
 
 
+@answers
 def local_weighted_average(
     weights: Tensor,
     value: Tensor,
     window: Window,
-    *,
+    *_more: Never,
     key_lengths: Tensor | None = None,
     backend: str | Sequence[str] | None = None,
     **_unknown: Never,
@@ -124,17 +125,18 @@ def local_weighted_average(
     Raises:
         TypeError, ValueError, BackendError: as ``local_dot_product``.
     """
-    if _unknown:
-        raise unknown_arguments(WEIGHTED_AVERAGE, _unknown)
+    if _unknown or _more:
+        raise wrong_call(local_weighted_average, _unknown, _more)
     return _call(WEIGHTED_AVERAGE, (weights, value), window, (key_lengths,), backend)[0]
 
 
+@answers
 def local_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     window: Window,
-    *,
+    *_more: Never,
     bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -164,20 +166,9 @@ def local_attention(
     Raises:
         TypeError, ValueError, BackendError: as ``local_dot_product``.
     """
-    if _unknown:
-        raise unknown_arguments(ATTENTION, _unknown)
+    if _unknown or _more:
+        raise wrong_call(local_attention, _unknown, _more)
     return _call(ATTENTION, (query, key, value), window, (bias, key_lengths, scale), backend)[0]
-
-
-def _hide_unknown(function: Callable[..., Tensor]) -> None:
-    """Leave out of a function's signature what only catches the names of other libraries."""
-    whole = inspect.signature(function)
-    known = [each for each in whole.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    function.__signature__ = whole.replace(parameters=known)  # type: ignore[attr-defined]
-
-
-for _function in (local_dot_product, local_weighted_average, local_attention):
-    _hide_unknown(_function)
 
 
 @beside_graphs

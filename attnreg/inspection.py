@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from attnreg.plan import explain_problem
 from attnreg.problem import check, problem_of
 from attnreg.registry import registry
 from attnreg.request import written
-from attnreg.unknown import unknown_arguments
+from attnreg.unknown import bound, names_of, unknown_arguments
 
 _FUNCTIONS = (local_dot_product, local_weighted_average, local_attention)
 
@@ -87,13 +86,7 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
         TypeError, ValueError, BackendError: as the op itself.
     """
     row = ROWS[_op_name(op, args, kwargs)]
-    signature = inspect.signature(_FUNCTIONS[OPS.index(row.name)])
-    unknown = [name for name in kwargs if name not in signature.parameters]
-    if unknown:
-        raise unknown_arguments(row, unknown)
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
+    given = bound(_FUNCTIONS[OPS.index(row.name)], args, kwargs)
     tensors = autocast(tuple(given[name] for name in row.tensors))
     arguments = tuple(given[argument.name] for argument in row.arguments)
     backend, window = written(given["backend"]), given["window"]
@@ -115,6 +108,10 @@ def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwar
         return "local_attention"
     if "query" in kwargs or "key" in kwargs:
         return "local_dot_product"
+    known = list(dict.fromkeys(name for function in _FUNCTIONS for name in names_of(function)))
+    unknown = [name for name in kwargs if name not in known]
+    if unknown:
+        raise unknown_arguments("explain", known, unknown)
     raise TypeError(
         "explain cannot tell local_dot_product from local_weighted_average by two tensors; say which with op="
     )

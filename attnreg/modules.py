@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from attnreg.functional import local_attention
 from attnreg.problem import check_number, check_window
 from attnreg.request import written
+from attnreg.unknown import MISSING, answers, missing_arguments, wrong_call
 from attnreg.window import Window
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 
 class LocalAttention(nn.Module):
@@ -27,25 +32,39 @@ class LocalAttention(nn.Module):
         TypeError, ValueError: the window is no Window, the scale no finite number, or the backend no name.
     """
 
+    @answers
     def __init__(
-        self, window: Window, *, scale: float | None = None, backend: str | Sequence[str] | None = None
+        self,
+        window: Window,
+        *_more: Never,
+        scale: float | None = None,
+        backend: str | Sequence[str] | None = None,
+        **_unknown: Never,
     ) -> None:
+        if _unknown or _more:
+            raise wrong_call(LocalAttention.__init__, _unknown, _more)
+        if window is MISSING:
+            raise missing_arguments("LocalAttention", ["window"])
         super().__init__()
         check_window(window)
         self.window = window
         self.scale = None if scale is None else check_number("scale", scale)
         self.backend = written(backend)
 
+    @answers
     def forward(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
+        *_more: Never,
         bias: Tensor | None = None,
         key_lengths: Tensor | None = None,
+        **_unknown: Never,
     ) -> Tensor:
         """See :func:`attnreg.local_attention`, which this calls."""
+        if _unknown or _more:
+            raise wrong_call(LocalAttention.forward, _unknown, _more)
         return local_attention(
             query,
             key,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 
 import pytest
 import torch
@@ -44,7 +46,14 @@ BAD = [
     ("local_attention", {"key": KEY[:, :0], "value": VALUE[:, :0]}, ValueError, "Hkv = 0"),
     ("local_attention", {"value": VALUE[:, :, :4]}, ValueError, "value: must agree with key in (N, Hkv, Lk), (2, 2, 6); got shape (2, 2, 4, 3)"),
     ("local_attention", {"window": None}, TypeError, "window must be an attnreg.Window, got None"),
-    ("local_attention", {"window": (2, 1)}, TypeError, "window must be an attnreg.Window, got (2, 1)"),
+    ("local_attention", {"window": (2, 1)}, TypeError, "window must be an attnreg.Window, got (2, 1) (tuple); write Window(2, 1)"),
+    ("local_attention", {"window": [2, 0]}, TypeError, "got [2, 0] (list); write Window(2, 0)"),
+    ("local_attention", {"window": (-1, 0)}, TypeError, "write Window(n, 0), where n is the number of keys"),
+    ("local_attention", {"window": (2, True)}, TypeError, "got (2, True) (tuple); write Window.causal(n)"),
+    ("local_attention", {"window": -1}, TypeError, "window: got the int -1.*Window.causal(n)"),
+    ("local_attention", {"window": torch.ones(9, 9)}, TypeError, "got tensor(.*...* (Tensor); give window=.*a mask as bias=band_from_dense(mask, window)"),
+    ("local_attention", {"value": VALUE.transpose(1, 2)}, ValueError, "value: must agree with key.*got shape (2, 6, 2, 3); of tensors in (N, L, H, E) give tensor.transpose(1, 2)"),
+    ("local_attention", {"bias": torch.randn(5, 1, 4)}, ValueError, "does not broadcast to (N, H, Lq, W) = (2, 4, 5, 4).*; of tensors in (N, L, H, E)"),
     ("local_attention", {"bias": 1.0}, TypeError, "bias must be a torch.Tensor or None, got float"),
     ("local_attention", {"bias": torch.ones(5, 4, dtype=torch.bool)}, TypeError, "torch.bool; band_from_dense"),
     ("local_attention", {"bias": torch.randn(5, 6)}, ValueError, "bias: shape (5, 6) does not broadcast to (N, H, Lq, W) = (2, 4, 5, 4)"),
@@ -54,7 +63,7 @@ BAD = [
     ("local_attention", {"key_lengths": LENGTHS.float()}, TypeError, "key_lengths must have an integer dtype, got torch.float32"),
     ("local_attention", {"key_lengths": LENGTHS[:1]}, ValueError, "key_lengths must have shape (N,) = (2,), got (1,)"),
     ("local_attention", {"key_lengths": LENGTHS.to("meta")}, ValueError, "key_lengths must be on query's device, cpu; got meta"),
-    ("local_attention", {"key_lengths": torch.tensor([7, 3])}, ValueError, "key_lengths: every length must lie in 0..6 (Lk), got 7"),
+    ("local_attention", {"key_lengths": torch.tensor([7, 3])}, ValueError, "key_lengths: every length must lie in 0..6 (Lk), got 7; of tensors in (N, L, H, E) give tensor.transpose(1, 2)"),
     ("local_attention", {"key_lengths": torch.tensor([6, -1])}, ValueError, "key_lengths: every length must lie in 0..6 (Lk), got -1"),
     ("local_attention", {"scale": "big"}, TypeError, "scale must be a float, got 'big'"),
     ("local_attention", {"scale": torch.tensor(1.0)}, TypeError, "scale must be a float, got tensor(1.)"),
@@ -193,3 +202,128 @@ def test_a_band_that_no_memory_holds_is_refused_by_the_windows_name():
         attnreg.local_attention(tensor, tensor, tensor, widest),
         attnreg.local_attention(tensor, tensor, tensor, Window(9, 9)),
     )
+
+
+# Calls of the wrong form
+
+OPS = ("local_dot_product", "local_weighted_average", "local_attention")
+WINDOWS = "Window.causal(n), Window.centered(n) or Window(left, right)"
+
+
+def _ways(op: str) -> list:
+    """The op's function, and explain of it."""
+    return [getattr(attnreg, op), functools.partial(attnreg.explain, op=op)]
+
+
+def _tensors(op: str) -> dict:
+    return {name: given for name, given in _arguments(op).items() if name != "window"}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_missing_window_is_answered_with_what_to_write(op, by_name):
+    tensors = _tensors(op)
+    message = _pattern(f"{op}() is missing its argument 'window'; give window={WINDOWS}")
+    for function in _ways(op):
+        with pytest.raises(TypeError, match=message):
+            function(**tensors) if by_name else function(*tensors.values())
+    compiled = torch.compile(lambda: getattr(attnreg, op)(**tensors), backend="eager")
+    with pytest.raises(TypeError, match=message):
+        compiled()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("name", "given", "advice"),
+    [
+        ("window_size", (3, 0), f"; give window={WINDOWS}"),
+        ("is_causal", True, "; give window=Window.causal(n)"),
+        ("causal", True, "; give window=Window.causal(n)"),
+        ("softcap", 30.0, "; there is no soft cap yet"),
+        ("alibi_slopes", None, "bias=-slopes[:, None, None] * (window.left - torch.arange(window.size)).abs()"),
+        ("score_mod", None, "give bias= for what is added to them"),
+        ("return_lse", True, "; there is no log-sum-exp yet"),
+        ("layout", "BSHD", "; tensors are (N, H, L, E); of tensors in (N, L, H, E) give tensor.transpose(1, 2)"),
+        ("block_size", 64, "; leave it out: blocks are a backend's own"),
+        ("sinks", None, "; there are no sinks yet"),
+        ("cu_seqlens", None, "; sequences are a batch here"),
+        ("mask", None, "give bias=band_from_dense(mask, window)"),
+        ("dropout", 0.1, "; there is no dropout"),
+        ("enable_gqa", True, "; leave it out"),
+    ],
+)
+def test_an_unknown_name_is_answered_before_anything_is_missed(op, name, given, advice):
+    for function in _ways(op):
+        with pytest.raises(TypeError, match=_pattern(f"{op}() has no argument '{name}'.*{advice}")):
+            function(*_tensors(op).values(), **{name: given})
+        with pytest.raises(TypeError, match=_pattern(f"{op}() has no argument '{name}'.*{advice}")):
+            function(**{name: given})
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "advice"),
+    [
+        ("local_weighted_average", "attn_mask", "in local_dot_product, give bias="),
+        ("local_weighted_average", "softmax_scale", "in local_dot_product, give scale="),
+        ("local_weighted_average", "scale", "in local_dot_product, give scale="),
+        ("local_dot_product", "value", "in local_weighted_average, give value="),
+        ("local_attention", "q", "give query="),
+    ],
+)
+def test_no_advice_names_an_argument_that_the_op_lacks(op, name, advice):
+    with pytest.raises(TypeError, match=_pattern(f"{op}() has no argument '{name}'; .*{advice}")):
+        getattr(attnreg, op)(**{**_tensors(op), name: 1})
+
+
+def test_explain_answers_unknown_names_where_it_cannot_tell_the_op():
+    with pytest.raises(TypeError, match=_pattern(f"explain() has no argument 'window_size'; give window={WINDOWS}")):
+        attnreg.explain(QUERY, KEY, window_size=(3, 0))
+
+
+def test_too_few_and_too_many_arguments_are_named():
+    for function in _ways("local_attention"):
+        with pytest.raises(TypeError, match=r"is missing its arguments 'key', 'value', 'window'; give window="):
+            function(QUERY)
+        with pytest.raises(TypeError, match="is missing its argument 'value': a Window is given in its place"):
+            function(QUERY, KEY, WINDOW)
+        with pytest.raises(TypeError, match=r"takes query, key, value, window by position.*bias.*got 5 arguments"):
+            function(QUERY, KEY, VALUE, WINDOW, None)
+        with pytest.raises(TypeError, match="multiple values for argument 'window'"):
+            function(QUERY, KEY, VALUE, WINDOW, window=WINDOW)
+
+
+def test_the_advice_for_alibi_and_for_the_log_sum_exp_is_right():
+    query, key, window = torch.randn(1, 4, 7, 8), torch.randn(1, 4, 9, 8), Window(3, 2)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    bias = -slopes[:, None, None] * (window.left - torch.arange(window.size)).abs()
+    distance = (torch.arange(9) - torch.arange(7)[:, None] - 2).float()
+    dense = -slopes[:, None, None] * distance.abs() + torch.where((distance >= -3) & (distance <= 2), 0, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=dense)
+    torch.testing.assert_close(attnreg.local_attention(query, key, key, window, bias=bias), expected)
+    scores = attnreg.local_dot_product(query, key, window, scale=8**-0.5, bias=bias)
+    expected = (query @ key.mT * 8**-0.5 + dense).logsumexp(-1)
+    torch.testing.assert_close(scores.logsumexp(-1), expected)
+
+
+# The order of dimensions
+
+
+@pytest.mark.parametrize(("heads", "length"), [(32, 8), (128, 8), (1024, 8)])
+def test_sizes_that_may_be_meant_pass_without_a_warning(heads, length):
+    """A prompt of 8 tokens for 32 heads has the sizes of 32 tokens for 8 heads, in (N, L, H, E): nothing tells one from the other."""
+    tensor = torch.randn(2, heads, length, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attnreg.local_attention(tensor, tensor, tensor, Window.causal(4096))
+
+
+def test_no_hint_is_given_where_transposed_tensors_would_not_do():
+    for change, error in (
+        ({"bias": torch.randn(5, 6)}, "does not broadcast"),
+        ({"key_lengths": torch.tensor([6, -1])}, "got -1"),
+        ({"value": VALUE[:, :, :4]}, "must agree with key"),
+        ({"query": torch.randn(2, 3, 7, 8)}, "must be a multiple"),
+    ):
+        with pytest.raises(ValueError, match=error) as raised:
+            attnreg.local_attention(**{**ATTENTION, **change})
+        assert "transpose" not in str(raised.value)

@@ -112,3 +112,48 @@ def test_the_module_is_the_function_with_its_settings_kept():
 def test_a_module_put_together_wrongly_says_so_at_once(options, error):
     with pytest.raises(error):
         LocalAttention(Window(2, 1), **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((), {"window_size": 3}, r"LocalAttention\(\) has no argument 'window_size'; give window=Window\.causal\(n\)"),
+        ((8, 2), {"dropout": 0.1}, r"LocalAttention\(\) has no argument 'dropout'; there is no dropout"),
+        ((), {"embed_dim": 64}, "'embed_dim'; leave it out: heads are a dimension"),
+        ((), {"attn_mask": None}, "'attn_mask'; in the call of the module, give bias=band_from_dense"),
+        ((), {}, r"LocalAttention\(\) is missing its argument 'window'; give window=Window\.causal\(n\)"),
+        ((Window(1, 0), 0.5), {}, "takes window by position, and scale, backend by name alone; got 2"),
+        (((3, 0),), {}, r"write Window\(3, 0\)"),
+        ((3,), {}, r"Window\.causal\(3\)"),
+    ],
+)
+def test_a_module_made_in_the_wrong_form_says_what_to_write(args, options, message):
+    with pytest.raises(TypeError, match=message):
+        LocalAttention(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (3, {"attn_mask": None}, r"LocalAttention\.forward\(\) has no argument 'attn_mask'; give bias=band_from_dense"),
+        (3, {"is_causal": True}, r"'is_causal'; where the module is made, give window=Window\.causal\(n\)"),
+        (3, {"scale": 1.0}, "'scale'; where the module is made, give scale="),
+        (3, {"dropout_p": 0.1}, "'dropout_p'; there is no dropout"),
+        (2, {}, "is missing its argument 'value'"),
+        (4, {}, "takes query, key, value by position, and bias, key_lengths by name alone; got 4"),
+    ],
+)
+def test_a_module_called_in_the_wrong_form_says_what_to_write(count, options, message):
+    tensor = torch.randn(1, 2, 5, 4)
+    with pytest.raises(TypeError, match=message):
+        LocalAttention(Window(1, 0))(*[tensor] * count, **options)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_module_is_compiled_and_exported_whole(strict):
+    module, tensor = LocalAttention(Window(2, 1)), torch.randn(1, 2, 6, 8)
+    expected = module(tensor, tensor, tensor)
+    program = torch.export.export(module, (tensor, tensor), {"value": tensor}, strict=strict)
+    torch.testing.assert_close(program.module()(tensor, tensor, value=tensor), expected)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tensor, tensor, tensor), expected)

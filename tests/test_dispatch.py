@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import threading
+import weakref
 
 import pytest
 import torch
 
 import attnreg
-from attnreg import Backend, BackendError, Capability, Window, use_backend
+from attnreg import Backend, BackendError, Capability, Window, asking, use_backend
 
 QUERY = torch.randn(1, 2, 6, 4)
 WINDOW = Window(2, 1)
@@ -101,11 +104,201 @@ def test_use_backend_is_a_decorator_of_functions_and_coroutines():
     assert plain.__name__ == "plain"
     assert asyncio.run(coroutine()) == "torch"
     assert chosen() == "torch_block"
-    with pytest.raises(TypeError, match="generator"):
 
-        @use_backend("torch")
-        def generator():
+
+def _generator():
+    with use_backend("torch"):
+        yield chosen()
+        yield chosen()
+
+
+async def _async_generator():
+    with use_backend("torch"):
+        yield chosen()
+        await asyncio.sleep(0)
+        yield chosen()
+        yield await asyncio.to_thread(chosen)
+        yield (await asyncio.gather(_chosen_in_task(), _chosen_in_task()))[0]
+
+
+async def _chosen_in_task():
+    await asyncio.sleep(0)
+    return chosen()
+
+
+def test_a_block_in_a_generator_counts_for_the_generator_alone():
+    def delegates():
+        yield from _generator()
+
+    for generator in (_generator(), delegates()):
+        seen = [(inside, chosen()) for inside in generator]
+        assert seen == [("torch", "torch_block")] * 2
+    with use_backend("torch"):
+        (first, *_) = ((inside, chosen()) for inside in _in_the_other())
+        assert first == ("torch_block", "torch")
+    assert chosen() == "torch_block"
+
+
+def _in_the_other():
+    with use_backend("torch_block"):
+        yield chosen()
+
+
+def test_a_block_in_an_async_generator_counts_for_it_and_for_the_tasks_and_threads_that_it_waits_for():
+    async def consumer():
+        seen = []
+        async for inside in _async_generator():
+            seen.append((inside, chosen()))
+            await asyncio.sleep(0)
+            seen[-1] = (*seen[-1], chosen())
+        return seen
+
+    assert asyncio.run(consumer()) == [("torch", "torch_block", "torch_block")] * 4
+
+
+def test_a_generator_that_goes_on_elsewhere_leaves_nothing_behind_and_takes_nothing_away():
+    shared = use_backend("torch")
+
+    def generator():
+        with shared:
+            with shared:
+                yield
             yield
+
+    def in_a_thread(function):
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    finished, closed = generator(), generator()
+    next(finished)
+    next(closed)
+    seen = []
+
+    def close():
+        with shared:
+            closed.close()
+            seen.append(chosen())
+        seen.append(chosen())
+
+    in_a_thread(lambda: list(finished))
+    in_a_thread(close)
+    assert seen == ["torch", "torch_block"]
+    assert chosen() == "torch_block"
+    with shared:
+        pass
+    assert asking.wishes.get() is None
+    assert not shared._blocks
+
+    async def main():
+        asynchronous = _async_generator()
+        await anext(asynchronous)
+        await asyncio.create_task(asynchronous.aclose())
+        return chosen(), await asyncio.create_task(_chosen_in_task())
+
+    assert asyncio.run(main()) == ("torch_block", "torch_block")
+
+
+def test_a_block_in_a_suspended_generator_keeps_nothing_alive():
+    class Large:
+        pass
+
+    def generator():
+        large = Large()
+        alive.append(weakref.ref(large))
+        with use_backend("torch"):
+            yield
+
+    alive = []
+    dropped, closed = generator(), generator()
+    next(dropped)
+    next(closed)
+    del dropped
+    thread = threading.Thread(target=closed.close)
+    thread.start()
+    thread.join()
+    del closed
+    assert [each() for each in alive] == [None, None]
+
+
+@pytest.fixture
+def torch_asked_for():
+    with use_backend("torch"):
+        yield
+
+
+@pytest.mark.usefixtures("torch_asked_for")
+def test_a_fixture_asks_for_its_test():
+    assert chosen() == "torch"
+
+
+def test_a_generator_of_contextlib_asks_for_the_block_around():
+    @contextlib.contextmanager
+    def manager():
+        with use_backend("torch"):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def async_manager():
+        with use_backend("torch"):
+            yield
+
+    async def main():
+        async with async_manager():
+            return chosen(), await asyncio.create_task(_chosen_in_task())
+
+    with manager():
+        assert chosen() == "torch"
+    assert asyncio.run(main()) == ("torch", "torch")
+    assert chosen() == "torch_block"
+
+
+class _Callable:
+    def __call__(self):
+        yield
+
+
+class _AsyncCallable:
+    async def __call__(self):
+        return chosen()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (_generator, "the generator function _generator"),
+        (_async_generator, "the generator function _async_generator"),
+        (functools.partial(functools.partial(_generator)), "the generator function _generator"),
+        (_Callable(), "the generator function _Callable"),
+        (5, r"use_backend decorates functions, got 5 \(int\)"),
+        (_Callable, "_Callable is a class: decorate its methods"),
+        (staticmethod(chosen), "write @staticmethod above @use_backend"),
+        (classmethod(chosen), "write @classmethod above @use_backend"),
+        (property(chosen), "write @property above @use_backend"),
+    ],
+)
+def test_what_no_block_can_be_put_around_is_not_decorated(given, message):
+    with pytest.raises(TypeError, match=message):
+        use_backend("torch")(given)
+
+
+def test_an_object_whose_call_is_a_coroutine_is_decorated_as_one():
+    for function in (_AsyncCallable(), functools.partial(_AsyncCallable()), _AsyncCallable().__call__):
+        assert asyncio.run(use_backend("torch")(function)()) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lambda: _generator(), "a generator"),
+        (lambda: _async_generator(), "an async generator"),
+        (lambda: _chosen_in_task(), "a coroutine"),
+    ],
+)
+def test_a_decorated_function_must_not_return_what_would_run_outside_the_block(function, kind):
+    with pytest.raises(TypeError, match=f"returned {kind}, which would run outside the block"):
+        use_backend("torch")(function)()
+    assert chosen() == "torch_block"
 
 
 def test_threads_and_tasks_do_not_see_each_others_blocks():

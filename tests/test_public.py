@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import pydoc
+
+import pytest
 import torch
 
 import attnreg
@@ -24,3 +28,24 @@ def test_a_notebook_shows_the_trace_of_a_decision():
     decision = attnreg.explain(query, query, query, Window(1, 1))
     decision._repr_pretty_(printer, cycle=False)
     assert printer.shown == str(decision)
+
+
+@pytest.mark.parametrize(
+    ("function", "needed", "by_name"),
+    [
+        (attnreg.local_dot_product, "query, key, window", "bias, key_lengths, scale, backend"),
+        (attnreg.local_weighted_average, "weights, value, window", "key_lengths, backend"),
+        (attnreg.local_attention, "query, key, value, window", "bias, key_lengths, scale, backend"),
+        (attnreg.LocalAttention, "window", "scale, backend"),
+        (attnreg.LocalAttention(Window(1, 0)).forward, "query, key, value", "bias, key_lengths"),
+    ],
+)
+def test_a_signature_says_what_a_call_takes_and_needs(function, needed, by_name):
+    """What catches the names of other libraries, and what is missing, is no part of it."""
+    parameters = inspect.signature(function).parameters.values()
+    assert ", ".join(each.name for each in parameters if each.default is each.empty) == needed
+    assert all((each.kind is each.KEYWORD_ONLY) == (each.name in by_name.split(", ")) for each in parameters)
+    assert ", ".join(each.name for each in parameters if each.kind is each.KEYWORD_ONLY) == by_name
+    shown = pydoc.plain(pydoc.render_doc(function))
+    assert "_unknown" not in shown
+    assert "_more" not in shown
