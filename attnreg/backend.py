@@ -7,14 +7,15 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any
+from math import isnan
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnreg.op import ATTENTION, DOT_PRODUCT, OPS, ROWS, WEIGHTED_AVERAGE, Op
 from attnreg.packages import package_version
-from attnreg.printable import brief
+from attnreg.printable import brief, message, plain, printable, report, trouble, type_name
 from attnreg.problem import Problem
 
 Function = Callable[..., Any]
@@ -59,19 +60,22 @@ class Capability:
     unequal_lengths: bool = True
 
     def __post_init__(self) -> None:
-        for name, (kind, holds) in _COLLECTIONS.items():
+        for name, (kind, exact) in _COLLECTIONS.items():
             given = getattr(self, name)
             if given is None and name != "dtypes":
                 continue
             if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Collection):
                 raise TypeError(f"Capability: {name} must be a collection of {kind}, got {brief(given)}")
-            if not len(given) and name != "takes":
-                raise ValueError(f"Capability: {name} is empty; nothing could run")
+            # A copy: what is asked at every call must not change under it, nor have methods of its own.
+            kept = []
             for each in (given[0], given[-1]) if isinstance(given, range) and given else given:
-                if not holds(each):
+                found = exact(each)
+                if found is None:
                     raise TypeError(f"Capability: {name} must be a collection of {kind}, got {brief(each)} in it")
-            # A copy: what is asked at every call must not change under it.
-            object.__setattr__(self, name, given if isinstance(given, range) else frozenset(given))
+                kept.append(found)
+            if not kept and name != "takes":
+                raise ValueError(f"Capability: {name} is empty; nothing could run")
+            object.__setattr__(self, name, given if isinstance(given, range) else frozenset(kept))
         for name in ("grouped_heads", "unequal_lengths"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Capability: {name} must be True or False, got {brief(getattr(self, name))}")
@@ -81,25 +85,32 @@ class Capability:
                 raise ValueError(f"Capability: takes has {name!r}; the ops' arguments are {', '.join(sorted(known))}")
 
 
-def _is_size(given: object) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 1
+def _size(given: object) -> int | None:
+    size = int.__index__(given) if isinstance(given, int) and not isinstance(given, bool) else 0
+    return size if size >= 1 else None
 
 
-def _is_device_type(given: object) -> bool:
-    return isinstance(given, str) and given.isidentifier()
+def _device_type(given: object) -> str | None:
+    name = _string(given)
+    return name if name is not None and name.isidentifier() else None
 
 
-def _is_dtype(given: object) -> bool:
-    return isinstance(given, torch.dtype) and given.is_floating_point
+def _string(given: object) -> str | None:
+    return plain(given) if isinstance(given, str) else None
 
 
-# What each collection of a capability holds, in words and as a question.
-_COLLECTIONS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
-    "dtypes": ("floating-point torch.dtype", _is_dtype),
-    "devices": ('device types such as "cuda", without an index', _is_device_type),
-    "head_dims": ("ints of at least 1", _is_size),
-    "window_sizes": ("ints of at least 1", _is_size),
-    "takes": ("arguments' names", lambda given: isinstance(given, str)),
+def _dtype(given: object) -> torch.dtype | None:
+    return given if isinstance(given, torch.dtype) and given.is_floating_point else None
+
+
+# What each collection of a capability holds, in words, and what makes that of what is given, without a class of its own; None
+# where it is something else.
+_COLLECTIONS: Mapping[str, tuple[str, Callable[[object], object]]] = {
+    "dtypes": ("floating-point torch.dtype", _dtype),
+    "devices": ('device types such as "cuda", without an index', _device_type),
+    "head_dims": ("ints of at least 1", _size),
+    "window_sizes": ("ints of at least 1", _size),
+    "takes": ("arguments' names", _string),
 }
 
 
@@ -135,7 +146,7 @@ class Backend:
       bias' own shape.
 
     Attributes:
-        name: what users write: ``backend="name"``.
+        name: what users write: ``backend="name"``. Letters, digits, "_", "." and "-", which it must not begin with.
         capability: what it can do.
         summary: one line for ``attnreg backends``.
         local_dot_product: ``(query, key, window, *, bias, key_lengths, scale) -> scores`` (N, H, Lq, W), in query's dtype:
@@ -163,8 +174,8 @@ class Backend:
         rank: orders the backends that could run a problem where nothing was measured; the lowest is taken. A number or a
             function of the problem. The slow but always right reference is 100.
         workspace: how many bytes a problem needs at the most beside its tensors and results, gradients included where they are
-            needed; about is enough. One that needs more than its device can give is not chosen unless it is asked for. None
-            for next to nothing.
+            needed: an int; about is enough. One that needs more than its device can give is not chosen unless it is asked for.
+            None for next to nothing.
         contract: the version of this contract that it was written for.
 
     Raises:
@@ -197,38 +208,44 @@ class Backend:
         return tuple(op for op in OPS if getattr(self, op) is not None)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
-            raise ValueError(f"Backend: name must be letters, digits, '_', '-' and '.', got {self.name!r}")
-        if not isinstance(self.capability, Capability):
-            raise TypeError(
-                f"Backend {self.name!r}: capability must be a Capability, got {type(self.capability).__name__}"
-            )
+        name = _string(self.name)
+        if name is None or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(f"Backend: name must be letters, digits, '_', '-' and '.', got {brief(self.name)}")
+        if name.startswith("-"):
+            raise ValueError(f"Backend: name must not begin with '-', which excludes a backend, got {name!r}")
+        # A class derived from it could check nothing, and answer anything later.
+        if type(self.capability) is not Capability:
+            raise TypeError(f"Backend {name!r}: capability must be a Capability, got {type_name(self.capability)}")
         for each in fields(self):
             given = getattr(self, each.name)
             if str(each.type).startswith("Callable") and not callable(given) and given is not None:
-                raise TypeError(f"Backend {self.name!r}: {each.name} must be callable, got {given!r}")
-        if self.library is not None and not isinstance(self.library, str):
-            raise TypeError(f"Backend {self.name!r}: library must be the name of a distribution, got {self.library!r}")
-        if not callable(self.rank) and (not isinstance(self.rank, (int, float)) or self.rank != self.rank):
-            raise TypeError(f"Backend {self.name!r}: rank must be a number or callable, got {brief(self.rank)}")
+                raise TypeError(f"Backend {name!r}: {each.name} must be callable, got {brief(given)}")
+        library = None if self.library is None else _distribution(self.library)
+        if library is None and self.library is not None:
+            raise TypeError(f"Backend {name!r}: library must be the name of a distribution, got {brief(self.library)}")
+        rank = self.rank if callable(self.rank) else _number(self.rank)
+        if rank is None:
+            raise TypeError(f"Backend {name!r}: rank must be a number or callable, got {brief(self.rank)}")
         if not isinstance(self.differentiable, bool) or not isinstance(self.summary, str):
             raise TypeError(
-                f"Backend {self.name!r}: differentiable must be True or False and summary a string, got "
+                f"Backend {name!r}: differentiable must be True or False and summary a string, got "
                 f"{brief(self.differentiable)} and {brief(self.summary)}"
             )
-        if not isinstance(self.options, Mapping) or not all(
-            isinstance(option, str) and option.isidentifier() and callable(parse)
-            for option, parse in self.options.items()
-        ):
-            raise TypeError(f"Backend {self.name!r}: options must map names to callables, got {self.options!r}")
-        if not any(getattr(self, op) for op in OPS):
+        options = _options(self.options)
+        if options is None:
+            raise TypeError(f"Backend {name!r}: options must map names to callables, got {brief(self.options)}")
+        # Its own, as those of a capability are.
+        own = {"name": name, "capability": made_anew(self.capability), "library": library, "rank": rank}
+        for field_name, value in {**own, "options": options, "summary": printable(self.summary)}.items():
+            object.__setattr__(self, field_name, value)
+        if not self.own_ops:
             raise ValueError(f"Backend {self.name!r}: has no op; give at least one of {', '.join(OPS)}")
         for op in OPS:
-            if getattr(self, f"{op}_backward") and not getattr(self, op):
+            if op not in self.own_ops and getattr(self, f"{op}_backward") is not None:
                 raise ValueError(f"Backend {self.name!r}: has {op}_backward without {op}")
-        if self.contract != CONTRACT:
+        if type(self.contract) is not int or self.contract != CONTRACT:
             raise ValueError(
-                f"Backend {self.name!r}: it is written for contract {self.contract!r}; this attnreg has {CONTRACT}"
+                f"Backend {self.name!r}: it is written for contract {brief(self.contract)}; this attnreg has {CONTRACT}"
             )
         for op in self.own_ops:
             self._check_signatures(ROWS[op])
@@ -240,7 +257,7 @@ class Backend:
         Of composed attention, those that its dot product takes and shows in the scores, where the average takes them too or does
         not have them.
         """
-        own = {op.name: self._takes(op) for op in ROWS.values() if getattr(self, op.name)}
+        own = {op: self._takes(ROWS[op]) for op in self.own_ops}
         if is_composed(self, ATTENTION):
             without = {argument.name for argument in WEIGHTED_AVERAGE.arguments} - own[WEIGHTED_AVERAGE.name]
             own[ATTENTION.name] = ATTENTION.optional & own[DOT_PRODUCT.name] - without
@@ -257,7 +274,7 @@ class Backend:
     def _check_signatures(self, op: Op) -> None:
         needed = self._takes(op) | {argument.name for argument in op.arguments if argument.for_all}
         for function in self._functions(op):
-            missing = sorted(name for name in needed if not _accepts(function, name))
+            missing = sorted(needed - _accepted(function, needed))
             if missing:
                 raise TypeError(
                     f"Backend {self.name!r}: {getattr(function, '__name__', function)!s} does not accept {', '.join(missing)}, "
@@ -265,14 +282,62 @@ class Backend:
                 )
 
 
+def _distribution(given: object) -> str | None:
+    name = _string(given)
+    return name if name is not None and re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name) else None
+
+
+def _number(given: object) -> float | None:
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        return None
+    try:
+        number = float(int.__index__(given)) if isinstance(given, int) else float.__float__(given)
+    except OverflowError:
+        return None
+    return None if isnan(number) else number
+
+
+def _options(given: object) -> dict[str, Callable[[str], object]] | None:
+    if not isinstance(given, Mapping):
+        return None
+    options = {}
+    for option, parse in given.items():
+        name = _string(option)
+        if name is None or not name.isidentifier() or not callable(parse):
+            return None
+        options[name] = parse
+    return options
+
+
+Given = TypeVar("Given", Backend, Capability)
+
+
+def made_anew(given: Given) -> Given:
+    """A copy of a backend or a capability, checked as when one is made: it may have been changed since, or never been checked.
+
+    Raises:
+        TypeError, ValueError: a field is not what it should be, or not there.
+    """
+    try:
+        return replace(given)
+    except AttributeError as error:
+        raise TypeError(f"a {type_name(given)} must be made by {type_name(given)}(): {message(error)}") from None
+
+
 def refusals(backend: Backend, problem: Problem) -> tuple[str, ...]:
-    """Every reason why ``backend`` cannot run ``problem``; empty if it can."""
-    return tuple(_refusals(backend, problem))
+    """Every reason why ``backend`` cannot run ``problem``, of which one is whatever is wrong with it; empty if it can."""
+    try:
+        return tuple(_refusals(backend, problem))
+    except BaseException as error:
+        return (f"it cannot be asked: {trouble(error)}",)
 
 
 def is_able(backend: Backend, problem: Problem) -> bool:
     """Whether a backend's capability admits ``problem``, which :func:`facts_of_ability` are enough to tell."""
-    return next(_by_capability(backend, problem), None) is None
+    try:
+        return next(_by_capability(backend, problem), None) is None
+    except BaseException as error:
+        return not trouble(error)  # which refusals() tells
 
 
 def facts_of_ability(problem: Problem) -> tuple[object, ...]:
@@ -337,7 +402,7 @@ def _by_capability(backend: Backend, problem: Problem) -> Iterator[Callable[[], 
 
 
 def _not_admitted(what: str, given: object, admitted: Collection[object]) -> str:
-    return f"{what} is {_text(given)}; it takes {_text(admitted)}"
+    return printable(f"{what} is {_text(given)}; it takes {_text(admitted)}")
 
 
 def _not_taken(name: str, taken: frozenset[str]) -> str:
@@ -354,8 +419,10 @@ def option_values(backend: Backend, options: tuple[tuple[str, str], ...]) -> tup
             continue
         try:
             values[option] = backend.options[option](written)
-        except (Exception, SystemExit) as error:
-            wrong.append(f"the option {option} is {written!r}: {error}")
+        except BaseException as error:
+            # A ValueError says what the option takes.
+            reason = message(error) if issubclass(type(error), ValueError) else trouble(error)
+            wrong.append(f"the option {option} is {printable(repr(written))}: {reason}")
     return values, tuple(wrong)
 
 
@@ -388,23 +455,23 @@ def why_not_prepared(backend: Backend) -> str | None:
 
 def has_op(backend: Backend, op: Op) -> bool:
     """Whether ``backend`` has ``op``, of its own or composed of its two products."""
-    return bool(getattr(backend, op.name)) or (op is ATTENTION and _has_products(backend, ""))
+    return getattr(backend, op.name) is not None or (op is ATTENTION and _has_products(backend, ""))
 
 
 def has_backward(backend: Backend, op: Op) -> bool:
     """Whether ``backend`` has the gradients of ``op``: its own, by autograd, or composed of those of its products."""
-    if getattr(backend, op.backward) or (backend.differentiable and getattr(backend, op.name)):
+    if getattr(backend, op.backward) is not None or (backend.differentiable and getattr(backend, op.name) is not None):
         return True
     return op is ATTENTION and _has_products(backend, "" if backend.differentiable else "_backward")
 
 
 def is_composed(backend: Backend, op: Op) -> bool:
     """Whether ``backend`` has ``op`` through its products alone."""
-    return not getattr(backend, op.name) and has_op(backend, op)
+    return getattr(backend, op.name) is None and has_op(backend, op)
 
 
 def _has_products(backend: Backend, suffix: str) -> bool:
-    return all(getattr(backend, f"{op.name}{suffix}") for op in (DOT_PRODUCT, WEIGHTED_AVERAGE))
+    return all(getattr(backend, f"{op.name}{suffix}") is not None for op in (DOT_PRODUCT, WEIGHTED_AVERAGE))
 
 
 def _named(function: Function) -> frozenset[str]:
@@ -416,13 +483,14 @@ def _named(function: Function) -> frozenset[str]:
     return frozenset(each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD))
 
 
-def _accepts(function: Function, name: str) -> bool:
-    """Whether a function can be given ``name``; True where it cannot be told."""
+def _accepted(function: Function, names: frozenset[str]) -> frozenset[str]:
+    """Those of ``names`` that a function can be given; all where it cannot be told."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return True
-    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        return names
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return names if takes_any else names & parameters.keys()
 
 
 # Where a backend that was registered at run time comes from.
@@ -464,18 +532,18 @@ def _ask(name: str, question: Callable[..., str | None], *arguments: object) -> 
     """The answer of a backend's own function; one that raises, or answers anything else, is a reason, not an exception."""
     try:
         answer = question(*arguments)
-    except (Exception, SystemExit) as error:
-        return f"its {name}() raised {type(error).__name__}: {error}"
-    return (
-        answer
-        if answer is None or isinstance(answer, str)
-        else f"its {name}() answered {brief(answer)}, no reason or None"
-    )
+        if answer is None:
+            return None
+        reason = report(answer) if isinstance(answer, str) else ""
+        return reason or f"its {name}() answered {brief(answer)}, no reason or None"
+    except BaseException as error:
+        return f"its {name}() raised {trouble(error)}"
 
 
 def _text(given: object) -> str:
-    if isinstance(given, range) and given.step == 1:
-        return f"{given.start} to {given.stop - 1}"
+    if isinstance(given, range):
+        steps = "" if given.step == 1 else f" in steps of {given.step}"
+        return f"{given[0]} to {given[-1]}{steps}"
     if isinstance(given, Collection) and not isinstance(given, str):
         return ", ".join(sorted(_text(each) for each in given))
     return str(given).removeprefix("torch.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,21 +21,26 @@ from torch.nn.functional import fold, pad
 from attnreg.backend import Backend, Function, is_composed
 from attnreg.memory import empty_like, laid_out, strides_like, with_gradient_laid_out
 from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, WEIGHTED_AVERAGE, Op
+from attnreg.printable import brief
 from attnreg.problem import Problem
 from attnreg.window import Window
 
 # Bytes of scores that composed attention makes at a time, unless the queries of one key head alone have more. A forward holds
 # two bands of that size, a backward four.
 LARGEST_BAND = 2**30
+# No machine has more bytes.
+MOST_BYTES = 2**63 - 1
 
 
 def workspace(backend: Backend, problem: Problem) -> int:
     """How many bytes ``backend`` needs for a problem beside its tensors and results, as it says or as a composition does.
 
     Raises:
-        Exception: whatever the backend's own function raises.
+        TypeError, ValueError: the backend's own function answers something else than an integer from 0 to ``MOST_BYTES``; a float
+            and True are no integers.
+        BaseException: whatever that function raises.
     """
-    own = 0 if backend.workspace is None else int(backend.workspace(problem))
+    own = 0 if backend.workspace is None else _bytes(backend.workspace(problem))
     if not is_composed(backend, ROWS[problem.op]):
         return own
     rows = problem.batch * problem.heads * problem.query_length
@@ -42,6 +48,15 @@ def workspace(backend: Backend, problem: Problem) -> int:
     # The queries of one key head are not divided.
     most = max(LARGEST_BAND, band // max(problem.batch * problem.kv_heads, 1))
     return own + min(band, most) * (4 if problem.needs_grad else 2)
+
+
+def _bytes(answer: Any) -> int:
+    if isinstance(answer, bool):
+        raise TypeError(f"a number of bytes is an int, got {brief(answer)}")
+    found = operator.index(answer)
+    if not 0 <= found <= MOST_BYTES:
+        raise ValueError(f"a number of bytes is at least 0 and less than 2**63, got {brief(found)}")
+    return found
 
 
 def complete(backend: Backend) -> Mapping[str, Function]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from attnreg.memo import asked_once
+from attnreg.printable import printable
 
 # Where Linux says how much memory the processes of this container may have.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -25,15 +26,16 @@ def why_unusable(device: torch.device | str) -> str | None:
         torch.zeros(1, device=device).item()
     # A device that torch was built without is told by an AssertionError, an ImportError, ..., which differs by device.
     except Exception as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return printable(next(iter(str(error).splitlines()), type(error).__name__))
     return None
 
 
 @asked_once
 def memory_bytes(type: str, index: int | None) -> int | None:
-    """How much memory a device has, used or not; None where that is not known."""
+    """How much memory a device has, used or not; None where that is not known, or the device is not there."""
     if type == "cuda":
-        return int(torch.cuda.get_device_properties(index).total_memory) if torch.cuda.is_available() else None
+        is_there = torch.cuda.is_available() and (index or 0) < torch.cuda.device_count()
+        return int(torch.cuda.get_device_properties(index).total_memory) if is_there else None
     if type != "cpu":
         return None
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

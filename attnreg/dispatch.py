@@ -11,7 +11,9 @@ from attnreg.backend import Backend, BackendError, Entry, Fault, option_values, 
 from attnreg.composition import workspace
 from attnreg.device import memory_bytes
 from attnreg.measured import Figure, Measured
-from attnreg.problem import Problem
+from attnreg.op import ROWS
+from attnreg.printable import trouble
+from attnreg.problem import Problem, visible_window
 from attnreg.request import Request, Wish, did_you_mean
 
 # Of a device's memory one call may take so much for itself: its tensors, and what else the program has, want the rest.
@@ -53,7 +55,7 @@ class Decision:
         candidates: every registered backend, the chosen one first, those that could run next, refused ones last.
         faults: the plug-ins that could not be used.
         options: what was asked of the backend, by option and as it was written.
-        remarks: what is to be said of the tables of measured times.
+        remarks: what is to be said of the tables of measured times, and of what was asked for and passed over.
     """
 
     problem: Problem
@@ -138,7 +140,8 @@ def choose(
         names = [entry.backend.name for entry in entries]
         remarks = (*remarks, *_unknown(wish, names))
     if wish is not None and wish.preferred:
-        request = _first_able(wish, problem, candidates, entries, faults)
+        request, passed_over = _first_able(wish, problem, candidates, entries, faults)
+        remarks = (*remarks, *passed_over)
         name, by, options = request.name, measured[0] if measured else None, request.options
         source, reason = "forced", f"forced by {wish.by}"
         if len(wish.preferred) > 1:
@@ -172,8 +175,8 @@ def choose(
 
 def _first_able(
     wish: Wish, problem: Problem, candidates: Sequence[Candidate], entries: Sequence[Entry], faults: Sequence[Fault]
-) -> Request:
-    """The first of the preferred backends that can run a problem.
+) -> tuple[Request, tuple[str, ...]]:
+    """The first of the preferred backends that can run a problem, and what is wrong with the options asked of those before it.
 
     Raises:
         BackendError: none can; lists every reason.
@@ -181,16 +184,20 @@ def _first_able(
     backends = {entry.backend.name: entry.backend for entry in entries}
     refusals_of = {candidate.name: candidate.refusals for candidate in candidates}
     told: list[tuple[Request, tuple[str, ...]]] = []
+    passed_over: list[str] = []
     for request in wish.preferred:
         if request.name not in backends:
             if len(wish.preferred) == 1:
                 raise BackendError(unknown_backend(request, wish, entries, faults))
             told.append((request, (f"no backend of that name is registered{did_you_mean(request.name, [*backends])}",)))
             continue
-        reasons = (*refusals_of[request.name], *option_values(backends[request.name], request.options)[1])
+        _, wrong = option_values(backends[request.name], request.options)
+        reasons = (*refusals_of[request.name], *wrong)
         if not reasons:
-            return request
+            return request, tuple(passed_over)
         told.append((request, reasons))
+        if wrong:
+            passed_over.append(f"{request}, asked for by {wish.by}, is passed over: {'; '.join(wrong)}")
     if len(told) == 1:
         ((request, reasons),) = told
         listed = "".join(f"\n  - {reason}" for reason in reasons)
@@ -281,8 +288,8 @@ def _ranked(entry: Entry, problem: Problem) -> Candidate:
         rank = float(backend.rank(problem) if callable(backend.rank) else backend.rank)
         if isnan(rank):
             raise ValueError("it is no number")
-    except (Exception, SystemExit) as error:
-        reasons = (f"its rank() raised {type(error).__name__}: {error}",)
+    except BaseException as error:
+        reasons = (f"its rank() raised {trouble(error)}",)
         return Candidate(backend.name, entry.distribution, None, reasons)
     return Candidate(backend.name, entry.distribution, rank, ())
 
@@ -297,7 +304,10 @@ def _unfit(
     wrong = {each.name: reason for each in passing if (reason := _wrong(each.name, measured)) is not None}
     backends = {entry.backend.name: entry.backend for entry in entries}
     right = [each.name for each in passing if each.name not in wrong]
-    large = {name: reason for name in right if (reason := _too_large(backends[name], problem)) is not None}
+    # A backend does not see what lies outside the sequences.
+    window = visible_window(ROWS[problem.op], problem)
+    seen = problem if window == problem.window else replace(problem, window=window)
+    large = {name: reason for name in right if (reason := _too_large(backends[name], seen)) is not None}
     return wrong if len(large) == len(right) else wrong | large
 
 
@@ -313,8 +323,8 @@ def _too_large(backend: Backend, problem: Problem) -> str | None:
     """Why a problem is too large for a backend on its device; None where it is not, or nobody knows."""
     try:
         needed = workspace(backend, problem)
-    except (Exception, SystemExit) as error:
-        return f"its workspace() raised {type(error).__name__}: {error}"
+    except BaseException as error:
+        return f"its workspace() raised {trouble(error)}"
     there = memory_bytes(problem.device.type, problem.device.index) if needed > LITTLE_MEMORY else None
     if there is None or needed <= MOST_OF_MEMORY * there:
         return None

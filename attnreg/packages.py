@@ -12,10 +12,11 @@ NO_VERSION = "0+unknown"
 
 @asked_once
 def package_version(package: str) -> str | None:
-    """The version of an installed package, without importing it; None where it is not."""
+    """The version of an installed package, without importing it; None where it is not, or its metadata cannot be read."""
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
+    # It is not there; or it is no name, or the metadata is broken, which raises what Python's version has for that.
+    except Exception:
         return None
 
 

@@ -20,10 +20,10 @@ from attnreg.backend import Function, facts_of_ability, why_refused
 from attnreg.dispatch import Decision, choose, select
 from attnreg.memory import empty_like, laid_out, strides_like
 from attnreg.op import ROWS, Argument, Op
-from attnreg.problem import Problem, check_number, prepared_integers, size_class, typical
+from attnreg.problem import Problem, check_number, prepared_integers, size_class, typical, visible_window
 from attnreg.registry import MOST_CLASSES, Implementation, keep, registry
 from attnreg.request import Wish
-from attnreg.window import Window, window_of
+from attnreg.window import Window
 
 TABLE_KEY = b"ATTNREG_TABLE"
 
@@ -372,7 +372,7 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         forward=forward,
         backward=backward,
         differentiable=differentiable,
-        window=_visible_part(op, problem),
+        window=visible_window(op, problem),
         options=defaults(op, backend.taken[op.name], problem.head_dim),
         given=tuple(
             (index, argument.name, _preparation(argument, problem, arguments[index]))
@@ -424,7 +424,7 @@ def remember(call: Hashable, problem: Problem, wish: Wish | None, arguments: Seq
     registry.discover()
     tuner = registry.tuner
     settled = True
-    if tuner is not None and registry.autotunes and wish is None and not problem.is_empty:
+    if tuner is not None and wish is None and registry.autotunes and not problem.is_empty:
         settled = tuner(problem)
     # Taken before the backends are looked at: one that comes meanwhile replaces it, and the plan serves this call alone.
     plans = registry.plans
@@ -433,22 +433,6 @@ def remember(call: Hashable, problem: Problem, wish: Wish | None, arguments: Seq
         with suppress(TypeError):  # symbolic sizes, while a call is traced, have no hash
             keep(plans, call, plan, MOST_PLANS)
     return plan, settled
-
-
-def _visible_part(op: Op, problem: Problem) -> Window:
-    """The window cut to what a sequence of this length can show; only where no tensor has a column per offset."""
-    window = problem.window
-    # Sizes without numbers, in a trace, are not cut to: their numbers here are those of one call.
-    if op.has_slots or not isinstance(problem.key_length, int) or not isinstance(problem.query_length, int):
-        return window
-    for argument in op.arguments:
-        given, dims = problem.gives(argument.name), argument.dims or ""
-        if given is not None and "W" in dims and given.shape[dims.index("W")] != 1:
-            return window
-    # The last query stands at the last key and sees Lk - 1 keys before it; the first one sees Lq - 1 keys after it.
-    return window_of(
-        min(window.left, max(problem.key_length - 1, 0)), min(window.right, max(problem.query_length - 1, 0))
-    )
 
 
 def _nothing(op: Op, differentiable: bool, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from attnreg.op import ROWS, SIZES, Argument, Op
 from attnreg.printable import brief
-from attnreg.window import Window
+from attnreg.unknown import MISSING, TRANSPOSE, WINDOWS, missing_arguments
+from attnreg.window import Window, window_of
 
 _LARGEST = sys.float_info.max
 # Columns of a band; one row of so many in 16 bits has two terabytes.
@@ -175,12 +176,30 @@ def _given(argument: Argument, value: Any) -> Given:
     return Given((1,) * (len(argument.dims) - value.dim()) + tuple(value.shape), value.dtype)
 
 
+def visible_window(op: Op, problem: Problem) -> Window:
+    """The window cut to what a sequence of this length can show; only where no tensor has a column per offset."""
+    window = problem.window
+    # Sizes without numbers, in a trace, are not cut to: their numbers here are those of one call.
+    if op.has_slots or not isinstance(problem.key_length, int) or not isinstance(problem.query_length, int):
+        return window
+    for argument in op.arguments:
+        given, dims = problem.gives(argument.name), argument.dims or ""
+        if given is not None and "W" in dims and given.shape[dims.index("W")] != 1:
+            return window
+    # The last query stands at the last key and sees Lk - 1 keys before it; the first one sees Lq - 1 keys after it.
+    return window_of(
+        min(window.left, max(problem.key_length - 1, 0)), min(window.right, max(problem.query_length - 1, 0))
+    )
+
+
 def check(op: Op, tensors: Sequence[object], window: object, arguments: Sequence[object]) -> None:
     """Check a call.
 
     Raises:
         TypeError, ValueError: an argument is bad; the message names it, what it was and what was expected.
     """
+    if window is MISSING or any(tensor is MISSING for tensor in tensors):
+        raise _missing(op, tensors, window)
     check_window(window)
     assert isinstance(window, Window)
     first_name = next(iter(op.tensors))
@@ -226,16 +245,36 @@ def check(op: Op, tensors: Sequence[object], window: object, arguments: Sequence
 
 
 def check_window(window: object) -> None:
-    """Raise a TypeError unless ``window`` is a Window; for an int it says which two constructors there are."""
+    """Raise a TypeError unless ``window`` is a Window; it says how to write one."""
     if isinstance(window, Window):
         return
     if isinstance(window, int) and not isinstance(window, bool):
+        n: int | str = window if window > 0 else "n"
         raise TypeError(
             f"window: got the int {window}, which libraries read in different ways; say which keys are meant with "
-            f"Window.causal({window}) ({window} keys, the query's own position the last) or Window.centered({window}) "
-            f"({window} keys around it), or Window(left, right)"
+            f"Window.causal({n}) ({n} keys, the query's own position the last) or Window.centered({n}) "
+            f"({n} keys around it), or Window(left, right)"
         )
-    raise TypeError(f"window must be an attnreg.Window, got {window!r} ({type(window).__name__})")
+    raise TypeError(f"window must be an attnreg.Window, got {brief(window)}; {_how_to_write(window)}")
+
+
+def _how_to_write(window: object) -> str:
+    """What to write for a window that is none."""
+    if isinstance(window, Tensor):
+        return f"give window={WINDOWS}, and a mask as bias=band_from_dense(mask, window)"
+    if not isinstance(window, (tuple, list)) or [type(side) for side in window] != [int, int]:
+        return f"write {WINDOWS}"
+    # A side of -1 is one without a limit, elsewhere.
+    left, right = ("n" if side < 0 else side for side in window)
+    return f"write Window({left}, {right})" + (", where n is the number of keys" if "n" in (left, right) else "")
+
+
+def _missing(op: Op, tensors: Sequence[object], window: object) -> TypeError:
+    names = [name for name, given in zip((*op.tensors, "window"), (*tensors, window)) if given is MISSING]
+    for name, given in zip(op.tensors, tensors):
+        if isinstance(given, Window) and window is MISSING:
+            return TypeError(f"{op.name}() is missing its argument {name!r}: a Window is given in its place")
+    return missing_arguments(op.name, names)
 
 
 def check_number(name: str, value: object) -> float:
@@ -266,7 +305,9 @@ def prepared_integers(argument: Argument, largest: int | None, value: Tensor) ->
         for number in _numbers(value):
             if not 0 <= number <= largest:
                 what = SIZE_NAMES[argument.at_most or ""]
-                raise ValueError(f"{argument.name}: every length must lie in 0..{largest} ({what}), got {number}")
+                # The key itself is not known here: what was read as its length may be its number of heads.
+                hint = f"; {TRANSPOSE}" if number > largest else ""
+                raise ValueError(f"{argument.name}: every length must lie in 0..{largest} ({what}), got {number}{hint}")
     if value.dtype not in _INDEX_DTYPES:
         value = value.long()
     return value if value.is_contiguous() else value.contiguous()
@@ -286,8 +327,9 @@ def _mismatch(op: Op, name: str, tensor: Any, letter: str, owner: str, theirs: A
     dims = op.tensors[name]
     if dims[:3] == op.tensors[owner][:3]:
         letters = ", ".join(SIZE_NAMES.get(each, each) for each in dims[:3])
+        hint = f"; {TRANSPOSE}" if tensor.transpose(1, 2).shape[:3] == theirs.shape[:3] else ""
         return ValueError(
-            f"{name}: must agree with {owner} in ({letters}), {_sizes(theirs.shape[:3])}; got shape {_shape(tensor)}"
+            f"{name}: must agree with {owner} in ({letters}), {_sizes(theirs.shape[:3])}; got shape {_shape(tensor)}{hint}"
         )
     size = theirs.shape[op.tensors[owner].index(letter)]
     return ValueError(
@@ -300,7 +342,7 @@ def _if_transposed(first: Any, second: Any) -> str:
     heads, kv_heads = first.shape[2], second.shape[2]
     if kv_heads == 0 or heads % kv_heads:
         return ""
-    return "; of tensors in (N, L, H, E) give tensor.transpose(1, 2), which copies nothing"
+    return f"; {TRANSPOSE}"
 
 
 def _check_tensor(name: str, dims: str, tensor: object, first_name: str, first: Any) -> None:
@@ -340,13 +382,19 @@ def _check_argument(
     if not argument.broadcasts:
         if list(value.shape) != full:
             raise ValueError(f"{name} must have shape ({letters}) = {_sizes(full)}, got {_shape(value)}")
-    elif value.dim() > len(full) or any(
-        size != 1 and size != whole for size, whole in zip(reversed(value.shape), reversed(full))
-    ):
+    elif not _broadcasts(value, full):
+        otherwise = [sizes[{"H": "Q", "Q": "H"}.get(letter, letter)] for letter in dims]
+        hint = f"; {TRANSPOSE}" if _broadcasts(value, otherwise) else ""
         raise ValueError(
             f"{name}: shape {_shape(value)} does not broadcast to ({letters}) = {_sizes(full)}; each of its dimensions, "
-            f"counted from the last, must be 1 or that size"
+            f"counted from the last, must be 1 or that size{hint}"
         )
+
+
+def _broadcasts(value: Tensor, full: Sequence[int]) -> bool:
+    return value.dim() <= len(full) and all(
+        size == 1 or size == whole for size, whole in zip(reversed(value.shape), reversed(full))
+    )
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:

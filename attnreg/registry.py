@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from time import monotonic
 from types import TracebackType
@@ -18,26 +19,25 @@ from attnreg.backend import (
     Fault,
     Function,
     is_able,
+    made_anew,
     why_not_prepared,
     with_options,
 )
 from attnreg.composition import complete
 from attnreg.entry_points import entry_points
-from attnreg.environ import variables
+from attnreg.environ import switch
 from attnreg.memo import forget
+from attnreg.printable import brief, printable, trouble, type_name
 from attnreg.problem import Problem
 from attnreg.request import Request, parse_request
 from attnreg.tables.store import Tables
 
 # A table that another process writes is noticed so much later at most.
 SECONDS_BETWEEN_LOOKS = 1e-3
+# A plug-in that yields more has no end.
+MOST_BACKENDS = 256
 # What can differ in what a backend is able to do is bounded for a program, but for its windows; so are classes of sizes.
 MOST_CLASSES = 4096
-# What the environment may say of a switch.
-_SWITCH = {
-    **dict.fromkeys((b"", b"0", b"false", b"no", b"off"), False),
-    **dict.fromkeys((b"1", b"true", b"yes", b"on"), True),
-}
 
 
 def keep(memory: dict[Any, Any], key: Hashable, value: object, most: int) -> None:
@@ -83,19 +83,26 @@ class Registry:
         self.tables = Tables()
         # Told when a discovery ends.
         self._lock = threading.Condition(threading.RLock())
+        # Who is finding the plug-ins, by a sign that a reset takes away.
+        self._discovering: _Discovery | None = None
         # What backwards of ops may still ask for, by ticket: a reset and a removal leave it.
         self._by_ticket: dict[int, Implementation] = {}
         self._tickets: dict[Implementation, int] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Forget every backend, fault and plan; plug-ins are discovered anew at the next need."""
+        """Forget every backend, fault and plan; plug-ins are discovered anew at the next need.
+
+        Raises:
+            RuntimeError: a plug-in calls it while it is loaded, which would begin without an end.
+        """
         with self._lock:
+            if self._discovering is not None and self._discovering.thread == threading.get_ident():
+                raise RuntimeError("attnreg.reset() was called by a plug-in while it is loaded")
             self.tables.forget()
             forget()
             self._discovered = False
-            # Who is finding the plug-ins, by a sign that a reset takes away.
-            self._discovering: _Discovery | None = None
+            self._discovering = None
             self._lock.notify_all()
             # What the tables were at the last look.
             self.stamp: Hashable = None
@@ -177,31 +184,39 @@ class Registry:
         """The implementation of that number, registered still or not; None where it was forgotten."""
         return self._by_ticket.get(ticket)
 
-    def register(self, backend: Backend) -> None:
+    def register(self, backend: Backend) -> Backend:
         """Add a backend of this process, after the plug-ins: their names are taken, whoever asks first.
+
+        Returns:
+            The registered backend, as of ``add``.
 
         Raises:
             TypeError, ValueError: as ``add``.
         """
         # Not to be waited for: it may be waiting for the import that this comes from.
         self.discover(wait=False)
-        self.add(backend, THIS_PROCESS)
+        return self.add(backend, THIS_PROCESS)
 
-    def add(self, backend: Backend, distribution: str) -> None:
-        """Register ``backend``.
+    def add(self, backend: Backend, distribution: str) -> Backend:
+        """Register a copy of ``backend``, in which nothing changes any more.
+
+        Returns:
+            The copy.
 
         Raises:
-            TypeError: it is no Backend.
+            TypeError: it is no Backend, or of a class derived from it, or was not made by it.
             ValueError: its name is taken.
         """
-        if not isinstance(backend, Backend):
-            raise TypeError(f"a backend must be an attnreg.Backend, got {backend!r} ({type(backend).__name__})")
+        if type(backend) is not Backend:
+            raise TypeError(f"a backend must be an attnreg.Backend, got {brief(backend)}")
+        own = made_anew(backend)
         with self._lock:
-            taken = self._entries.get(backend.name)
+            taken = self._entries.get(own.name)
             if taken is not None:
-                raise ValueError(f"the name {backend.name!r} is taken by the backend of {taken.distribution}")
-            self._entries = {**self._entries, backend.name: Entry(backend, distribution)}
+                raise ValueError(f"the name {own.name!r} is taken by the backend of {taken.distribution}")
+            self._entries = {**self._entries, own.name: Entry(own, distribution)}
             self._changed()
+        return own
 
     def remove(self, backend: Backend) -> None:
         """Take ``backend`` out again; nothing happens where it is not registered.
@@ -271,11 +286,7 @@ class Registry:
         """
         if self._autotune is not None:
             return self._autotune
-        given = variables.get(b"ATTNREG_AUTOTUNE", b"")
-        on = _SWITCH.get(given.lower())
-        if on is None:
-            raise ValueError(f"the environment variable ATTNREG_AUTOTUNE must be 1 or 0, got {os.fsdecode(given)!r}")
-        return on
+        return switch(b"ATTNREG_AUTOTUNE")
 
     def set_autotune(self, on: bool | None) -> None:
         """Turn tuning on first use on or off; None leaves it to the environment."""
@@ -311,7 +322,7 @@ class Registry:
             self._discovering = own
         # Without the lock: another thread may hold the import of a plug-in that registers a backend while it is imported.
         try:
-            for entry_point, distribution in entry_points("attnreg"):
+            for entry_point, distribution in entry_points("attnreg", partial(self._keep_fault, own)):
                 self._load(entry_point, distribution, own)
         except BaseException:  # Ctrl-C: the next need begins anew
             with self._lock:
@@ -332,27 +343,29 @@ class Registry:
 
     def _load(self, entry_point: metadata.EntryPoint, distribution: str, discovery: _Discovery) -> None:
         """Add what one plug-in offers, or what is wrong with it, unless a reset has ended the discovery."""
-
-        def keep_fault(error: BaseException) -> None:
-            with self._lock:
-                if self._discovering is discovery:
-                    text = f"{type(error).__name__}: {error}"
-                    self._faults = (*self._faults, Fault(entry_point.name, distribution, text))
-
+        keep_fault = partial(self._keep_fault, discovery, entry_point.name, distribution)
+        count = 0
         try:
-            offered = False
-            for backend in _offer(entry_point.load(), entry_point.name):
-                offered = True
+            for count, backend in enumerate(_offer(entry_point.load(), entry_point.name), 1):
+                if count > MOST_BACKENDS:
+                    raise ValueError(
+                        f"attnreg_backends() yields more than {MOST_BACKENDS} backends; the others are left out"
+                    )
                 try:
                     with self._lock:
                         if self._discovering is discovery:
                             self.add(backend, distribution)
-                except (TypeError, ValueError) as error:
-                    keep_fault(error)
-            if not offered:
+                except BaseException as error:
+                    keep_fault(trouble(error))
+            if not count:
                 raise ValueError("attnreg_backends() yielded no backend")
-        except (Exception, SystemExit) as error:
-            keep_fault(error)
+        except BaseException as error:
+            keep_fault(trouble(error))
+
+    def _keep_fault(self, discovery: _Discovery, plugin: str, distribution: str, error: str) -> None:
+        with self._lock:
+            if self._discovering is discovery:
+                self._faults = (*self._faults, Fault(printable(plugin), distribution, error))
 
 
 def _offer(plugin: object, name: str) -> Iterable[Backend]:
@@ -370,7 +383,7 @@ def _offer(plugin: object, name: str) -> Iterable[Backend]:
         raise TypeError(f"{getattr(plugin, '__name__', plugin)!r} has no @attnreg.hookimpl attnreg_backends()")
     (offered,) = results
     if isinstance(offered, Backend) or not isinstance(offered, Iterable):
-        raise TypeError(f"attnreg_backends() must yield backends, it returned {type(offered).__name__}")
+        raise TypeError(f"attnreg_backends() must yield backends, it returned {type_name(offered)}")
     return offered
 
 
@@ -402,11 +415,10 @@ os.register_at_fork(after_in_child=registry._after_fork)
 
 
 def register(backend: Backend) -> Registration:
-    """Register ``backend`` in this process; the handle that comes back removes it again.
+    """Register ``backend`` in this process; the handle that comes back has what was registered, a copy, and removes it again.
 
     Raises:
-        TypeError: it is no Backend.
+        TypeError: it is no Backend, or of a class derived from it.
         ValueError: its name is taken.
     """
-    registry.register(backend)
-    return Registration(registry, backend)
+    return Registration(registry, registry.register(backend))

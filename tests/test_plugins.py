@@ -108,6 +108,49 @@ BROKEN = {
 }
 
 
+HOOK = "@hookimpl\ndef attnreg_backends():\n"
+UNSHOWABLE = """
+class Named(type):
+    @property
+    def __name__(cls):
+        raise RuntimeError
+class Unshowable(Exception, metaclass=Named):
+    def __str__(self):
+        raise RuntimeError
+"""
+BROKEN |= {
+    "panics": ("class Panic(BaseException): pass\nraise Panic('in Rust')", "Panic: in Rust"),
+    "skips": ("import pytest\npytest.skip('no GPU', allow_module_level=True)", "Skipped: no GPU"),
+    "cancelled": ("import asyncio\nraise asyncio.CancelledError", "CancelledError"),
+    "closes": (HEADER + HOOK + "    yield backend('x')\n    raise GeneratorExit('mid')", "GeneratorExit: mid"),
+    "unshowable": (UNSHOWABLE + "raise Unshowable", "Unshowable: one that its own str() cannot show"),
+    "unshowable_object": (
+        HEADER + "class Odd:\n    def __repr__(self): raise SystemExit\n" + HOOK + "    yield Odd()",
+        "must be an attnreg.Backend, got one that its own repr() cannot show (Odd)",
+    ),
+    "steers": (
+        r"raise OSError('\x1b[2J\x1b]0;mine\x07 first\nsecond')",
+        r"OSError: \x1b[2J\x1b]0;mine\x07 first second",
+    ),
+    "resets": (
+        HEADER + HOOK + "    import attnreg\n    attnreg.reset()\n    yield backend('x')",
+        "RuntimeError: attnreg.reset() was called by a plug-in while it is loaded",
+    ),
+    "endless": (
+        HEADER + "import itertools\n" + HOOK + "    for i in itertools.count(): yield backend(f'endless{i}')",
+        "yields more than 256 backends; the others are left out",
+    ),
+    "derived": (
+        HEADER
+        + "class Own(Backend):\n    def __post_init__(self): pass\n"
+        + HOOK
+        + "    yield Own(name=5, capability=3)",
+        "must be an attnreg.Backend, got Own(name=5, capability=3",
+    ),
+    "unmade": (HEADER + HOOK + "    yield Backend.__new__(Backend)", "a Backend must be made by Backend()"),
+}
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_plugin_is_shown_with_its_distribution_and_error_and_the_rest_works(kind, distribution, discovered):
     source, error = BROKEN[kind]
@@ -133,6 +176,74 @@ def test_a_broken_plugin_is_shown_with_its_distribution_and_error_and_the_rest_w
 def test_what_a_plugin_offered_before_it_failed_is_kept(distribution, discovered):
     discovered(distribution("late", BROKEN["late"][0]))
     assert "early" in [status.name for status in attnreg.backends()]
+
+
+def test_an_error_is_cut_off(distribution, discovered):
+    discovered(distribution("talks", "raise OSError('no ' * 10**6)"))
+    (fault,) = [status for status in attnreg.backends() if status.backend is None]
+    assert len(fault.reason) < 350
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        (None, "its metadata lacks a name or a version"),
+        (b"", "its metadata lacks a name or a version"),
+        (b"Name: plugged-bare\n", "its metadata lacks a name or a version"),
+        (b"Name: plugged-bare\xff\nVersion: 9.1\n", "its metadata cannot be read: UnicodeDecodeError"),
+    ],
+    ids=["none", "empty", "no version", "no UTF-8"],
+)
+def test_a_distribution_without_sound_metadata_is_shown_and_its_backends_and_others_work(
+    metadata, error, distribution, discovered
+):
+    folders = [
+        distribution(name, HEADER + f"@hookimpl\ndef attnreg_backends():\n    yield backend('{name}')")
+        for name in ("bare", "good")
+    ]
+    (file,) = folders[0].glob("*.dist-info/METADATA")
+    file.unlink()
+    if metadata is not None:
+        file.write_bytes(metadata)
+    discovered(*folders)
+    statuses = {status.name: status for status in attnreg.backends() if status.backend is not None}
+    assert statuses["good"].distribution == "plugged-good 9.1"
+    assert "unknown" in statuses["bare"].distribution
+    (fault,) = [status for status in attnreg.backends() if status.backend is None]
+    assert fault.name == "bare"
+    assert error in fault.reason
+    query = torch.randn(1, 1, 4, 4)
+    for name in ("good", "bare"):
+        assert (attnreg.local_dot_product(query, query, Window(1, 1), backend=name) == 5.0).all()
+
+
+def test_a_distributions_name_cannot_steer_a_terminal(distribution, discovered):
+    folder = distribution("steered", HEADER + "@hookimpl\ndef attnreg_backends():\n    yield backend('steered')")
+    (file,) = folder.glob("*.dist-info/METADATA")
+    file.write_text("Name: plugged\x1b[2J\nVersion: 9.1\n")
+    discovered(folder)
+    (status,) = [status for status in attnreg.backends() if status.name == "steered"]
+    assert status.distribution == r"plugged\x1b[2J 9.1"
+
+
+def test_ctrl_c_while_a_plugin_is_loaded_goes_through_and_the_next_need_begins_anew(distribution, discovered):
+    source = (
+        HEADER + "calls = []\n@hookimpl\ndef attnreg_backends():\n    yield backend('first')\n"
+        "    calls.append(1)\n    if len(calls) == 1: raise KeyboardInterrupt\n    yield backend('second')"
+    )
+    discovered(distribution("interrupted", source))
+    with pytest.raises(KeyboardInterrupt):
+        attnreg.backends()
+    statuses = attnreg.backends()
+    assert {"first", "second", "torch"} <= {status.name for status in statuses}
+    assert all(status.backend is not None for status in statuses)
+
+
+def test_of_an_endless_hook_the_first_backends_are_kept(distribution, discovered):
+    discovered(distribution("endless", BROKEN["endless"][0]))
+    names = {status.name for status in attnreg.backends()}
+    assert {"endless0", "endless255", "torch"} <= names
+    assert "endless256" not in names
 
 
 def test_a_taken_name_does_not_cost_the_plugins_other_backends(distribution, discovered):

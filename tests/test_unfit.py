@@ -13,8 +13,10 @@ from tabled import as_torch_block, empty_tensors, here, problem, table_of
 import attnreg
 from attnreg import Window, dispatch
 from attnreg.composition import workspace
+from attnreg.device import memory_bytes
 from attnreg.measured import Figure
 from attnreg.plan import explain_problem
+from attnreg.printable import type_name
 from attnreg.registry import registry
 from attnreg.tables.call import as_measured
 from attnreg.tables.table import Table
@@ -70,6 +72,13 @@ def test_no_entry_chooses_a_backend_that_needs_more_memory_than_there_is(folder,
     assert explain_problem(large, None).backend == "torch"
 
 
+def test_a_window_wider_than_the_sequences_needs_no_more_memory(folder):
+    """It is cut before a backend sees it."""
+    assert (
+        explain_problem(problem(10**9, length=6), None).backend == explain_problem(problem(6, length=6), None).backend
+    )
+
+
 def test_a_workspace_that_raises_is_a_reason_against_its_backend(folder):
     def unable(problem):
         raise SystemExit("boom")
@@ -80,11 +89,47 @@ def test_a_workspace_that_raises_is_a_reason_against_its_backend(folder):
     assert "its workspace() raised SystemExit: boom" in str(decision)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [-5, True, "12", None, float("nan"), 1e300, 4096.0, 10**308, 10**400, 10**5000, 2**63, [], torch.ones(2)],
+    ids=type_name,
+)
+def test_a_workspace_that_is_no_number_of_bytes_is_a_reason_against_its_backend(folder, answer):
+    with attnreg.register(as_torch_block("bad", rank=1, workspace=lambda problem: answer)):
+        decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+        assert attnreg.explain(*empty_tensors(), Window.causal(8), backend="bad").backend == "bad"
+    assert decision.backend == "torch_block"
+    (bad,) = (candidate for candidate in decision.candidates if candidate.name == "bad")
+    assert "its workspace() raised " in bad.refusals[0]
+    assert len(bad.refusals[0]) < 200
+
+
+@pytest.mark.parametrize("answer", [0, 4096, torch.tensor(4096)])
+def test_a_workspace_is_an_integer_of_any_kind(answer):
+    assert workspace(as_torch_block("good", workspace=lambda problem: answer), problem(8)) == int(answer)
+
+
+def test_the_largest_workspace_is_told_in_few_figures(folder):
+    with attnreg.register(as_torch_block("vast", rank=1, workspace=lambda problem: 2**63 - 1)):
+        decision = attnreg.explain(*empty_tensors(), Window.causal(8))
+    assert "it needs 8589934592.0 GiB beside the tensors" in str(decision)
+
+
+def test_the_memory_of_a_device_that_is_not_there_is_not_known(monkeypatch):
+    def properties(index):
+        raise AssertionError("Invalid device id")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert memory_bytes.__wrapped__("cuda", 99) is None
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
 @pytest.mark.parametrize("name", ["torch", "torch_block", "composed"])
 def test_the_workspace_of_a_backend_is_about_what_it_takes(folder, name, grad):
     code = """
-import resource, sys, torch, attnreg
+import re, sys, torch, attnreg
 from attnreg import Window
 from tabled import as_torch_block
 attnreg.register(as_torch_block("composed", local_attention=None, local_attention_backward=None))
@@ -92,10 +137,12 @@ def run(length):
     q, k, v = (torch.randn(1, 4, length, 64, requires_grad=sys.argv[2] == "True") for _ in range(3))
     out = attnreg.local_attention(q, k, v, Window.causal(256), backend=sys.argv[1])
     if out.requires_grad: out.sum().backward()
+def peak():  # of this process alone: ru_maxrss begins with that of the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 run(256)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 run(4096)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, name, str(grad)],

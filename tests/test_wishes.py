@@ -91,10 +91,21 @@ def test_the_trace_keeps_every_refusal():
     assert "the first of half, hafl, two that can run it, as the argument backend= asks" in str(decision)
     assert "the dtype is float32; it takes float16" in str(decision)
     assert "excluded by the argument backend=" in str(decision)
-    assert "hafl, asked for by the argument backend=, is not registered; did you mean 'half'?" in str(decision)
-    assert "-tow, asked for by the argument backend=, excludes nothing: no such backend; did you mean 'two'?" in str(
+    assert "hafl, asked for by the argument backend=, is not registered (did you mean 'half'?)" in str(decision)
+    assert "-tow, asked for by the argument backend=, excludes nothing: no such backend (did you mean 'two'?)" in str(
         decision
     )
+
+
+def test_the_trace_keeps_what_is_wrong_with_an_option():
+    decision = attnreg.explain(QUERY, QUERY, QUERY, WINDOW, backend=["one:b=1", "two:shade=dark", "two:shade=1"])
+    assert (decision.backend, decision.options) == ("two", (("shade", "1"),))
+    assert decision.remarks == (
+        "one:b=1, asked for by the argument backend=, is passed over: it has no option 'b'; it has none",
+        "two:shade=dark, asked for by the argument backend=, is passed over: the option shade is 'dark': "
+        "could not convert string to float: 'dark'",
+    )
+    assert decision.remarks[0] in str(decision)
 
 
 @pytest.mark.parametrize("way", WAYS[:2], ids=lambda way: way.__name__)
@@ -109,7 +120,7 @@ def test_where_none_can_run_it_every_reason_is_given_and_no_other_is_taken(way):
 def test_a_name_that_is_not_there_brings_the_likeliest(name):
     likeliest = {"oen": "one"}.get(name, "two")
     for way in (argument, block):
-        with pytest.raises(BackendError, match=f"no backend is called '{name}', .*; did you mean '{likeliest}'?"):
+        with pytest.raises(BackendError, match=rf"no backend is called '{name}', .*\(did you mean '{likeliest}'\?\)"):
             way(name)
 
 
