@@ -1,10 +1,15 @@
-"""Properties of a call's surroundings: autocast, torch.compile, derivatives, refusals, CUDA graphs and streams."""
+"""Properties of a call's surroundings: autocast, torch.compile, settings, threads, derivatives, refusals, CUDA."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import io
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +21,11 @@ from attnreg.memory import strides_like
 from attnreg.op import OPS
 from attnreg.testing.case import Case, make_case
 from attnreg.testing.cases import TABLE, cases_named
-from attnreg.testing.inputs import Inputs
+from attnreg.testing.inputs import Inputs, copy_into
 from attnreg.testing.judging import difference, expected, fault_of_outcome
-from attnreg.testing.property import REFUSALS, calls, holds, narrow, one
+from attnreg.testing.property import REFUSALS, calls, holds, narrow, one, two
 from attnreg.testing.subject import DTYPES, Outcome, Subject, with_leaves
+from attnreg.testing.surroundings import SETTINGS, as_at_first, changed, left_as_found, other_random_numbers, state
 from attnreg.window import Window
 
 
@@ -44,7 +50,7 @@ def _no_autocast(subject: Subject) -> str | None:
 def autocast(subject: Subject, case: Case) -> str | None:
     """Bit by bit, and nothing more is cast: neither a bias nor gradients that are taken under autocast."""
     device, drawn = subject.device.type, case.draw()
-    with _left_as_found():
+    with left_as_found():
         for dtype in narrow(subject):
             by_hand = Inputs(
                 {name: tensor.to(dtype) for name, tensor in drawn.tensors.items()},
@@ -119,56 +125,140 @@ def compiled_call(subject: Subject, case: Case) -> str | None:
 
 @holds(
     "settings",
-    "a call leaves torch's settings and random numbers as they were",
+    "a call leaves torch's settings and random numbers, and those of the process, as they were",
     lambda subject, quick: calls(
-        subject, cases_named("causal", "grouped_heads", "key_lengths_with_bias"), dtypes=one(subject)
+        subject, cases_named("causal", "grouped_heads", "key_lengths_with_bias"), dtypes=two(subject)
     ),
 )
 def settings(subject: Subject, case: Case) -> str | None:
-    """Threads, default dtype, precision, gradient mode, autocast, determinism, generators."""
+    """Of a second call: a first one may load modules."""
     inputs = case.draw()
-    with _left_as_found():
-        before = _settings(subject.device)
+    with left_as_found():
         subject.run(case, inputs)
-        after = _settings(subject.device)
-    for name, value in before.items():
-        same = torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name]
-        if not same:
-            return f"{name}: another one after the call"
+        with as_at_first(), other_random_numbers():
+            before = state(subject.device)
+            subject.run(case, inputs)
+            name = changed(before, state(subject.device))
+    return None if name is None else f"{name}: another one after the call"
+
+
+@holds(
+    "other_settings",
+    "a call is right whatever torch's default dtype and number of threads are",
+    lambda subject, quick: calls(subject, cases_named("causal", "key_lengths_with_bias"), dtypes=one(subject)),
+)
+def other_settings(subject: Subject, case: Case) -> str | None:
+    """What a backend makes has the dtype that it names."""
+    inputs, wanted = case.draw(), expected(case)
+    for name, value in (("the default dtype", torch.float64), ("the number of threads", OTHER_THREADS)):
+        with left_as_found():
+            SETTINGS[name].put(value)
+            fault = fault_of_outcome(subject.run(case, inputs), wanted)
+        if fault is not None:
+            return f"{fault}, where {name} is {value}"
     return None
 
 
-def _settings(device: torch.device) -> dict[str, Any]:
-    found = {
-        "the number of threads": torch.get_num_threads(),
-        "the default dtype": torch.get_default_dtype(),
-        "the default device": torch.get_default_device(),
-        "the precision of float32 products": torch.get_float32_matmul_precision(),
-        "gradient mode": torch.is_grad_enabled(),
-        "autocast": torch.is_autocast_enabled(device.type) if device.type in ("cpu", "cuda") else None,
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch's generator": torch.get_rng_state(),
-        "Python's generator": random.getstate(),
-    }
-    if device.type == "cuda":
-        found["the current device"] = torch.cuda.current_device()
-        found["the current stream"] = torch.cuda.current_stream()
-        found["the device's generator"] = torch.cuda.get_rng_state(device)
-    return found
+@holds(
+    "quiet",
+    "a call that was made before prints nothing and warns of nothing",
+    lambda subject, quick: calls(subject, cases_named("causal", "key_lengths_with_bias"), dtypes=two(subject)),
+)
+def quiet(subject: Subject, case: Case) -> str | None:
+    """A first one may load or compile something, and tell."""
+    inputs, written = case.draw(), io.StringIO()
+    with (
+        left_as_found(),
+        redirect_stdout(written),
+        redirect_stderr(written),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        subject.run(case, inputs)
+        said.clear()
+        written.truncate(0)
+        subject.run(case, inputs)
+    # NumPy tells so of numbers that are not finite, as in Triton's interpreter: no fault of the backend's.
+    warned = [each.message for each in said if not issubclass(each.category, RuntimeWarning)]
+    if warned:
+        return f"warned: {warned[0]}"
+    return f"wrote {written.getvalue()[:40]!r}" if written.getvalue() else None
 
 
-@contextmanager
-def _left_as_found() -> Iterator[None]:
-    """Whatever a backend does to these settings is undone: the next property must not suffer for it."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    precision, autocast = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        torch.set_autocast_enabled("cpu", autocast)
+@holds(
+    "inference_mode",
+    "a call under torch.inference_mode() is right, and so is one with gradients after it",
+    # Of a shape of their own: what a first call keeps is made in that mode.
+    lambda subject, quick: calls(
+        subject,
+        [
+            make_case("of_inference", query_length=11, window=Window(4, 1)),
+            make_case("of_inference_with_bias", query_length=12, window=Window(4, 1), bias="H1W", key_lengths=(9, 5)),
+        ],
+        dtypes=one(subject),
+    ),
+)
+def inference_mode(subject: Subject, case: Case) -> str | None:
+    """With tensors that were made in that mode, and with others."""
+    inputs, wanted = case.draw(), expected(case)
+    without = case if not case.problem.needs_grad else case.changed(needs_grad=False)
+    with torch.inference_mode():
+        for given in (inputs, case.draw()):
+            fault = fault_of_outcome(subject.run(without, given), wanted)
+            if fault is not None:
+                return f"{fault} under torch.inference_mode()"
+    fault = fault_of_outcome(subject.run(case, inputs), wanted)
+    return None if fault is None else f"{fault} after a call under torch.inference_mode()"
+
+
+# So many threads call at once, so often, and with so many threads of torch's a call is tried.
+THREADS, ROUNDS, OTHER_THREADS = 4, 4, 3
+
+
+def _one_thread_alone(subject: Subject) -> str | None:
+    """Whether Triton's interpreter, which keeps the place in the grid for all threads, runs a call of the backend."""
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return None
+    for case in calls(subject, cases_named("one_query_one_key"), dtypes=one(subject), gradients=False):
+        if subject.refusals(case.problem):
+            continue
+        with suppress(Exception):  # the properties find that
+            subject.run(case, case.draw())
+            builder = getattr(sys.modules.get("triton.runtime.interpreter"), "interpreter_builder", None)
+            if builder is not None:
+                builder.grid_dim = None
+                subject.run(case, case.draw())
+                if builder.grid_dim is not None:
+                    return "Triton's interpreter runs it, in one thread at a time"
+    return None
+
+
+@holds(
+    "threads",
+    "calls of several threads at once are right",
+    lambda subject, quick: calls(
+        subject,
+        cases_named(*(["several_sequences"] if quick else ["several_sequences", "key_lengths_with_bias"])),
+        dtypes=one(subject),
+    ),
+    unless=_one_thread_alone,
+)
+def threads(subject: Subject, case: Case) -> str | None:
+    """Each with other numbers; within the budget, as torch's own products may be cut otherwise where cores are busy."""
+    cases = [_with_seed(case, seed) for seed in range(THREADS)]
+    work = [(each, each.draw(), expected(each)) for each in cases]
+    subject.run(case, work[0][1])
+    together = threading.Barrier(THREADS)
+
+    def call(each: Case, inputs: Inputs, wanted: Any) -> str | None:
+        together.wait()
+        faults = [fault_of_outcome(subject.run(each, inputs), wanted) for _ in range(ROUNDS)]
+        return next((fault for fault in faults if fault is not None), None)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [future.result() for future in [pool.submit(call, *each) for each in work]]
+    fault = next((fault for fault in found if fault is not None), None)
+    return None if fault is None else f"{fault}, where {THREADS} threads call at once"
 
 
 @holds(
@@ -251,6 +341,10 @@ def refusals(subject: Subject, case: Case) -> str | None:
     if callable(backend.rank):
         backend.rank(problem)
     reasons = subject.refusals(problem)
+    if not reasons and backend.workspace is not None:
+        needed = backend.workspace(problem)
+        if not isinstance(needed, (int, float)) or needed < 0:
+            return f"workspace: answered {needed!r}, no number of bytes"
     if not reasons or problem.is_empty:
         return None
     with subject.watched() as seen:
@@ -290,7 +384,7 @@ def cuda_graph(subject: Subject, case: Case) -> str | None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = subject.run(case, static)
-    _copy(inputs, static)
+    copy_into(static, inputs)
     graph.replay()
     torch.cuda.synchronize(subject.device)
     fault = difference(found, expected)
@@ -314,7 +408,7 @@ def side_stream(subject: Subject, case: Case) -> str | None:
     side = torch.cuda.Stream(subject.device)
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
-        _copy(inputs, late)
+        copy_into(late, inputs)
         found = subject.run(case, late)
     side.synchronize()
     fault = difference(found, expected)
@@ -344,12 +438,3 @@ def unchecked_lengths(subject: Subject, case: Case) -> str | None:
 
 def _with_seed(case: Case, seed: int) -> Case:
     return replace(case, seed=case.seed + seed)
-
-
-def _copy(source: Inputs, target: Inputs) -> None:
-    for name, tensor in target.tensors.items():
-        tensor.copy_(source.tensors[name])
-    for name, given in target.arguments.items():
-        if isinstance(given, Tensor):
-            given.copy_(source.arguments[name])
-    target.upstream.copy_(source.upstream)

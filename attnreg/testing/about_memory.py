@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from attnreg.memory import strides_like
+from attnreg.op import ROWS
 from attnreg.testing.about_values import judged
-from attnreg.testing.case import Case
+from attnreg.testing.case import Case, make_case
 from attnreg.testing.cases import cases_named, rows_of
-from attnreg.testing.judging import difference
+from attnreg.testing.inputs import Inputs, copy_into
+from attnreg.testing.judging import difference, expected_of, fault_of_outcome, truth_in
 from attnreg.testing.property import calls, holds, of_run, one, two
 from attnreg.testing.subject import Outcome, Seen, Subject, with_leaves
-from attnreg.testing.visibility import spoil
+from attnreg.testing.visibility import spoil, visibility
+from attnreg.window import Window
 
 BAD = (math.nan, math.inf, -math.inf)
 # How many rounding steps of the largest element a result may be off by, where a backend computes anew what a product over hidden
@@ -30,9 +35,7 @@ STEPS_OF_REPAIR = 8
 @holds(
     "hidden",
     "NaN or inf in what is hidden reaches nothing",
-    lambda subject, quick: calls(
-        subject, rows_of("hidden", quick=quick), dtypes=one(subject) if quick else two(subject)
-    ),
+    lambda subject, quick: calls(subject, rows_of("hidden", quick=quick), dtypes=subject.dtypes),
 )
 def hidden(subject: Subject, case: Case) -> str | None:
     """In keys and values that no row sees, rows that see no key, hidden slots, and the incoming gradients of these."""
@@ -53,6 +56,31 @@ def hidden(subject: Subject, case: Case) -> str | None:
     return None
 
 
+@holds(
+    "visible_nan",
+    "a NaN in what is seen shows in every row that sees it",
+    lambda subject, quick: calls(
+        subject,
+        cases_named("causal", "key_lengths", *([] if quick else ["over_a_tile", "everything", "grouped_heads"])),
+        gradients=False,
+    ),
+)
+def visible_nan(subject: Subject, case: Case) -> str | None:
+    """It may reach further rows of a tile, where weights of 0 are multiplied by it; but it does not disappear."""
+    inputs = case.draw()
+    sight = visibility(case, inputs)
+    for name, dims in ROWS[case.problem.op].tensors.items():
+        seen = sight.slots if "W" in dims else sight.seeing if "Q" in dims else sight.seen
+        spoilt = inputs.tensors[name].clone()
+        spoilt[tuple(seen.nonzero()[int(seen.sum()) // 2])] = math.nan
+        dirty = Inputs({**inputs.tensors, name: spoilt}, inputs.arguments, inputs.upstream)
+        found = subject.run(case, dirty).output
+        wanted = next(iter(truth_in(case, dirty, torch.float64).results.values())).isnan()
+        if bool((wanted & ~found.isnan()).any()):
+            return f"output: a NaN in a {name} that is seen does not show"
+    return None
+
+
 @contextmanager
 def filled_memory() -> Iterator[None]:
     """Memory that torch gives out uninitialised holds NaN."""
@@ -70,15 +98,22 @@ def filled_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def _in_all(subject: Subject, cases: Sequence[Case], few: Sequence[Case], quick: bool) -> Iterator[Case]:
+    """Cases in one dtype or two, and a few of them in all."""
+    yield from calls(subject, cases, dtypes=one(subject) if quick else two(subject))
+    yield from calls(subject, few, dtypes=subject.dtypes)
+
+
 @holds(
     "uninitialised",
     "results are written in full: no uninitialised memory shows",
-    lambda subject, quick: calls(
+    lambda subject, quick: _in_all(
         subject,
         rows_of("window", "lengths", "grouped", "key_lengths", "bias", quick=True)
         if quick
         else rows_of("window", "lengths", "grouped", "key_lengths", "bias", "hidden"),
-        dtypes=one(subject),
+        cases_named("hidden_by_lengths"),
+        quick,
     ),
 )
 def uninitialised(subject: Subject, case: Case) -> str | None:
@@ -88,26 +123,30 @@ def uninitialised(subject: Subject, case: Case) -> str | None:
 
 
 def _few(subject: Subject, quick: bool) -> Sequence[Case]:
-    names = ["causal", "window_of_one", "grouped_heads", "bias_full", "key_lengths", "transposed"]
+    names = ["causal", "window_of_one", "grouped_heads", "bias_full", "key_lengths", "transposed", "strided"]
     if not quick:
         names += ["everything", "over_a_tile", "tile_sized", "decode_step", "bias_over_batch", "packed", "expanded"]
     return cases_named(*names)
 
 
+def _few_in_all(subject: Subject, quick: bool) -> Iterator[Case]:
+    return _in_all(subject, _few(subject, quick), cases_named("causal", "key_lengths_int32", "bias_in_float32"), quick)
+
+
 @holds(
     "inputs_unchanged",
     "nothing that a call is given is written into",
-    lambda subject, quick: calls(subject, _few(subject, quick), dtypes=one(subject) if quick else two(subject)),
+    _few_in_all,
 )
 def inputs_unchanged(subject: Subject, case: Case) -> str | None:
-    """Nor does the backward write into the results of the forward."""
+    """Nor what lies between the elements of a strided tensor; nor does the backward write into the results of the forward."""
     inputs = case.draw()
     held = {
         **inputs.tensors,
         **{name: given for name, given in inputs.arguments.items() if isinstance(given, Tensor)},
         "incoming gradient": inputs.upstream,
     }
-    before = {name: tensor.clone() for name, tensor in held.items()}
+    before = {name: _memory(tensor).clone() for name, tensor in held.items()}
     if not case.problem.needs_grad:
         subject.run(case, inputs)
     else:
@@ -120,15 +159,15 @@ def inputs_unchanged(subject: Subject, case: Case) -> str | None:
         if not all(_same(result, copy) for result, copy in zip(results, copies)):
             return "a result of the forward: changed by the backward"
     for name, tensor in held.items():
-        if not _same(tensor, before[name]):
-            return f"{name}: changed by the call"
+        if not torch.equal(_memory(tensor), before[name]):
+            return f"{name}: it, or what lies between its elements, is changed by the call"
     return None
 
 
 @holds(
     "nothing_aliased",
     "results are new memory: no input's, no other result's, no earlier call's",
-    lambda subject, quick: calls(subject, _few(subject, quick), dtypes=one(subject) if quick else two(subject)),
+    _few_in_all,
 )
 def nothing_aliased(subject: Subject, case: Case) -> str | None:
     """What the functions of the backend return, before attnreg puts it into its order."""
@@ -162,6 +201,9 @@ def described(subject: Subject, case: Case) -> str | None:
     """What the functions of the backend return; gradients by the names that were asked for."""
     with subject.watched() as seen:
         outcome = subject.run(case, case.draw())
+        if case.problem.needs_grad:
+            subject.run(case.changed(needs_grad=False), case.draw())
+            _last_gradient(subject, case)
     for call in seen:
         fault = _fault_of_description(call)
         if fault is not None:
@@ -171,6 +213,14 @@ def described(subject: Subject, case: Case) -> str | None:
         if (gradient.shape, gradient.dtype) != (leaves[name].shape, leaves[name].dtype):
             return f"gradient of {name}: {_text(gradient)}, expected {_text(leaves[name])}"
     return None
+
+
+def _last_gradient(subject: Subject, case: Case) -> None:
+    """Ask for one gradient alone."""
+    inputs = case.draw()
+    *_, name = inputs.leaves
+    leaves = {each: tensor.detach().requires_grad_(each == name) for each, tensor in inputs.leaves.items()}
+    torch.autograd.grad(subject.call(case, with_leaves(inputs, leaves)), leaves[name], inputs.upstream)
 
 
 @holds(
@@ -215,12 +265,13 @@ def memory_order(subject: Subject, case: Case) -> str | None:
 @holds(
     "repeatable",
     "the same call gives the same bits",
-    lambda subject, quick: calls(
+    lambda subject, quick: _in_all(
         subject,
         cases_named("causal", "key_lengths_with_bias", "grouped_heads")
         if quick
         else rows_of("everything", "window", "grouped", "bias"),
-        dtypes=one(subject) if quick else two(subject),
+        cases_named("causal"),
+        quick,
     ),
 )
 def repeatable(subject: Subject, case: Case) -> str | None:
@@ -234,6 +285,103 @@ def repeatable(subject: Subject, case: Case) -> str | None:
         if fault is not None:
             return f"{fault} in a repeated call"
     return None
+
+
+# What is kept between calls
+
+
+@holds(
+    "other_numbers",
+    "a call hangs on nothing but its own numbers: neither on an earlier one of the same shapes nor on one of the same tensors",
+    # The first is of a shape of its own: what a first call keeps of a bias hides other slots.
+    lambda subject, quick: calls(
+        subject,
+        [
+            make_case("twice", query_length=23, window=Window(4, 1), bias="NHLW", hidden=0.3, key_lengths=(19, 6)),
+            *cases_named("causal", *([] if quick else ["everything", "grouped_heads", "bias_full"])),
+        ],
+        dtypes=one(subject),
+    ),
+)
+def other_numbers(subject: Subject, case: Case) -> str | None:
+    """With other lengths, another bias and another scale; and with new numbers copied into the tensors of the first call."""
+    first, other = case.draw(), _other(case)
+    subject.run(case, first)
+    wanted = expected_of(case, other)
+    fault = fault_of_outcome(subject.run(case, other), wanted)
+    if fault is not None:
+        return f"{fault} after a call of the same shapes"
+    copy_into(first, other)
+    same_tensors = Inputs(first.tensors, {**other.arguments, **_tensors(first)}, first.upstream)
+    fault = fault_of_outcome(subject.run(case, same_tensors), wanted)
+    return None if fault is None else f"{fault} where new numbers were copied into the tensors of an earlier call"
+
+
+def _other(case: Case) -> Inputs:
+    drawn = replace(case, seed=case.seed + 1).draw()
+    arguments = {
+        name: given * 1.5 if not isinstance(given, Tensor) else given if given.is_floating_point() else given.flip(0)
+        for name, given in drawn.arguments.items()
+    }
+    return Inputs(drawn.tensors, arguments, drawn.upstream)
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: given for name, given in inputs.arguments.items() if isinstance(given, Tensor)}
+
+
+@holds(
+    "interleaved",
+    "two calls whose forwards come before their backwards give the bits that each gives alone",
+    lambda subject, quick: calls(
+        subject,
+        cases_named("causal", "key_lengths_with_bias", *([] if quick else ["everything", "grouped_heads"])),
+        dtypes=one(subject) if quick else two(subject),
+        gradients=True,
+    ),
+)
+def interleaved(subject: Subject, case: Case) -> str | None:
+    """A backward knows its own forward by what it is given."""
+    both = [case.draw(), replace(case, seed=case.seed + 1).draw()]
+    alone = [subject.run(case, inputs) for inputs in both]
+    leaves = [{name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves.items()} for inputs in both]
+    outputs = [subject.call(case, with_leaves(inputs, own)) for inputs, own in zip(both, leaves)]
+    for inputs, own, output, wanted in zip(both, leaves, outputs, alone):
+        found = torch.autograd.grad(output, list(own.values()), inputs.upstream)
+        fault = difference(Outcome(output.detach(), dict(zip(own, found))), wanted)
+        if fault is not None:
+            return f"{fault}, where another forward of the same shapes came between"
+    return None
+
+
+# A call's tensors may be kept for so many calls.
+CALLS_TO_LET_GO = 4
+
+
+@holds(
+    "lets_go",
+    "the tensors of a call are not kept alive when it is over",
+    lambda subject, quick: calls(subject, cases_named("causal", "key_lengths_with_bias"), dtypes=one(subject)),
+)
+def lets_go(subject: Subject, case: Case) -> str | None:
+    """Those of the last few calls may be, in whatever a backend remembers."""
+    kept: dict[str, StorageWeakRef] = {}
+    for call in range(CALLS_TO_LET_GO + 1):
+        inputs = replace(case, seed=case.seed + call).draw()
+        subject.run(case, inputs)
+        if call == 0:
+            kept = {name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in inputs.leaves.items()}
+        del inputs
+    if not all(each.expired() for each in kept.values()):
+        gc.collect()
+    alive = [name for name, each in kept.items() if not each.expired()]
+    return f"{alive[0]}: still in memory after {CALLS_TO_LET_GO} more calls" if alive else None
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """All bytes of the memory in which a tensor lies."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage())
 
 
 def _results(call: Seen) -> list[Tensor]:
@@ -259,6 +407,9 @@ def _fault_of_description(call: Seen) -> str | None:
         missing = wanted.keys() - returned.keys()
         if missing:
             return f"left out the gradient of {', '.join(sorted(missing))}"
+        further = returned.keys() - wanted.keys()
+        if further:
+            return f"returned a gradient of {', '.join(sorted(map(str, further)))}, which nobody asked for"
         found = dict(returned)
     else:
         results = returned if isinstance(returned, tuple) else (returned,)
@@ -279,6 +430,14 @@ def _fault_of_description(call: Seen) -> str | None:
             return f"{name} is {type(result).__name__}, not a tensor"
         if (tuple(result.shape), result.dtype, result.device) != (tuple(shape), dtype, first.device):
             return f"{name} is {_text(result)}, expected {tuple(shape)}, {dtype} on {first.device}"
+        if type(result) is not Tensor:
+            return f"{name} is a {type(result).__name__}, expected a plain tensor"
+        # Torch itself makes it so of a result whose gradients it has to record.
+        given = [*call.inputs, *[each for each in call.options.values() if isinstance(each, Tensor)]]
+        if result.requires_grad and not any(each.requires_grad for each in given):
+            return f"{name} requires gradients where none of its inputs does"
+        if result.is_neg() or result.is_conj():
+            return f"{name} is a view that is to be negated when it is read"
     return None
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import combinations
 
 import torch
 
 from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS
 from attnreg.precision import allow_tf32
 from attnreg.testing.budget import TF32_ACCURATE
-from attnreg.testing.case import Case, make_case
+from attnreg.testing.case import Case
 from attnreg.testing.cases import QUICK_LENGTHS, SMALL_LENGTHS, cases_named, rows_of, small_windows
 from attnreg.testing.inputs import Inputs
 from attnreg.testing.judging import expected, expected_of, fault_of_outcome, largest_difference, truth_in
 from attnreg.testing.property import calls, holds, narrow, of_run, one, two
 from attnreg.testing.subject import Outcome, Subject, with_leaves
+from attnreg.testing.sums import fault_of_gradients, fault_of_results, sums_of_gradients, sums_of_results
 from attnreg.testing.visibility import visibility
-from attnreg.window import Window
 
 
 def judged(subject: Subject, case: Case) -> str | None:
@@ -30,10 +31,16 @@ def _ordinary(subject: Subject, quick: bool) -> list[Case]:
     return rows_of("window", "scale", "everything", *on_accelerator, quick=quick)
 
 
+def _ordinary_calls(subject: Subject, quick: bool, *, gradients: bool) -> Iterable[Case]:
+    yield from calls(subject, _ordinary(subject, quick), dtypes=of_run(subject, quick), gradients=gradients)
+    # One in every dtype: a kernel of one alone may be the wrong one.
+    yield from calls(subject, cases_named("causal"), dtypes=subject.dtypes, gradients=gradients)
+
+
 @holds(
     "values",
     "results are those of float64, within the error budget",
-    lambda subject, quick: calls(subject, _ordinary(subject, quick), dtypes=of_run(subject, quick), gradients=False),
+    lambda subject, quick: _ordinary_calls(subject, quick, gradients=False),
 )
 def values(subject: Subject, case: Case) -> str | None:
     """Without gradients, which is a way of its own."""
@@ -43,7 +50,7 @@ def values(subject: Subject, case: Case) -> str | None:
 @holds(
     "gradients",
     "all gradients under a random incoming one are those of float64",
-    lambda subject, quick: calls(subject, _ordinary(subject, quick), dtypes=of_run(subject, quick), gradients=True),
+    lambda subject, quick: _ordinary_calls(subject, quick, gradients=True),
 )
 def gradients(subject: Subject, case: Case) -> str | None:
     """With the result of the same call."""
@@ -89,6 +96,18 @@ def windows(subject: Subject, case: Case) -> str | None:
 )
 def unequal_lengths(subject: Subject, case: Case) -> str | None:
     """From a decode step to far more queries than keys."""
+    return judged(subject, case)
+
+
+@holds(
+    "sizes",
+    "head dims, lengths, windows, and numbers of sequences and heads past a kernel's bounds are right",
+    lambda subject, quick: calls(
+        subject, rows_of("sizes", quick=quick), dtypes=one(subject) if quick else two(subject)
+    ),
+)
+def sizes(subject: Subject, case: Case) -> str | None:
+    """A case each; of a backend that takes other head dims, at the nearest of these."""
     return judged(subject, case)
 
 
@@ -148,6 +167,28 @@ def bias(subject: Subject, case: Case) -> str | None:
     return judged(subject, case)
 
 
+# How many of its rounding steps a result of 16 bits may be off by whose bias is wider: weights are rounded, and so is the result.
+STEPS_OF_WIDE_BIAS = 4
+
+
+@holds(
+    "wide_bias",
+    "a bias in float32 is added to scores in float32, not rounded to the 16 bits of the queries",
+    lambda subject, quick: calls(
+        subject, rows_of("wide_bias", quick=quick), dtypes=narrow(subject), gradients=False, ops=[ATTENTION.name]
+    ),
+    unless=lambda subject: _of_attention(subject) or _no_narrow(subject) or _takes("bias", subject),
+)
+def wide_bias(subject: Subject, case: Case) -> str | None:
+    """As of ALiBi, -100 and less; the naive computation rounds it, and is no measure."""
+    inputs = case.draw()
+    found = subject.run(case, inputs).output
+    true = truth_in(case, inputs, torch.float64).results["output"]
+    wrong = largest_difference(found.double(), true) / float(true.abs().max())
+    most = STEPS_OF_WIDE_BIAS * torch.finfo(case.problem.dtype).eps
+    return None if wrong <= most else f"output: off by {wrong:.1e} of the largest element, more than {most:.1e}"
+
+
 @holds(
     "bias_gradients",
     "the gradient of a broadcast bias is summed to its own shape",
@@ -181,14 +222,22 @@ def _of_attention(subject: Subject) -> str | None:
     return None if ATTENTION.name in subject.ops else f"it has no {ATTENTION.name}"
 
 
+def _magnitudes(subject: Subject, quick: bool) -> Iterable[Case]:
+    in_wide_and_narrow = dict.fromkeys([*one(subject), *narrow(subject)])
+    large = [each for case in rows_of("magnitude", quick=quick) for each in (case, case.changed(head_dim=64))]
+    yield from calls(
+        subject, [*large, *rows_of("large_bias", quick=quick)], dtypes=[*in_wide_and_narrow], ops=[ATTENTION.name]
+    )
+    # Their gradients leave the range of float16 too.
+    yield from calls(
+        subject, rows_of("past_float16", quick=quick), dtypes=narrow(subject), gradients=False, ops=[ATTENTION.name]
+    )
+
+
 @holds(
     "magnitudes",
-    "scores of every magnitude give results within the budget",
-    lambda subject, quick: calls(
-        subject,
-        [each for case in rows_of("magnitude", quick=quick) for each in (case, case.changed(head_dim=64))],
-        ops=[ATTENTION.name],
-    ),
+    "scores, biases and values of every magnitude give results within the budget",
+    _magnitudes,
     unless=_of_attention,
 )
 def magnitudes(subject: Subject, case: Case) -> str | None:
@@ -206,50 +255,30 @@ def magnitudes(subject: Subject, case: Case) -> str | None:
     return next(fault for fault in faults if fault is not None)
 
 
-# How much of the sum of its terms, in size, a sum in float32 may be off by.
-SUM_IN_FLOAT32 = 2.0**-18
-
-
-def _sums(subject: Subject, quick: bool) -> Iterable[Case]:
-    of_heads = make_case("long_heads", batch=1, heads=1, query_length=17, head_dim=256, window=Window(0, 0))
-    of_rows = make_case("long_rows", batch=1, heads=1, query_length=260, head_dim=4, window=Window(255, 0))
-    for op in subject.ops:
-        if op == ATTENTION.name and getattr(subject.backend, op) is None:
-            continue
-        cases = [of_heads] if "E" in "".join(ROWS[op].tensors.values()) else [of_rows]
-        yield from calls(subject, cases, dtypes=narrow(subject), gradients=False, ops=[op])
+def _no_narrow(subject: Subject) -> str | None:
+    return None if narrow(subject) else "it takes no dtype of 16 bits"
 
 
 @holds(
     "accumulation",
     "numbers of 16 bits are added up in float32",
-    _sums,
-    unless=lambda subject: None if narrow(subject) else "it takes no dtype of 16 bits",
+    lambda subject, quick: sums_of_results(subject),
+    unless=_no_narrow,
 )
 def accumulation(subject: Subject, case: Case) -> str | None:
-    """Sums of positive numbers, in which those that are added up in 16 bits lose the last ones.
+    """Products over a head dim, and averages over a wide window."""
+    return fault_of_results(subject, case)
 
-    Of attention, the log-sum-exp of rows that see one key, which is its score.
-    """
-    drawn = case.draw()
-    inputs = Inputs({name: tensor.abs() for name, tensor in drawn.tensors.items()}, drawn.arguments, drawn.upstream)
-    with subject.watched() as seen:
-        found = subject.run(case, inputs).output
-    true = truth_in(case, inputs, torch.float64).results
-    (name, *_) = true
-    step = torch.finfo(case.problem.dtype).eps
-    if case.problem.op == ATTENTION.name:
-        name, step = "log_sum_exp", 0.0
-        found = seen[-1].returned[1]
-    wrong = (found.double() - true[name]).abs().where(true[name].isfinite(), 0)
-    beyond = wrong - (step + SUM_IN_FLOAT32) * true[name].abs().where(true[name].isfinite(), 0)
-    if bool((beyond > 1e-30).any()):
-        place = int(beyond.argmax())
-        return (
-            f"{name}: {float(found.flatten()[place]):.6g}, where the sum in float32 is "
-            f"{float(true[name].flatten()[place]):.6g}"
-        )
-    return None
+
+@holds(
+    "gradient_sums",
+    "gradients of 16 bits are added up in float32: over rows, keys and heads",
+    lambda subject, quick: sums_of_gradients(subject),
+    unless=_no_narrow,
+)
+def gradient_sums(subject: Subject, case: Case) -> str | None:
+    """Of a wide window, and of 64 query heads that read one key head."""
+    return fault_of_gradients(subject, case)
 
 
 def _no_own_attention(subject: Subject) -> str | None:
@@ -263,7 +292,10 @@ def _no_own_attention(subject: Subject) -> str | None:
     "the log-sum-exp is the natural one of each row's visible scores",
     lambda subject, quick: calls(
         subject,
-        rows_of("window", "scale", "lengths", "key_lengths", "bias", "everything", "magnitude", quick=quick),
+        rows_of(
+            *("window", "scale", "lengths", "key_lengths", "bias", "everything", "magnitude", "large_bias"), quick=quick
+        ),
+        dtypes=subject.dtypes,
         gradients=False,
         ops=[ATTENTION.name],
     ),
@@ -325,7 +357,7 @@ def blind_rows(subject: Subject, case: Case) -> str | None:
 
 @holds(
     "wanted_gradients",
-    "a gradient asked for alone is right, and so are all but one",
+    "gradients are right whichever of them are asked for",
     lambda subject, quick: calls(
         subject,
         cases_named(
@@ -339,7 +371,7 @@ def wanted_gradients(subject: Subject, case: Case) -> str | None:
     """Within the budget: another set of gradients may come from other kernels, which round otherwise."""
     inputs = case.draw()
     names = list(inputs.leaves)
-    for wanted in [*[[name] for name in names], *[[each for each in names if each != name] for name in names]]:
+    for wanted in [list(each) for size in range(1, len(names)) for each in combinations(names, size)]:
         leaves = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in inputs.leaves.items()}
         output = subject.call(case, with_leaves(inputs, leaves))
         found = torch.autograd.grad(output, [leaves[name] for name in wanted], inputs.upstream)
@@ -365,4 +397,26 @@ def expanded_gradients(subject: Subject, case: Case) -> str | None:
         fault = fault_of_outcome(subject.run(case, inputs), expected_of(case, inputs))
         if fault is not None:
             return f"{fault}, where the incoming gradient has strides {inputs.upstream.stride()}"
+    return None
+
+
+@holds(
+    "sizes_of_gradients",
+    "a tiny or a large incoming gradient gives gradients that are as much smaller or larger",
+    lambda subject, quick: calls(
+        subject,
+        cases_named("causal", *([] if quick else ["everything", "bias_full"])),
+        # In float16 a tiny number has few digits, and a large one none.
+        dtypes=[dtype for dtype in two(subject) if dtype != torch.float16],
+        gradients=True,
+    ),
+)
+def sizes_of_gradients(subject: Subject, case: Case) -> str | None:
+    """By powers of two, which round nothing."""
+    drawn = case.draw()
+    for factor in (2.0**-40, 2.0**40):
+        inputs = Inputs(drawn.tensors, drawn.arguments, drawn.upstream * factor)
+        fault = fault_of_outcome(subject.run(case, inputs), expected_of(case, inputs))
+        if fault is not None:
+            return f"{fault}, where the incoming gradient is {factor:.0e} times a usual one"
     return None

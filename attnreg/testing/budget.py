@@ -1,7 +1,12 @@
 """Which error passes: at most twice that of the naive computation in the same dtype, plus one rounding step.
 
 The 2-norm decides, and no single element may be off by four times as much. float32 need not be better than the 1e-6 that it
-promises, or than TF32 where torch's setting allows it. The truth is itself rounded, in another order, which shows in float64.
+promises, or than TF32 where torch's setting allows it.
+
+In float64 the naive computation is the truth itself, and says nothing of what rounding costs. There a few rounding steps pass;
+of attention, as many as its scores are large. A score s is known to within a step of its own, eps * |s|, and that is the
+relative error of exp(s): with scores of 200, the truth and a right result both keep 14 digits, not 16. A computation in
+float32 is off by 2**29 times as much.
 
 A softmax over one key is constant, and any ignores what is added to a whole row: some gradients vanish, as a difference of equal
 terms. These may keep a few rounding steps of the call's largest gradient.
@@ -23,8 +28,9 @@ from attnreg.precision import allow_tf32
 FP32_ACCURATE, TF32_ACCURATE = 1e-6, 2**-10
 # How many rounding steps of the largest gradient may be left where another one vanishes.
 STEPS_OF_NOTHING = 8
-# How many of its own the truth in float64 may be off by.
-STEPS_OF_TRUTH = 16
+# How many rounding steps a result in float64 may be off by, and how many for each 1 in the largest score: the truth has one of
+# these, and the result another.
+STEPS_OF_TRUTH, STEPS_OF_SCORES = 16, 2
 # The norms in which an error is measured, and how much of the budget each is given.
 NORMS = ((2.0, 1.0), (math.inf, 4.0))
 
@@ -66,7 +72,9 @@ class Budget:
         return found
 
 
-def budget(true: Tensor, naive: Tensor, dtype: torch.dtype, gradients: Iterable[Tensor] = ()) -> Budget:
+def budget(
+    true: Tensor, naive: Tensor, dtype: torch.dtype, gradients: Iterable[Tensor] = (), *, largest_score: float = 0.0
+) -> Budget:
     """The budget of one result.
 
     Args:
@@ -74,6 +82,7 @@ def budget(true: Tensor, naive: Tensor, dtype: torch.dtype, gradients: Iterable[
         naive: what the naive computation makes of it in ``dtype``.
         dtype: that of the inputs and the result.
         gradients: where the result is a gradient, the true ones of the whole call.
+        largest_score: of those that a softmax is taken of, in size; it counts in float64 alone.
     """
     step = torch.finfo(dtype).eps
     least = 0.0
@@ -91,7 +100,7 @@ def budget(true: Tensor, naive: Tensor, dtype: torch.dtype, gradients: Iterable[
             size, limit = largest, max(limit, STEPS_OF_NOTHING * step * largest)
         limit = max(limit, least * size)
         if dtype == torch.float64:
-            limit = max(limit, STEPS_OF_TRUTH * step * max(size, largest))
+            limit = max(limit, max(STEPS_OF_TRUTH, STEPS_OF_SCORES * largest_score) * step * max(size, largest))
         sizes.append(size)
         limits.append(factor * limit / size if size else 0.0)
     return Budget(tuple(sizes), tuple(limits))

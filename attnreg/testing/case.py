@@ -36,7 +36,10 @@ class Case:
         dtypes: of the arguments that have a dtype of their own, by name; the others have that of the tensors.
         layout: how the floating-point tensors lie in memory, a name of ``LAYOUTS``.
         hidden: the share of a bias' elements that are -inf.
+        lowest: whether these are the lowest number of its dtype instead, as of a mask in another library: it hides nothing.
+        shift: what is added to a bias.
         magnitude: what the first tensor is multiplied by, as far as its dtype allows.
+        value_magnitude: what values are multiplied by, likewise.
         one_sign: whether the tensors of scores have no negative number: the scores of a row are near each other then.
         seed: of the random numbers.
     """
@@ -48,7 +51,10 @@ class Case:
     dtypes: tuple[tuple[str, torch.dtype], ...] = ()
     layout: str = "contiguous"
     hidden: float = 0.0
+    lowest: bool = False
+    shift: float = 0.0
     magnitude: float = 1.0
+    value_magnitude: float = 1.0
     one_sign: bool = False
     seed: int = 0
 
@@ -86,6 +92,9 @@ class Case:
             dims=tuple((name, count) for name, count in self.dims if name in names),
             dtypes=tuple((name, its) for name, its in self.dtypes if name in names),
             hidden=self.hidden if "bias" in names else 0.0,
+            lowest=self.lowest and "bias" in names,
+            shift=self.shift if "bias" in names else 0.0,
+            value_magnitude=self.value_magnitude if "D" in letters else 1.0,
         )
 
     def changed(self, **facts: Any) -> Case:
@@ -102,19 +111,23 @@ class Case:
         problem = self.problem
         generator = torch.Generator().manual_seed(self.seed)
 
-        def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        def random(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             drawn = torch.randn(shape, generator=generator)
-            return _LAYOUTS[self.layout](drawn.to(dtype).to(problem.device))
+            return _laid(self.layout, name, drawn.to(dtype).to(problem.device))
 
-        tensors = {name: random(shape, problem.dtype) for name, shape in tensor_shapes(problem).items()}
+        tensors = {name: random(name, shape, problem.dtype) for name, shape in tensor_shapes(problem).items()}
         if self.one_sign:
             tensors = {name: each if name in ("value", "weights") else each.abs() for name, each in tensors.items()}
-        if self.magnitude != 1:
-            first = next(iter(tensors))
-            most = torch.finfo(problem.dtype).max * MOST_OF_RANGE
-            scaled = (tensors[first].float() * self.magnitude).clamp(-most, most)
-            tensors[first] = _LAYOUTS[self.layout](scaled.to(problem.dtype))
-        upstream = random(result_shape(problem), problem.dtype)
+        largest = torch.finfo(problem.dtype).max
+        # A result is an average of values, and no factor of gradients where none are asked for.
+        for name, factor, share in (
+            (next(iter(tensors)), self.magnitude, MOST_OF_RANGE),
+            ("value", self.value_magnitude, MOST_OF_RANGE if problem.needs_grad else 0.5),
+        ):
+            if factor != 1:
+                scaled = (tensors[name].double() * factor).clamp(-largest * share, largest * share)
+                tensors[name] = _laid(self.layout, name, scaled.to(problem.dtype))
+        upstream = random("upstream", result_shape(problem), problem.dtype)
         arguments: dict[str, Any] = {}
         for argument in ROWS[problem.op].arguments:
             given, value = problem.gives(argument.name), dict(self.values).get(argument.name)
@@ -125,10 +138,13 @@ class Case:
                 if argument.kind == "integer":
                     arguments[argument.name] = self._integers(argument, given, generator)
                     continue
-                drawn = random(given.shape, given.dtype)
+                drawn = random(argument.name, given.shape, given.dtype)
+                if self.shift:
+                    drawn = _laid(self.layout, argument.name, drawn + self.shift)
                 if self.hidden:
                     kept = torch.rand(given.shape, generator=generator) >= self.hidden
-                    drawn = _LAYOUTS[self.layout](drawn.masked_fill(~kept.to(problem.device), -math.inf))
+                    fill = torch.finfo(given.dtype).min if self.lowest else -math.inf
+                    drawn = _laid(self.layout, argument.name, drawn.masked_fill(~kept.to(problem.device), fill))
                 written = dict(self.dims).get(argument.name, len(given.shape))
                 for _ in range(len(given.shape) - written):
                     drawn = drawn[0]
@@ -163,7 +179,10 @@ class Case:
         for field, default in (
             ("layout", "contiguous"),
             ("hidden", 0.0),
+            ("lowest", False),
+            ("shift", 0.0),
             ("magnitude", 1.0),
+            ("value_magnitude", 1.0),
             ("one_sign", False),
             ("seed", 0),
         ):
@@ -203,7 +222,10 @@ def make_case(
     needs_grad: bool = True,
     layout: str = "contiguous",
     hidden: float = 0.0,
+    lowest: bool = False,
+    shift: float = 0.0,
     magnitude: float = 1.0,
+    value_magnitude: float = 1.0,
     one_sign: bool = False,
     seed: int = 0,
     **arguments: Any,
@@ -226,7 +248,10 @@ def make_case(
         needs_grad: whether gradients are asked for.
         layout: as in :class:`Case`.
         hidden: likewise.
+        lowest: likewise.
+        shift: likewise.
         magnitude: likewise.
+        value_magnitude: likewise.
         one_sign: likewise.
         seed: likewise.
         arguments: optional arguments of the op: of one that broadcasts its sizes in letters, "NHLW", "H1W", "1"; of a
@@ -292,7 +317,10 @@ def make_case(
         dtypes=tuple(dtypes),
         layout=layout,
         hidden=hidden,
+        lowest=lowest,
+        shift=shift,
         magnitude=magnitude,
+        value_magnitude=value_magnitude,
         one_sign=one_sign,
         seed=seed,
     )
@@ -380,6 +408,13 @@ def _last_dimension_strided(tensor: Tensor) -> Tensor:
     return tensor.transpose(2, 3).contiguous().transpose(2, 3)
 
 
+def _misaligned(tensor: Tensor) -> Tensor:
+    """All but the first column of something wider: no row begins where an access of several elements may."""
+    wider = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 1), math.nan)
+    wider[..., 1:] = tensor
+    return wider[..., 1:]
+
+
 _LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "contiguous": _contiguous,
     "transposed": _lengths_first,
@@ -389,5 +424,23 @@ _LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "expanded": _expanded,
     "expanded_batch": _expanded_batch,
     "last_dimension_strided": _last_dimension_strided,
+    "misaligned": _misaligned,
 }
-LAYOUTS = tuple(_LAYOUTS)
+# Those in which tensors differ, by the tensors' names; the others are contiguous.
+_MIXED: Mapping[str, Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "mixed": {
+        "key": _lengths_first,
+        "value": _heads_last,
+        "weights": _packed,
+        "bias": _heads_last,
+        "upstream": _strided,
+    },
+    "one_key": {"key": lambda tensor: tensor[:, :, :1].expand(tensor.shape)},
+}
+LAYOUTS = (*_LAYOUTS, *_MIXED)
+
+
+def _laid(layout: str, name: str, tensor: Tensor) -> Tensor:
+    """The tensor of this name as it lies in memory."""
+    of_name = _MIXED.get(layout)
+    return _LAYOUTS[layout](tensor) if of_name is None else of_name.get(name, _contiguous)(tensor)

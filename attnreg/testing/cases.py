@@ -48,6 +48,7 @@ TABLE: Sequence[Row] = (
             "over_large_tiles",
             "wider_than_the_sequence",
             "several_sequences",
+            "three_dimensions",
         ),
         causal={},
         window_of_one={"window": Window(0, 0)},
@@ -75,10 +76,25 @@ TABLE: Sequence[Row] = (
     ),
     *_over(
         "scale",
-        quick=("scale_negative",),
+        quick=("scale_negative", "scale_zero", "scale_one"),
         scale_negative={"scale": -0.7},
         scale_zero={"scale": 0.0},
+        scale_one={"scale": 1.0},
+        scale_one_as_an_int={"scale": 1, "query_length": 19},
         scale_large={"scale": 3.0, "query_length": 19},
+    ),
+    # What kernels may have to choose by: a size past each bound of theirs.
+    *_over(
+        "sizes",
+        quick=("head_dim_128", "nine_heads"),
+        **{
+            f"head_dim_{size}": {"head_dim": size, "query_length": 19, "batch": 1, "heads": 1}
+            for size in (32, 96, 128, 192, 257)
+        },
+        nine_heads={"query_length": 5, "heads": 9, "head_dim": 4, "window": Window(2, 1)},
+        many_short_sequences={"query_length": 5, "batch": 9, "heads": 12, "head_dim": 4, "window": Window(2, 1)},
+        longer_than_1024={"query_length": 1030, "batch": 1, "heads": 1, "head_dim": 4},
+        window_of_700={"query_length": 720, "batch": 1, "heads": 1, "head_dim": 4, "window": Window(650, 49)},
     ),
     *_over(
         "lengths",
@@ -106,15 +122,32 @@ TABLE: Sequence[Row] = (
     ),
     *_over(
         "key_lengths",
-        quick=("key_lengths", "key_lengths_zero", "key_lengths_int32"),
+        quick=("key_lengths", "key_lengths_zero", "key_lengths_int32", "four_key_lengths", "equal_key_lengths"),
         key_lengths={"key_lengths": (23, 37)},
         key_lengths_zero={"key_lengths": (0, 5), "window": Window(3, 2)},
         key_lengths_int32={"key_lengths": (31, 8), "key_lengths_dtype": torch.int32, "window": Window(6, 5)},
         key_lengths_with_bias={"key_lengths": (30, 9), "bias": "NHLW", "hidden": 0.3},
+        four_key_lengths={"batch": 4, "key_lengths": (21, 0, 1, 7), "query_length": 21, "window": Window(5, 2)},
+        equal_key_lengths={"key_lengths": (9, 9), "query_length": 21, "window": Window(5, 2)},
+        key_lengths_around_tiles={
+            "batch": 4,
+            "heads": 1,
+            "head_dim": 8,
+            "key_lengths": (63, 64, 65, 130),
+            "query_length": 150,
+            "window": Window(70, 11),
+        },
     ),
     *_over(
         "bias",
-        quick=("bias_full", "bias_hides_some", "bias_hides_whole_rows"),
+        quick=(
+            "bias_full",
+            "bias_hides_some",
+            "bias_hides_whole_rows",
+            "bias_of_grouped_heads",
+            "bias_in_a_decode_step",
+            "bias_of_grouped_wide_values",
+        ),
         bias_full={"bias": "NHLW"},
         bias_over_batch={"bias": "NH1W", "heads": 4, "kv_heads": 2},
         bias_hides_some={"bias": "NHLW", "hidden": 0.4},
@@ -122,12 +155,43 @@ TABLE: Sequence[Row] = (
         bias_hides_everything={"bias": "NHLW", "hidden": 1.0},
         bias_scaled={"bias": "H1W", "scale": 0.3, "window": Window(5, 5)},
         bias_table_long={"bias": "H1W", "query_length": 150, "window": Window(70, 11)},
+        bias_of_grouped_heads={
+            "bias": "NHLW",
+            "batch": 1,
+            "heads": 4,
+            "kv_heads": 2,
+            "query_length": 21,
+            "key_length": 30,
+            "window": Window(5, 2),
+        },
+        bias_in_a_decode_step={
+            "bias": "NHLW",
+            "batch": 1,
+            "query_length": 1,
+            "key_length": 50,
+            "window": Window.causal(16),
+        },
+        bias_of_grouped_wide_values={
+            "bias": "NHLW",
+            "heads": 6,
+            "kv_heads": 2,
+            "query_length": 21,
+            "head_dim": 8,
+            "value_dim": 48,
+            "window": Window(5, 2),
+        },
     ),
     *_over(
         "bias_dtype",
-        quick=("bias_in_float32",),
+        quick=("bias_in_float32", "bias_in_float16", "bias_in_float64"),
         bias_in_float32={"bias": "H1W", "bias_dtype": torch.float32},
         bias_in_bfloat16={"bias": "NHLW", "bias_dtype": torch.bfloat16},
+        bias_in_float16={"bias": "NHLW", "bias_dtype": torch.float16, "query_length": 21, "batch": 1},
+        bias_in_float64={"bias": "H1W", "bias_dtype": torch.float64, "query_length": 21, "batch": 1},
+    ),
+    # Numbers that no dtype of 16 bits holds, as of ALiBi far from the diagonal.
+    *_over(
+        "wide_bias", quick=("bias_of_100",), bias_of_100={"bias": "H1W", "bias_dtype": torch.float32, "shift": -100.0}
     ),
     *_over(
         "everything",
@@ -149,7 +213,7 @@ TABLE: Sequence[Row] = (
     # Every way to broadcast a bias.
     *_over(
         "broadcast",
-        quick=("bias_H1W", "bias_NH11", "bias_1"),
+        quick=("bias_H1W", "bias_NH11", "bias_1", "bias_N1LW"),
         **{
             f"bias_{letters}": {"bias": letters, "query_length": 21, "window": Window(4, 2), "heads": 3}
             for letters in (
@@ -166,7 +230,7 @@ TABLE: Sequence[Row] = (
     ),
     *_over(
         "layout",
-        quick=("expanded_bias",),
+        quick=("expanded_bias", "transposed_bias"),
         **{
             f"{layout}_bias": {"layout": layout, "heads": 3, "query_length": 21, "window": Window(5, 2), "bias": "NHLW"}
             for layout in LAYOUTS[1:]
@@ -221,6 +285,39 @@ TABLE: Sequence[Row] = (
         quick=("scores_of_64",),
         scores_of_4={"batch": 1, "query_length": 48, "head_dim": 32, "window": Window(9, 3), "magnitude": 4.0},
         scores_of_64={"batch": 1, "query_length": 48, "head_dim": 32, "window": Window(9, 3), "magnitude": 64.0},
+    ),
+    # The largest score is that of the most negative product, where the scale is negative.
+    *_over(
+        "magnitude",
+        quick=("negative_scale_1000",),
+        **{
+            f"negative_scale_{size:g}": {
+                "batch": 1,
+                "query_length": 20,
+                "window": Window(3, 0),
+                "magnitude": size,
+                "scale": -0.7,
+            }
+            for size in (30.0, 1e3)
+        },
+    ),
+    # A bias has a part in the largest score; the lowest number is one, and rows of nothing else see their keys.
+    *_over(
+        "large_bias",
+        quick=("bias_plus_100", "lowest_bias", "rows_of_the_lowest_bias"),
+        bias_plus_100={"bias": "NHLW", "shift": 100.0, "query_length": 20},
+        bias_plus_10000={"bias": "NHLW", "shift": 1e4, "query_length": 20},
+        bias_minus_10000={"bias": "NHLW", "shift": -1e4, "query_length": 20},
+        lowest_bias={"bias": "NHLW", "hidden": 0.4, "lowest": True, "query_length": 20},
+        rows_of_the_lowest_bias={"bias": "N1L1", "hidden": 0.4, "lowest": True, "query_length": 20},
+    ),
+    # What leaves the range of float16 on the way to a result that does not.
+    *_over(
+        "past_float16",
+        quick=("scores_past_float16", "products_past_float16", "large_values"),
+        scores_past_float16={"batch": 1, "head_dim": 64, "magnitude": 2e4, "one_sign": True, "scale": 1.0},
+        products_past_float16={"batch": 1, "head_dim": 64, "magnitude": 2e4, "one_sign": True, "scale": 1e-3},
+        large_values={"batch": 1, "value_magnitude": 1e4, "window": Window(15, 0)},
     ),
     # Larger than a few tiles in every direction: for an accelerator, where such a case costs nothing.
     *_over(
@@ -308,7 +405,10 @@ TABLE: Sequence[Row] = (
     ),
 )
 CASES: Sequence[Case] = tuple(
-    row.case for row in TABLE if row.group not in ("broadcast", "hidden", "magnitude", "large")
+    row.case
+    for row in TABLE
+    if row.group
+    not in ("broadcast", "hidden", "magnitude", "large", "sizes", "wide_bias", "large_bias", "past_float16")
 )
 
 SMALL_LENGTHS = ((1, 1), (1, 3), (3, 1), (2, 2), (3, 4), (4, 3), (5, 2), (5, 5))

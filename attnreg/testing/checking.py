@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnreg.measuring.sizes import result_shape
+from attnreg.op import ATTENTION, DOT_PRODUCT
 from attnreg.problem import Problem
 from attnreg.testing.budget import Budget, budget
 from attnreg.testing.inputs import Calls, Inputs
@@ -51,12 +53,32 @@ def expectations(problem: Problem, inputs: Inputs) -> tuple[Expected, ...]:
         truth = truth_of(problem, strip, inputs, torch.float64)
         naive = truth_of(problem, strip, inputs, problem.dtype)
         gradients = [part for name, part in truth.items() if name != "output"]
+        score = largest_score(problem, strip, inputs)
         budgets = {
-            name: budget(part, naive[name], problem.dtype, () if name == "output" else gradients)
+            name: budget(part, naive[name], problem.dtype, () if name == "output" else gradients, largest_score=score)
             for name, part in truth.items()
         }
         expected.append(Expected(strip, truth, budgets))
     return tuple(expected)
+
+
+def largest_score(problem: Problem, strip: Strip, inputs: Inputs) -> float:
+    """The size of the largest score that has a part in attention, in float64; 0 for another call: its budget does not ask for it.
+
+    One that is far below its row's largest has a weight of 0, however it is rounded. Where not a digit of a score is left behind
+    the point, as of the lowest number there is, a row says nothing of the others.
+    """
+    if problem.op != ATTENTION.name or problem.dtype != torch.float64:
+        return 0.0
+    products = replace(problem, op=DOT_PRODUCT.name, value_dim=0)
+    nothing = inputs.upstream.new_zeros(1).expand(result_shape(products))
+    operands = Inputs({name: inputs.tensors[name] for name in DOT_PRODUCT.tensors}, inputs.arguments, nothing)
+    scores = truth_of(products, strip, operands, torch.float64)["output"]
+    if not scores.numel():
+        return 0.0
+    step = torch.finfo(torch.float64).eps
+    counts = scores.isfinite() & (scores >= scores.amax(-1, keepdim=True) + math.log(step)) & (scores.abs() * step < 1)
+    return float(scores.where(counts, 0).abs().max())
 
 
 def check(problem: Problem, direction: str, calls: Calls, inputs: Inputs, expected: tuple[Expected, ...]) -> Verdict:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from attnreg.backend import Backend
-from attnreg.op import OPS
+from attnreg.backend import Backend, has_backward, has_op
+from attnreg.op import OPS, ROWS
 from attnreg.packages import own_version
 from attnreg.problem import Problem
+from attnreg.request import did_you_mean
 from attnreg.testing import about_calls, about_memory, about_values
 from attnreg.testing.case import Case
-from attnreg.testing.property import PROPERTIES, Failure, Property, examine, select
+from attnreg.testing.property import PROPERTIES, REFUSALS, Failure, Property, Selection, examine, select
 from attnreg.testing.shrinking import smallest
 from attnreg.testing.subject import Subject, under_test
 
@@ -25,6 +26,10 @@ from attnreg.testing.subject import Subject, under_test
 MODULES = (about_values, about_memory, about_calls)
 # A property is given up after so many cases that break it.
 MOST_FAILURES = 3
+# So many reasons for refusing what a capability declares are told in one remark.
+MOST_REASONS = 3
+# The properties without which nothing is known of a backend, and of what.
+NEEDED = {"values": "results", "gradients": "gradients"}
 
 HELD, BROKEN, DOES_NOT_APPLY = "held", "broken", "does not apply"
 
@@ -39,6 +44,7 @@ class Finding:
         failures: those in which it is broken, up to ``MOST_FAILURES``.
         minimal: the smallest call that breaks it, if any does.
         left_out: how many cases the backend refuses, by reason.
+        refused: those of them that its capability declares.
         reason: why it does not apply, or None.
         seconds: how long it took.
     """
@@ -48,6 +54,7 @@ class Finding:
     failures: tuple[Failure, ...]
     minimal: Failure | None
     left_out: Mapping[str, int]
+    refused: Mapping[str, int]
     reason: str | None
     seconds: float
 
@@ -91,9 +98,15 @@ class Report:
         return None if values is None else values.reason
 
     @property
+    def unproven(self) -> list[str]:
+        """What a backend must show and this one has not: results and, where it has gradients of any op, gradients."""
+        has_gradients = set(OPS) - set(self.forward_only) - set(self.lacking) != set()
+        return unproven({finding.tested.name: finding.reason for finding in self.findings}, has_gradients)
+
+    @property
     def conforms(self) -> bool:
-        """Whether no property is broken, and results were looked at."""
-        return not self.broken and self.untried is None
+        """Whether no property is broken, and results and gradients were looked at."""
+        return not self.broken and not self.unproven
 
     def remarks(self) -> list[str]:
         """What a reader must know to judge by the report."""
@@ -102,9 +115,12 @@ class Report:
             found.append(f"forward only: it has no gradients of {op}, and nothing was tried of them")
         for op in self.lacking:
             found.append(f"it has no {op}")
-        if self.untried is not None:
-            found.append(f"nothing is known of its results: {self.untried}")
-        return found
+        found += self.unproven
+        told = _refused(
+            sum(finding.cases for finding in self.findings if finding.tested.name != REFUSALS),
+            [finding.refused for finding in self.findings],
+        )
+        return found if told is None else [*found, told]
 
     def left_out(self) -> Mapping[str, int]:
         """How many cases the backend refuses, by reason; the most frequent first."""
@@ -142,7 +158,9 @@ def conform(
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     found: Callable[[Finding], None] = lambda finding: None,
 ) -> Report:
-    """Try every property of a backend on one device.
+    """Try every property of a backend on one device, in this process: a backend that ends it, or hangs, takes it along.
+
+    ``attnreg conform`` does the same in a process of its own.
 
     Args:
         backend: a registered backend by name, with options or without; or a Backend.
@@ -160,19 +178,62 @@ def conform(
     chosen = chosen_properties(properties)
     start = monotonic()
     findings = []
+
+    def told(property: Property, case: Case, done: int, total: int) -> None:
+        if total:
+            progress(property.name, done, total)
+
     with under_test(backend, device) as subject:
         for property in chosen:
-            findings.append(_find(property, subject, quick, shrink, progress))
+            findings.append(find_out(property, subject, quick, shrink, told))
             found(findings[-1])
-        return Report(
-            backend=subject.title,
-            device=subject.device,
-            findings=tuple(findings),
-            forward_only=tuple(op for op in subject.ops if not subject.has_gradients(op)),
-            lacking=tuple(op for op in OPS if op not in subject.ops),
-            quick=quick,
-            seconds=monotonic() - start,
-        )
+        return report(subject.backend, subject.title, subject.device, findings, quick, monotonic() - start)
+
+
+def report(
+    backend: Backend, title: str, device: torch.device, findings: Iterable[Finding], quick: bool, seconds: float
+) -> Report:
+    """What was found, with what is to be known of the backend itself."""
+    ops = [op for op in OPS if has_op(backend, ROWS[op])]
+    return Report(
+        backend=title,
+        device=device,
+        findings=tuple(findings),
+        forward_only=tuple(op for op in ops if not has_backward(backend, ROWS[op])),
+        lacking=tuple(op for op in OPS if op not in ops),
+        quick=quick,
+        seconds=seconds,
+    )
+
+
+def unproven(reasons: Mapping[str, str | None], has_gradients: bool) -> list[str]:
+    """What nothing is known of, given why each property that was asked for was not tried; None where it was."""
+    return [
+        f"nothing is known of its {what}: {reasons[name]}"
+        for name, what in NEEDED.items()
+        if reasons.get(name) is not None and (name != "gradients" or has_gradients)
+    ]
+
+
+def refused_of(selections: Mapping[Property, Selection]) -> str | None:
+    """How many cases that its capability declares a backend refuses, and why; None where it refuses none."""
+    tried = sum(len(each.cases) for property, each in selections.items() if property.name != REFUSALS)
+    return _refused(tried, [each.refused for each in selections.values()])
+
+
+def _refused(tried: int, refused: Iterable[Mapping[str, int]]) -> str | None:
+    counted: Counter[str] = Counter()
+    for each in refused:
+        counted.update(each)
+    if not counted:
+        return None
+    reasons = [f"{reason} ({count})" for reason, count in counted.most_common(MOST_REASONS)]
+    more = len(counted) - len(reasons)
+    if more:
+        reasons.append(f"{more} reason{'' if more == 1 else 's'} more")
+    # Of a case that its capability declares there is one reason: its own.
+    count = sum(counted.values())
+    return f"it refuses {count} of {tried + count} cases that its capability declares: {'; '.join(reasons)}"
 
 
 def check_case(backend: str | Backend, property: str, case: Case) -> None:
@@ -200,7 +261,8 @@ def chosen_properties(names: Iterable[str] | None) -> tuple[Property, ...]:
     wanted = PROPERTIES.keys() if names is None else set(names)
     unknown = sorted(wanted - PROPERTIES.keys())
     if unknown:
-        raise ValueError(f"no property is called {', '.join(unknown)}; there are {', '.join(PROPERTIES)}")
+        meant = did_you_mean(unknown[0], list(PROPERTIES))
+        raise ValueError(f"no property is called {', '.join(unknown)}{meant}; there are {', '.join(PROPERTIES)}")
     return tuple(property for property in ordered if property.name in wanted)
 
 
@@ -225,15 +287,20 @@ def python_of(failure: Failure, backend: str) -> list[str]:
     ]
 
 
-def _find(
-    property: Property, subject: Subject, quick: bool, shrink: bool, progress: Callable[[str, int, int], None]
+def find_out(
+    property: Property, subject: Subject, quick: bool, shrink: bool, told: Callable[[Property, Case, int, int], None]
 ) -> Finding:
+    """What is found of a property.
+
+    ``told`` is told each case before the backend hears of it, with how many were tried and how many there are: none where cases
+    are chosen.
+    """
     start = monotonic()
-    selection = select(property, subject, quick=quick)
+    selection = select(property, subject, quick=quick, before=lambda case: told(property, case, 0, 0))
     failures: list[Failure] = []
-    tried = 0
+    tried, total = 0, len(selection.cases)
     for case in selection.cases:
-        progress(property.name, tried, len(selection.cases))
+        told(property, case, tried, total)
         failure = examine(property, subject, case)
         tried += 1
         if failure is not None:
@@ -242,8 +309,17 @@ def _find(
                 break
     minimal = min(failures, key=lambda failure: _size(failure.case.problem), default=None)
     if minimal is not None and shrink:
-        minimal = smallest(minimal, subject)
-    return Finding(property, tried, tuple(failures), minimal, selection.left_out, selection.reason, monotonic() - start)
+        minimal = smallest(minimal, subject, lambda case: told(property, case, tried, total))
+    return Finding(
+        tested=property,
+        cases=tried,
+        failures=tuple(failures),
+        minimal=minimal,
+        left_out=selection.left_out,
+        refused=selection.refused,
+        reason=selection.reason,
+        seconds=monotonic() - start,
+    )
 
 
 def _size(problem: Problem) -> int:
@@ -260,6 +336,7 @@ def _finding_as_json(finding: Finding, backend: str) -> dict[str, Any]:
         "seconds": round(finding.seconds, 3),
         "reason": finding.reason,
         "left_out": dict(finding.left_out),
+        "refused": dict(finding.refused),
         "failures": [
             {"case": str(each.case), "problem": str(each.case.problem), "fault": each.fault}
             for each in finding.failures

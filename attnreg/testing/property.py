@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 
+from attnreg.backend import is_able
+from attnreg.printable import trouble
 from attnreg.testing.case import Case
 from attnreg.testing.cases import fitted, without_name
+from attnreg.testing.judging import one_thread
 from attnreg.testing.subject import Subject
 
 Check = Callable[[Subject, Case], "str | None"]
@@ -39,9 +43,18 @@ class Property:
     check: Check
     unless: Callable[[Subject], str | None] = lambda subject: None
 
+    def __reduce__(self) -> tuple[Callable[[str], Property], tuple[str]]:
+        """Another process has it by its name."""
+        return property_named, (self.name,)
+
 
 # By name; a module's in the order in which they are tried.
 PROPERTIES: dict[str, Property] = {}
+
+
+def property_named(name: str) -> Property:
+    """The property of that name."""
+    return PROPERTIES[name]
 
 
 def holds(
@@ -63,31 +76,41 @@ class Selection:
     Attributes:
         cases: those that the backend takes.
         left_out: how many cases it refuses, by reason.
+        refused: those of them that its capability declares, which it refuses all the same.
         reason: why the property does not apply; None where it does.
     """
 
     cases: tuple[Case, ...]
     left_out: Mapping[str, int]
+    refused: Mapping[str, int] = field(default_factory=dict)
     reason: str | None = None
 
 
-def select(property: Property, subject: Subject, *, quick: bool = False) -> Selection:
-    """The cases of a property that a backend under test declares that it can do."""
+def select(
+    property: Property, subject: Subject, *, quick: bool = False, before: Callable[[Case], None] = lambda case: None
+) -> Selection:
+    """The cases of a property that a backend under test declares that it can do; ``before`` is told each that it is asked of."""
     reason = property.unless(subject)
     if reason is not None:
-        return Selection((), {}, reason)
+        return Selection((), {}, reason=reason)
     cases: dict[Case, Case] = {}
     left_out: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
     for case in property.choose(subject, quick):
+        before(case)
         refusals = subject.refusals(case.problem)
         if refusals and property.name != REFUSALS:
             left_out.update(refusals)
+            if is_able(subject.backend, case.problem):
+                refused.update(refusals)
         else:
             cases.setdefault(without_name(case), case)
     if cases:
-        return Selection(tuple(cases.values()), left_out)
+        return Selection(tuple(cases.values()), left_out, refused)
     reasons = [reason for reason, _ in left_out.most_common(2)]
-    return Selection((), left_out, "; ".join(reasons) or ("not in a quick run" if quick else "no case is about it"))
+    return Selection(
+        (), left_out, refused, "; ".join(reasons) or ("not in a quick run" if quick else "no case is about it")
+    )
 
 
 # The one property whose cases are those that a backend does not take.
@@ -160,12 +183,19 @@ class Failure:
     error: BaseException | None = None
 
 
+# Those in which the number of threads has a part: where work is shared among them, or one is left behind. The others take one,
+# as their calls are tiny.
+WITH_ALL_THREADS = ("values", "gradients", "repeatable", "settings", "threads")
+
+
 def examine(property: Property, subject: Subject, case: Case) -> Failure | None:
-    """What is wrong with a case; None where the property holds."""
+    """What is wrong with a case; None where the property holds.
+
+    Whatever a backend raises is a fault of its, an exception that stops a generator, a task or a test too.
+    """
     try:
-        fault = property.check(subject, case)
-    # A backend that ends the process is as wrong as one that raises.
-    except (Exception, SystemExit) as error:
-        first = next(iter(str(error).splitlines()), "")
-        return Failure(property, case, f"raised {type(error).__name__}: {first}", error)
+        with nullcontext() if property.name in WITH_ALL_THREADS else one_thread():
+            fault = property.check(subject, case)
+    except BaseException as error:
+        return Failure(property, case, f"raised {trouble(error)}", error)
     return None if fault is None else Failure(property, case, fault)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from time import monotonic
 
@@ -16,8 +16,11 @@ from attnreg.window import Window
 MOST_TRIES, MOST_SECONDS = 400, 6.0
 
 
-def smallest(failure: Failure, subject: Subject) -> Failure:
-    """The failure of the smallest case that greedy steps lead to; it is of the same property, raised or found alike."""
+def smallest(failure: Failure, subject: Subject, before: Callable[[Case], None] = lambda case: None) -> Failure:
+    """The failure of the smallest case that greedy steps lead to; it is of the same property, raised or found alike.
+
+    ``before`` is told each case that is tried.
+    """
     end, tries = monotonic() + MOST_SECONDS, 0
     going = True
     while going:
@@ -25,6 +28,7 @@ def smallest(failure: Failure, subject: Subject) -> Failure:
         for case in _smaller(failure.case):
             if tries >= MOST_TRIES or monotonic() > end:
                 return failure
+            before(case)
             if bool(subject.refusals(case.problem)) != (failure.tested.name == REFUSALS):
                 continue
             tries += 1

@@ -16,7 +16,7 @@ from attnreg.backend import Backend, Function, has_backward, has_op, refusals, w
 from attnreg.op import OPS, ROWS, Op
 from attnreg.problem import Problem
 from attnreg.registry import register, registry
-from attnreg.request import parse_request
+from attnreg.request import did_you_mean, parse_request
 from attnreg.testing.case import Case
 from attnreg.testing.inputs import Inputs
 
@@ -181,9 +181,12 @@ def find(backend: str | Backend) -> tuple[Backend, str]:
     for entry in registry.entries:
         if entry.backend.name == request.name:
             return with_options(entry.backend, request.options), str(request)
-    names = ", ".join(sorted(entry.backend.name for entry in registry.entries)) or "none"
+    names = sorted(entry.backend.name for entry in registry.entries)
     broken = "".join(f"\n  {fault}" for fault in registry.faults)
-    raise UnknownBackend(f"no backend is called {request.name!r}; registered: {names}{broken}")
+    raise UnknownBackend(
+        f"no backend is called {request.name!r}{did_you_mean(request.name, names)}; "
+        f"registered: {', '.join(names) or 'none'}{broken}"
+    )
 
 
 def why_not_here(backend: str | Backend, device: torch.device) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 from attnreg.backend import Backend
 from attnreg.device import why_unusable
 from attnreg.testing.case import Case, case_id
-from attnreg.testing.conformance import chosen_properties, python_of
-from attnreg.testing.property import Property, examine, select
+from attnreg.testing.conformance import chosen_properties, python_of, refused_of, unproven
+from attnreg.testing.property import Property, Selection, examine, select
 from attnreg.testing.subject import Subject, under_test, why_not_here
 
 
@@ -33,7 +33,8 @@ def conformance_tests(
     ``test_mine = conformance_tests("mine")`` is all that such a file needs.
 
     There is a test for each property and case. One more, ``not_tried``, warns of the properties that do not apply, and why: as
-    those of gradients where a backend has none. Where the backend cannot run here, there is one that is skipped with the reason.
+    those of gradients where a backend has none. It fails where nothing is known of the results, or of gradients that it has.
+    Where the backend cannot run here, there is one that is skipped with the reason.
 
     Args:
         backend: a registered backend by name, with options or without; or a Backend, registered or not.
@@ -52,18 +53,21 @@ def conformance_tests(
     if reason is not None:
         parameters = [pytest.param(None, None, id="cannot run here", marks=pytest.mark.skip(reason=reason))]
         silent: list[str] = []
+        missing: list[str] = []
     else:
         with under_test(backend, on) as subject:
-            parameters, silent = _parameters(subject, chosen, quick)
-            silent += [
-                f"forward only: it has no gradients of {op}" for op in subject.ops if not subject.has_gradients(op)
-            ]
+            selections = {property: select(property, subject, quick=quick) for property in chosen}
+            parameters, silent = _parameters(selections), _not_tried(subject, selections)
+            reasons = {property.name: selection.reason for property, selection in selections.items()}
+            missing = unproven(reasons, any(subject.has_gradients(op) for op in subject.ops))
 
     @pytest.mark.parametrize(("property", "case"), parameters)
     def test(property: Property | None, case: Case | None) -> None:
         if property is None or case is None:
             for reason in silent:
                 warnings.warn(NotTried(reason), stacklevel=1)
+            if missing:
+                raise AssertionError("\n".join(missing))
             return
         with under_test(backend, on) as subject:
             failure = examine(property, subject, case)
@@ -74,13 +78,21 @@ def conformance_tests(
     return test
 
 
-def _parameters(subject: Subject, properties: Iterable[Property], quick: bool) -> tuple[list[Any], list[str]]:
-    """The parameters of the tests, and what is not tried."""
-    parameters, silent = [], []
-    for property in properties:
-        selection = select(property, subject, quick=quick)
-        if selection.reason is not None:
-            silent.append(f"{property.name} was not tried: {selection.reason}")
-        parameters += [pytest.param(property, case, id=f"{property.name}-{case_id(case)}") for case in selection.cases]
-    parameters.append(pytest.param(None, None, id="not_tried"))
-    return parameters, silent
+def _parameters(selections: Mapping[Property, Selection]) -> list[Any]:
+    parameters = [
+        pytest.param(property, case, id=f"{property.name}-{case_id(case)}")
+        for property, selection in selections.items()
+        for case in selection.cases
+    ]
+    return [*parameters, pytest.param(None, None, id="not_tried")]
+
+
+def _not_tried(subject: Subject, selections: Mapping[Property, Selection]) -> list[str]:
+    silent = [
+        f"{property.name} was not tried: {selection.reason}"
+        for property, selection in selections.items()
+        if selection.reason is not None
+    ]
+    silent += [f"forward only: it has no gradients of {op}" for op in subject.ops if not subject.has_gradients(op)]
+    refused = refused_of(selections)
+    return silent if refused is None else [*silent, refused]

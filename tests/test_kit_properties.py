@@ -1,0 +1,165 @@
+"""Each mutant is found by the property that it names, made of a right backend however that declares what it takes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnreg import Window
+from attnreg.testing import conform, make_case
+from attnreg.testing.case import LAYOUTS
+from attnreg.testing.conformance import chosen_properties
+from attnreg.testing.mutants import MUTANTS
+from attnreg.testing.property import PROPERTIES, select
+from attnreg.testing.subject import find, under_test
+from attnreg.testing.sums import OF_KEYS, of_one_sign
+from attnreg.testing.surroundings import as_at_first, left_as_found, state
+
+CPU = torch.device("cpu")
+# What a mutant raises that did not get what it should have.
+OF_ITS_MAKING = ("raised TypeError", "raised KeyError: 'bias'", "raised KeyError: 'key_lengths'")
+
+
+def right_that_takes_what_it_names():
+    """As CONTRIBUTING shows it: its functions name what they take, and its capability does not."""
+    (backend, _) = find("torch_block")
+    return replace(backend, name="named", capability=replace(backend.capability, takes=None))
+
+
+def test_a_right_backend_that_names_what_it_takes_breaks_nothing():
+    few = ["values", "gradients", "bias", "key_lengths", "other_numbers", "interleaved"]
+    assert conform(right_that_takes_what_it_names(), quick=True, properties=few).broken == ()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_of_a_backend_that_names_what_it_takes_is_killed_by_its_property_for_its_own_fault(name):
+    right = right_that_takes_what_it_names()
+    mutant = MUTANTS[name].of(right)
+    assert {"bias", "key_lengths"} <= set(mutant.capability.takes)
+    report = conform(mutant, quick=True, properties=[MUTANTS[name].property], shrink=False)
+    assert report.broken == (MUTANTS[name].property,) or report.untried is not None
+    faults = [failure.fault for finding in report.findings for failure in finding.failures]
+    assert [fault for fault in faults if fault.startswith(OF_ITS_MAKING)] == []
+
+
+def test_a_mutant_that_changes_the_capability_keeps_its_change():
+    mutant = MUTANTS["float64_in_float32"].of(right_that_takes_what_it_names())
+    assert mutant.capability.dtypes == {torch.float64}
+    assert mutant.capability.takes == {"bias", "key_lengths"}
+
+
+def test_every_kind_that_a_fuzzer_found_has_a_property_and_a_mutant():
+    kinds = {
+        *("interleaved", "other_numbers", "inference_mode", "threads", "lets_go", "quiet", "other_settings"),
+        *("sizes", "wide_bias", "gradient_sums", "sizes_of_gradients", "visible_nan"),
+    }
+    assert kinds <= PROPERTIES.keys()
+    assert kinds <= {mutant.property for mutant in MUTANTS.values()}
+
+
+def test_names_of_properties_fit_the_table_of_the_command():
+    assert max(map(len, PROPERTIES)) <= len("expanded_gradients")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(
+    "name", ["values", "gradients", "hidden", "log_sum_exp", "repeatable", "uninitialised", "inputs_unchanged"]
+)
+def test_every_declared_dtype_is_tried(name, quick):
+    with under_test("torch_block") as subject:
+        tried = {case.problem.dtype for case in select(PROPERTIES[name], subject, quick=quick).cases}
+    dtypes = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    assert tried == dtypes
+
+
+def test_both_dtypes_of_16_bits_are_tried_at_every_magnitude():
+    with under_test("torch_block") as subject:
+        cases = select(PROPERTIES["magnitudes"], subject, quick=True).cases
+    assert {case.problem.dtype for case in cases} == {torch.float16, torch.bfloat16, torch.float32}
+
+
+# Cases
+
+
+def drawn(**facts):
+    return make_case(query_length=9, window=Window(3, 1), **facts).draw()
+
+
+def test_the_lowest_number_hides_nothing():
+    bias = drawn(bias="NHLW", hidden=0.5, lowest=True).arguments["bias"]
+    assert bias.isfinite().all()
+    assert (bias == torch.finfo(torch.float32).min).any()
+
+
+def test_a_bias_is_shifted_and_values_are_scaled():
+    assert (drawn(bias="H1W", shift=100.0).arguments["bias"] > 80).all()
+    large = drawn(dtype=torch.float16, value_magnitude=1e4, needs_grad=False).tensors["value"]
+    assert large.isfinite().all()
+    assert large.abs().max() > 1e4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_changes_no_shape_and_no_dtype(layout):
+    plain, laid = drawn(bias="NHLW"), drawn(bias="NHLW", layout=layout)
+    for name, tensor in laid.leaves.items():
+        assert (tensor.shape, tensor.dtype) == (plain.leaves[name].shape, plain.leaves[name].dtype)
+
+
+def test_layouts_in_which_tensors_differ():
+    mixed = drawn(layout="mixed").tensors
+    assert len({tensor.stride() for tensor in mixed.values()}) == 3
+    assert drawn(layout="one_key").tensors["key"].stride(2) == 0
+    assert drawn(layout="misaligned").tensors["key"].data_ptr() % 8 == 4
+
+
+def test_all_terms_of_a_sum_have_one_sign():
+    case = OF_KEYS.of("local_attention", torch.bfloat16, CPU)
+    inputs = of_one_sign(case)
+    assert (inputs.tensors["query"] >= 0).all()
+    assert (inputs.upstream >= 0).all()
+    assert (inputs.tensors["key"][:, :, 1:] <= 0).all()
+    assert (inputs.tensors["value"][:, :, 1:] == 0).all()
+
+
+# Surroundings
+
+
+def test_settings_are_put_back():
+    before = state(CPU)
+    with left_as_found():
+        torch.set_default_dtype(torch.float64)
+        torch.set_flush_denormal(True)
+        torch.autograd.set_detect_anomaly(True)
+        os.environ["ATTNREG_LEFT"] = "here"
+        warnings.simplefilter("ignore")
+    after = state(CPU)
+    assert [
+        name for name, value in before.items() if not isinstance(value, torch.Tensor) and value != after[name]
+    ] == []
+
+
+def test_what_was_left_behind_before_does_not_hide_that_it_is_left_again(monkeypatch):
+    monkeypatch.setenv("ATTNREG_LEFT", "here")
+    with as_at_first():
+        assert "ATTNREG_LEFT" not in os.environ
+    assert os.environ["ATTNREG_LEFT"] == "here"
+
+
+def test_a_run_leaves_no_thread_and_no_setting():
+    threads, before = threading.active_count(), state(CPU)
+    names = ["threads", "quiet", "settings", "other_settings", "inference_mode", "lets_go"]
+    assert conform("torch_block", quick=True, properties=names).broken == ()
+    after = state(CPU)
+    assert threading.active_count() == threads
+    assert [
+        name for name, value in before.items() if not isinstance(value, torch.Tensor) and value != after[name]
+    ] == []
+
+
+def test_every_property_is_in_the_order_of_a_module():
+    assert {each.name for each in chosen_properties(None)} == PROPERTIES.keys()
