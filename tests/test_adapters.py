@@ -502,3 +502,17 @@ def test_flex_keeps_no_inference_tensor_for_a_training_call():
         mask, bounds = flex._block_mask(2, 1, 300, 300, torch.device("cpu"))
     assert not bounds.is_inference()
     assert not mask.kv_indices.is_inference()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 3), (1, 1, 5, 1), (1, 4, 1, 3)])
+def test_flex_gives_the_log_sum_exp_of_rows_whose_scores_are_all_the_lowest(shape):
+    """In log2, as the library has it, that is -inf."""
+    lowest, window = torch.finfo(torch.float32).min, Window(1, 1)
+    bias = torch.full(shape, lowest)
+    bias[..., :1, :] = -torch.inf  # of all rows, where there is one for all
+    log_sum_exp = torch.full((2, 4, 5), -torch.inf)
+    log_sum_exp[:, :, 3] = 7.0
+    expected = torch.full((2, 4, 5), lowest if shape[2] > 1 else -torch.inf)
+    expected[:, :, 0] = -torch.inf
+    expected[:, :, 3] = 7.0
+    assert torch.equal(flex._of_lowest_scores(log_sum_exp, bias, 5, window), expected)

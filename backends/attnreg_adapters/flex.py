@@ -19,6 +19,8 @@ _BLOCK = 128
 MOST_POSITIONS = 2**19
 # Every shape is a compilation of its own; after the default of 8 torch would give up compiling.
 _MOST_COMPILATIONS = 4096
+# Of the query heads of a key head together: with 111 the library's kernel for few queries compiles, with 512 it does not.
+_MOST_ROWS_OF_A_HEAD = 128
 
 
 def unavailable() -> str | None:
@@ -62,6 +64,8 @@ def local_attention(
         bias = bias[:, :, rows:] if bias.size(2) > 1 else bias
         value = value.where(_seen(bias, seeing, key, window), 0)
     output, log_sum_exp = _flex_attention(seeing, key, value, window, bias, scale)
+    if bias is not None:
+        log_sum_exp = _of_lowest_scores(log_sum_exp, bias, key.size(2), window)
     if not rows:
         return in_order_of(query, output), log_sum_exp
     whole, whole_log_sum_exp = empty_like(query, value.size(3)), log_sum_exp.new_full(query.shape[:3], -math.inf)
@@ -89,8 +93,31 @@ def _flex_attention(
             scale=scale,
             enable_gqa=query.size(1) != key.size(1),
             return_aux=AuxRequest(lse=True),
+            kernel_options=_kernel_options(query.size(1) // key.size(1), query.size(2)),
         )
     return output, further.lse
+
+
+def _kernel_options(group: int, queries: int) -> dict[str, Any]:
+    """Of few queries the library holds all rows of a key head in one tile, which so many do not fit."""
+    return {"BACKEND": "TRITON"} if group > 1 and group * queries > _MOST_ROWS_OF_A_HEAD else {}
+
+
+def _of_lowest_scores(log_sum_exp: Tensor, bias: Tensor, keys: int, window: Window) -> Tensor:
+    """The log-sum-exp also of rows of which all scores are near the lowest number, which is -inf times log2(e).
+
+    Beside such a bias nothing counts: the largest of the row's is what the library lost.
+    """
+    slots = _keys_of_slots(bias, log_sum_exp.size(2), keys, window)
+    largest = bias.where((slots >= 0) & (slots < keys), -math.inf).amax(-1)
+    lowest = largest.clamp(min=torch.finfo(torch.float32).min).to(log_sum_exp.dtype)
+    return log_sum_exp.where((log_sum_exp != -math.inf) | (largest == -math.inf), lowest)
+
+
+def _keys_of_slots(bias: Tensor, queries: int, keys: int, window: Window) -> Tensor:
+    """The positions of the keys of all slots, (Lq, W)."""
+    first = torch.arange(queries, device=bias.device)[:, None] + (keys - queries - window.left)
+    return first + torch.arange(window.size, device=bias.device)
 
 
 def _seen(bias: Tensor, query: Tensor, key: Tensor, window: Window) -> Tensor:
@@ -102,8 +129,7 @@ def _seen(bias: Tensor, query: Tensor, key: Tensor, window: Window) -> Tensor:
     visible = (bias != -math.inf).expand(-1, -1, queries, window.size)
     if visible.size(1) > 1:
         visible = visible.unflatten(1, (kv_heads, -1)).any(2)
-    first = torch.arange(queries, device=bias.device)[:, None] + (keys - queries - window.left)
-    slots = first + torch.arange(window.size, device=bias.device)
+    slots = _keys_of_slots(bias, queries, keys, window)
     # Slots without a key fall on one more, the last.
     index = torch.where((slots >= 0) & (slots < keys), slots, keys).expand(visible.shape)
     found = torch.zeros(*visible.shape[:2], keys + 1, dtype=torch.uint8, device=bias.device)
