@@ -163,3 +163,27 @@ def test_a_run_leaves_no_thread_and_no_setting():
 
 def test_every_property_is_in_the_order_of_a_module():
     assert {each.name for each in chosen_properties(None)} == PROPERTIES.keys()
+
+
+def test_a_backend_that_differentiates_some_head_dims_or_dtypes_is_tried_in_these():
+    """By a rule of its own, of which its capability says nothing."""
+
+    def refuse(problem):
+        if problem.needs_grad and problem.head_dim % 32:
+            return "no gradients at such a head dim"
+        return "no gradients in float32" if problem.needs_grad and problem.dtype == torch.float32 else None
+
+    picky = replace(right_that_takes_what_it_names(), name="picky", refuse=refuse)
+    report = conform(picky, quick=True, properties=["gradients", "wanted_gradients", "value_dim"])
+    states = {finding.tested.name: (finding.state, finding.cases) for finding in report.findings}
+    assert states["gradients"][0] == states["wanted_gradients"][0] == "held"
+    assert states["wanted_gradients"][1] > 3
+
+
+def test_two_head_dims_are_not_made_one():
+    def refuse(problem):
+        return "E and D differ" if problem.value_dim and problem.head_dim not in (0, problem.value_dim) else None
+
+    equal = replace(right_that_takes_what_it_names(), name="equal", refuse=refuse)
+    (finding,) = conform(equal, quick=True, properties=["value_dim"]).findings
+    assert finding.state == "does not apply"

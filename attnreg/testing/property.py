@@ -14,7 +14,7 @@ import torch
 
 from attnreg.backend import is_able
 from attnreg.printable import trouble
-from attnreg.testing.case import Case
+from attnreg.testing.case import Case, make_case
 from attnreg.testing.cases import fitted, without_name
 from attnreg.testing.judging import one_thread
 from attnreg.testing.subject import Subject
@@ -23,6 +23,9 @@ Check = Callable[[Subject, Case], "str | None"]
 Choice = Callable[[Subject, bool], Iterable[Case]]
 
 NARROW = (torch.bfloat16, torch.float16)
+
+# Tried where a backend refuses that of a case by a rule of its own.
+COMMON_HEAD_DIMS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,35 @@ def calls(
         for op in subject.ops if ops is None else ops:
             needs_grad = subject.has_gradients(op) if gradients is None else gradients
             for case in cases:
-                yield fitted(case.of(op, dtype, subject.device, needs_grad=needs_grad), subject.backend.capability)
+                yield _possible(subject, case.of(op, dtype, subject.device, needs_grad=needs_grad))
+
+
+def _possible(subject: Subject, case: Case) -> Case:
+    """The case with sizes that the backend takes: the nearest that it declares, or a common head dim that its own rule admits."""
+    capability = subject.backend.capability
+    case = fitted(case, capability)
+    problem = case.problem
+    if not is_able(subject.backend, problem) or not subject.refusals(problem):
+        return case
+    # Two head dims are what such a case is for.
+    for size in COMMON_HEAD_DIMS if len({problem.head_dim, problem.value_dim} - {0}) == 1 else ():
+        dims = {"head_dim": problem.head_dim and size, "value_dim": problem.value_dim and size}
+        other = fitted(case.changed(**dims), capability)
+        if not subject.refusals(other.problem):
+            return other
+    return case
 
 
 def one(subject: Subject) -> Sequence[torch.dtype]:
-    """The dtype in which faults show best."""
+    """The dtype in which faults show best: of those that it differentiates, where there is one."""
     wide = [dtype for dtype in (torch.float32, torch.float64) if dtype in subject.dtypes]
-    return [*wide, *subject.dtypes][:1]
+    dtypes = [*wide, *subject.dtypes]
+    return [dtype for dtype in dtypes if _differentiates(subject, dtype)][:1] or dtypes[:1]
+
+
+def _differentiates(subject: Subject, dtype: torch.dtype) -> bool:
+    plain = [make_case().of(op, dtype, subject.device) for op in subject.ops if subject.has_gradients(op)]
+    return not any(subject.refusals(_possible(subject, case).problem) for case in plain)
 
 
 def two(subject: Subject) -> Sequence[torch.dtype]:
