@@ -617,6 +617,8 @@ def test_nothing_is_left_where_the_command_is_ended(end, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "attnreg", "conform", "odd_hangs", "--device", "cpu", "--property", "bias"],
         cwd=tmp_path, env=surroundings(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # Tests that run in the background of a shell ignore it, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as command:  # fmt: skip
         try:
             until = time.monotonic() + 120
