@@ -335,5 +335,5 @@ def test_the_switch_of_autotune_is_read_as_it_is_meant(monkeypatch, written, on)
 
 def test_a_switch_that_is_neither_on_nor_off_is_an_error(monkeypatch):
     monkeypatch.setenv("ATTNREG_AUTOTUNE", "perhaps")
-    with pytest.raises(ValueError, match="ATTNREG_AUTOTUNE must be 1 or 0 .*, got 'perhaps'"):
+    with pytest.raises(ValueError, match=r"ATTNREG_AUTOTUNE must be 1 or 0 .*, got 'perhaps'"):
         attnreg.local_dot_product(QUERY.double(), QUERY.double(), Window(1, 3))
