@@ -103,6 +103,8 @@ def select(
         before(case)
         refusals = subject.refusals(case.problem)
         if refusals and property.name != REFUSALS:
+            case, refusals = _at_another_head_dim(subject, case, refusals)
+        if refusals and property.name != REFUSALS:
             left_out.update(refusals)
             if is_able(subject.backend, case.problem):
                 refused.update(refusals)
@@ -144,23 +146,21 @@ def calls(
         for op in subject.ops if ops is None else ops:
             needs_grad = subject.has_gradients(op) if gradients is None else gradients
             for case in cases:
-                yield _possible(subject, case.of(op, dtype, subject.device, needs_grad=needs_grad))
+                yield fitted(case.of(op, dtype, subject.device, needs_grad=needs_grad), subject.backend.capability)
 
 
-def _possible(subject: Subject, case: Case) -> Case:
-    """The case with sizes that the backend takes: the nearest that it declares, or a common head dim that its own rule admits."""
-    capability = subject.backend.capability
-    case = fitted(case, capability)
-    problem = case.problem
-    if not is_able(subject.backend, problem) or not subject.refusals(problem):
-        return case
+def _at_another_head_dim(subject: Subject, case: Case, refusals: tuple[str, ...]) -> tuple[Case, tuple[str, ...]]:
+    """A refused case at a common head dim that the backend's own rule admits, where there is one; and what is against it."""
+    capability, problem = subject.backend.capability, case.problem
+    if not is_able(subject.backend, problem):
+        return case, refusals
     # Two head dims are what such a case is for.
     for size in COMMON_HEAD_DIMS if len({problem.head_dim, problem.value_dim} - {0}) == 1 else ():
         dims = {"head_dim": problem.head_dim and size, "value_dim": problem.value_dim and size}
         other = fitted(case.changed(**dims), capability)
         if not subject.refusals(other.problem):
-            return other
-    return case
+            return other, ()
+    return case, refusals
 
 
 def one(subject: Subject) -> Sequence[torch.dtype]:
@@ -171,8 +171,13 @@ def one(subject: Subject) -> Sequence[torch.dtype]:
 
 
 def _differentiates(subject: Subject, dtype: torch.dtype) -> bool:
-    plain = [make_case().of(op, dtype, subject.device) for op in subject.ops if subject.has_gradients(op)]
-    return not any(subject.refusals(_possible(subject, case).problem) for case in plain)
+    for op in subject.ops:
+        if subject.has_gradients(op):
+            case = fitted(make_case().of(op, dtype, subject.device), subject.backend.capability)
+            refusals = subject.refusals(case.problem)
+            if refusals and _at_another_head_dim(subject, case, refusals)[1]:
+                return False
+    return True
 
 
 def two(subject: Subject) -> Sequence[torch.dtype]:
