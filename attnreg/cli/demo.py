@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +28,7 @@ from attnreg.cli.shared import (
     say,
 )
 from attnreg.demo import LanguageModel, Measurement, evaluate, first_layer, measure, own_text, split, train
+from attnreg.measuring.threads import one_thread
 from attnreg.problem import dtype_name
 from attnreg.window import Window
 
@@ -87,7 +86,7 @@ def demo(
     say(f"text: {source}, {len(training)} bytes to train on, {len(held_out)} held out")
 
     console = new_console()
-    with _one_cpu_thread(), backend_errors():
+    with one_thread(), backend_errors():
         model = LanguageModel(backend=backend, seed=seed).to(on)
         before, after, seconds = _train(model, training, held_out, steps, seed, console)
         sequence = torch.cat([training, held_out])[-DEMO_LENGTH:]
@@ -166,17 +165,3 @@ def _measure(model: LanguageModel, sequence: torch.Tensor, backend: str | None, 
     for message in refused:
         say(message)
     return measured
-
-
-@contextmanager
-def _one_cpu_thread() -> Iterator[None]:
-    """One thread: in operations as small as the demo's, several spend their time waiting for each other.
-
-    On a machine that is busy with something else as well, two were measured ten times slower than one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from attnreg.measuring.threads import one_thread
 from attnreg.op import ROWS
 from attnreg.problem import Problem
 from attnreg.testing.budget import Budget, budget
@@ -34,20 +34,6 @@ def truth_in(case: Case, inputs: Inputs, dtype: torch.dtype) -> Truth:
     upstream = {next(iter(row.results)): cast(inputs.upstream)}
     with one_thread():
         return truth(row, tensors, case.problem.window, arguments, upstream)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors of a few hundred numbers are computed by one thread: more of them wait for each other, ten times as long.
-
-    The number of threads before is set again, whatever was set meanwhile.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def expected(case: Case) -> Mapping[str, tuple[Tensor, Budget]]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from attnreg.backend import is_able
+from attnreg.measuring.threads import one_thread
 from attnreg.printable import trouble
 from attnreg.testing.case import Case, make_case
 from attnreg.testing.cases import fitted, without_name
-from attnreg.testing.judging import one_thread
 from attnreg.testing.subject import Subject
 
 Check = Callable[[Subject, Case], "str | None"]
