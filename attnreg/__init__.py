@@ -9,7 +9,7 @@ from attnreg.asking import use_backend
 from attnreg.backend import CONTRACT, Backend, BackendError, Capability
 from attnreg.band import band_from_dense
 from attnreg.dispatch import Decision
-from attnreg.functional import local_attention, local_dot_product, local_weighted_average
+from attnreg.functional import local_attention, local_attention_with_lse, local_dot_product, local_weighted_average
 from attnreg.inspection import BackendStatus, backends, explain
 from attnreg.memory import empty_like
 from attnreg.modules import LocalAttention
@@ -43,6 +43,7 @@ __all__ = [
     "explain",
     "hookimpl",
     "local_attention",
+    "local_attention_with_lse",
     "local_dot_product",
     "local_weighted_average",
     "register",

@@ -18,6 +18,9 @@ from attnreg.packages import package_version
 from attnreg.printable import brief, message, plain, printable, report, trouble, type_name
 from attnreg.problem import Problem
 
+# What attention has and the products have not: a composition sees to it between them.
+BETWEEN_PRODUCTS = ATTENTION.optional - DOT_PRODUCT.optional - WEIGHTED_AVERAGE.optional
+
 Function = Callable[..., Any]
 Gradients = Mapping[str, Tensor]
 
@@ -42,8 +45,9 @@ class Capability:
         devices: torch device types, such as ``{"cuda"}``; None means every device.
         head_dims: admitted sizes of the last dimension of query, key and value; None means every size.
         window_sizes: admitted ``window.size``; None means every size.
-        takes: the optional arguments that it handles, by name, such as ``{"bias", "key_lengths"}``; a call that gives another
-            one is refused. None means those that its functions name.
+        takes: the optional arguments that it handles, by name, such as ``{"bias", "key_lengths"}``, and incoming gradients of
+            results but the first, ``"grad_log_sum_exp"``; a call that gives or needs another one is refused. None means those
+            that its functions name.
         grouped_heads: whether there may be fewer key/value heads than query heads.
         unequal_lengths: whether the numbers of queries and keys may differ.
 
@@ -79,7 +83,7 @@ class Capability:
         for name in ("grouped_heads", "unequal_lengths"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Capability: {name} must be True or False, got {brief(getattr(self, name))}")
-        known = {argument.name for op in ROWS.values() for argument in op.arguments}
+        known = {argument.name for op in ROWS.values() for argument in op.extras}
         for name in sorted(self.takes or ()):
             if name not in known:
                 raise ValueError(f"Capability: takes has {name!r}; the ops' arguments are {', '.join(sorted(known))}")
@@ -129,15 +133,23 @@ class Backend:
       the call does not give one. Every function of an op that has a ``scale`` gets it, as a float.
     - ``bias`` is a floating-point tensor of four dimensions, each either the full one of
       (N, H, Lq, W) or 1 where it broadcasts, with arbitrary strides and a dtype of its own.
-    - ``key_lengths`` is a contiguous int32 or int64 tensor (N,). On an accelerator its values could not be
-      checked: read it as ``min(max(length, 0), Lk)``.
+    - ``key_lengths``, ``key_starts`` and ``query_starts`` are contiguous int32 or int64 tensors (N,); ``cu_seqlens_q`` and
+      ``cu_seqlens_k`` such tensors (S + 1,), of calls with N = 1 that give none of the other three. ``cu_seqlens_k`` is None
+      where it is the same as ``cu_seqlens_q``. On an accelerator their values could not be checked: read a length, a key's
+      start and an offset as ``min(max(value, 0), Lk)`` (or Lq); a query's start may be any number. Nothing is read on the host
+      there. :mod:`attnreg.rows` says in torch operations which keys rows see.
+    - ``seed`` is an int64 tensor (1,) on the tensors' device, and there where ``dropout_p`` is. :mod:`attnreg.dropout` says in
+      torch operations which weights are kept.
 
     What they must keep:
 
-    - Slot ``c`` of row ``i`` is key ``j = i + (Lk - Lq) - left + c``. It is *visible* if ``0 <= j < Lk``, ``j`` is under
-      the sequence's key length, and the bias there is not -inf. What lies in an invisible slot of ``weights`` or of
-      an incoming gradient, in a key or value that no row sees, and in a row that sees no key, is never used, not even
-      multiplied by 0: it may be NaN. Gradients at invisible slots are 0.
+    - Row ``i`` stands at key position ``p = start + i`` and sees keys from ``max(p - left, low)`` up to, not with,
+      ``min(p + right + 1, high)``: start is ``Lk - Lq``, low 0 and high ``Lk``, or what ``query_starts``, ``key_starts`` and
+      ``key_lengths`` say of its sequence. In a packed call a sequence's rows and keys lie between its offsets, its ends aligned:
+      ``start = cu_seqlens_k[s + 1] - cu_seqlens_q[s + 1]``; a row past the last offset sees nothing.
+    - Slot ``c`` of row ``i`` is key ``p - left + c``. It is *visible* if the row sees that key and the bias there is not -inf.
+      What lies in an invisible slot of ``weights`` or of an incoming gradient, in a key or value that no row sees, and in a row
+      that sees no key, is never used, not even multiplied by 0: it may be NaN. Gradients at invisible slots are 0.
     - fp16 and bf16 accumulate in fp32; fp32 is fp32-accurate unless :func:`attnreg.allow_tf32` says otherwise.
     - Results are new tensors that lie in memory as the tensors that they belong to, see :func:`attnreg.empty_like`: what is
       computed for rows as the query (or the weights), a gradient as its tensor. The same call gives the same bits.
@@ -149,16 +161,18 @@ class Backend:
         name: what users write: ``backend="name"``. Letters, digits, "_", "." and "-", which it must not begin with.
         capability: what it can do.
         summary: one line for ``attnreg backends``.
-        local_dot_product: ``(query, key, window, *, bias, key_lengths, scale) -> scores`` (N, H, Lq, W), in query's dtype:
-            ``scale * query . key + bias``, -inf in invisible slots.
-        local_dot_product_backward: ``(grad_scores, query, key, window, *, bias, key_lengths, scale, needs_grad) -> gradients``.
-        local_weighted_average: ``(weights, value, window, *, key_lengths) -> output`` (N, H, Lq, D).
-        local_weighted_average_backward: ``(grad_output, weights, value, window, *, key_lengths, needs_grad) -> gradients``.
-        local_attention: ``(query, key, value, window, *, bias, key_lengths, scale) -> (output, log_sum_exp)``, the output
-            (N, H, Lq, D) and the natural log-sum-exp of each row's visible scores (N, H, Lq), contiguous, in float32, or
-            float64 for float64. A row without a visible key has output 0 and log-sum-exp -inf.
-        local_attention_backward: ``(grad_output, query, key, value, output, log_sum_exp, window, *, bias, key_lengths, scale,
-            needs_grad) -> gradients``.
+        local_dot_product: ``(query, key, window, *, bias, ..., scale) -> scores`` (N, H, Lq, W), in query's dtype:
+            ``scale * query . key + bias``, -inf in invisible slots. ``...`` stands for the arguments of rows that it takes.
+        local_dot_product_backward: ``(grad_scores, query, key, window, *, bias, ..., scale, needs_grad) -> gradients``.
+        local_weighted_average: ``(weights, value, window, *, ...) -> output`` (N, H, Lq, D).
+        local_weighted_average_backward: ``(grad_output, weights, value, window, *, ..., needs_grad) -> gradients``.
+        local_attention: ``(query, key, value, window, *, bias, ..., scale, softcap, sinks, dropout_p, seed) -> (output,
+            log_sum_exp)``, the output (N, H, Lq, D) and the natural log-sum-exp of each row's visible scores, and of its head's
+            sink, (N, H, Lq), contiguous, in float32, or float64 for float64. A row without a visible key has output 0 and
+            log-sum-exp -inf. ``S = scale * query . key``, then ``softcap * tanh(S / softcap)``, then ``+ bias``; ``sinks`` (H,)
+            add ``exp(sinks[h])`` to the denominator; dropout comes last, and the log-sum-exp knows nothing of it.
+        local_attention_backward: ``(grad_output, query, key, value, output, log_sum_exp, window, *, bias, ..., scale, softcap,
+            sinks, dropout_p, seed, grad_log_sum_exp, needs_grad) -> gradients``; ``grad_log_sum_exp`` is contiguous, or None.
         differentiable: the forward functions consist of differentiable torch operations: gradients of any order come
             from autograd, and no backward functions are needed.
         unavailable: None where the backend can run on this machine, else the reason why not. Called often: keep it cheap.
@@ -255,25 +269,28 @@ class Backend:
         """The optional arguments that it handles, by op.
 
         Of composed attention, those that its dot product takes and shows in the scores, where the average takes them too or does
-        not have them.
+        not have them; and all that lies between the two products.
         """
         own = {op: self._takes(ROWS[op]) for op in self.own_ops}
         if is_composed(self, ATTENTION):
             without = {argument.name for argument in WEIGHTED_AVERAGE.arguments} - own[WEIGHTED_AVERAGE.name]
-            own[ATTENTION.name] = ATTENTION.optional & own[DOT_PRODUCT.name] - without
+            own[ATTENTION.name] = (ATTENTION.optional & own[DOT_PRODUCT.name] - without) | BETWEEN_PRODUCTS
         return own
 
     def _takes(self, op: Op) -> frozenset[str]:
         if self.capability.takes is not None:
             return op.optional & frozenset(self.capability.takes)
-        return op.optional.intersection(*(_named(function) for function in self._functions(op)))
+        named = {name: _named(function) for name, function in self._functions(op).items()}
+        arguments = op.optional.intersection(*named.values())
+        return arguments | {each.name for each in op.incoming if each.name in named.get(op.backward, ())}
 
-    def _functions(self, op: Op) -> list[Function]:
-        return [function for name in (op.name, op.backward) if (function := getattr(self, name)) is not None]
+    def _functions(self, op: Op) -> dict[str, Function]:
+        return {name: function for name in (op.name, op.backward) if (function := getattr(self, name)) is not None}
 
     def _check_signatures(self, op: Op) -> None:
-        needed = self._takes(op) | {argument.name for argument in op.arguments if argument.for_all}
-        for function in self._functions(op):
+        of_all = self._takes(op) | {argument.name for argument in op.arguments if argument.for_all}
+        for name, function in self._functions(op).items():
+            needed = of_all - {argument.name for argument in op.incoming if name != op.backward}
             missing = sorted(needed - _accepted(function, needed))
             if missing:
                 raise TypeError(

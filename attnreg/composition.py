@@ -1,7 +1,8 @@
 """What a backend lacks is composed: attention from the two products, a backward from a differentiable forward.
 
 The compositions hold no kernel of their own for the products; they call the backend's. What lies between them, scores and
-weights, is in float32 or wider: rounded to 16 bits, scores of 64 would be off by an eighth before the softmax.
+weights, is in float32 or wider: rounded to 16 bits, scores of 64 would be off by an eighth before the softmax. There, too, are
+made what attention has and the products have not: soft cap, sinks, dropout and the gradient of the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor
 from torch.nn.functional import fold, pad
 
 from attnreg.backend import Backend, Function, is_composed
+from attnreg.dropout import kept
 from attnreg.memory import empty_like, laid_out, strides_like, with_gradient_laid_out
-from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, WEIGHTED_AVERAGE, Op
+from attnreg.op import ATTENTION, DOT_PRODUCT, ROWS, ROWS_OF_CALL, WEIGHTED_AVERAGE, Op
 from attnreg.printable import brief
 from attnreg.problem import Problem
+from attnreg.rows import rows_of
 from attnreg.window import Window
 
 # Bytes of scores that composed attention makes at a time, unless the queries of one key head alone have more. A forward holds
@@ -47,7 +50,10 @@ def workspace(backend: Backend, problem: Problem) -> int:
     band = rows * problem.window.size * _wide(problem.dtype).itemsize
     # The queries of one key head are not divided.
     most = max(LARGEST_BAND, band // max(problem.batch * problem.kv_heads, 1))
-    return own + min(band, most) * (4 if problem.needs_grad else 2)
+    # A soft cap keeps its derivative, and dropout makes 64-bit words, four to four weights, and their products.
+    bands = (4 if problem.needs_grad else 2) + (problem.gives("softcap") is not None)
+    bands += 6 if problem.gives("dropout_p") is not None else 0
+    return own + min(band, most) * bands
 
 
 def _bytes(answer: Any) -> int:
@@ -160,7 +166,7 @@ def _attention(
     output = empty_like(query, value.shape[3])
     log_sum_exp = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
     for part in _parts(query, key, window):
-        result, of_rows = _Call.of_part(part, products, query, key, value, window, options).results()
+        result, of_rows = _Call(part, products, query, key, value, window, options).results()
         part.of_queries(output).copy_(result)
         part.of_queries(log_sum_exp).copy_(of_rows)
     return output, log_sum_exp
@@ -175,7 +181,7 @@ def _attention_of_torch(
         if argument.differentiable and options.get(argument.name) is not None:
             options[argument.name] = with_gradient_laid_out(options[argument.name])
     parts = [*_parts(query, key, window)]
-    results = [_Call.of_part(part, products, query, key, value, window, options).results() for part in parts]
+    results = [_Call(part, products, query, key, value, window, options).results() for part in parts]
     output, log_sum_exp = (_joined(parts, each) for each in zip(*results))
     return laid_out(output.to(query.dtype), strides_like(query, value.shape[3])), log_sum_exp
 
@@ -198,6 +204,7 @@ def _attention_backward(
     log_sum_exp: Tensor,
     window: Window,
     *,
+    grad_log_sum_exp: Tensor | None,
     needs_grad: frozenset[str],
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -213,8 +220,9 @@ def _attention_backward(
         # What the parts give of one gradient is added up in fp32 or wider, and rounded once.
         gradients[name] = torch.zeros_like(options[name], dtype=_wide(options[name].dtype))
     for part in _parts(query, key, window):
-        call = _Call.of_part(part, products, query, key, value, window, options)
-        found = call.gradients(part.of_queries(grad_output), needs_grad)
+        call = _Call(part, products, query, key, value, window, options)
+        of_sums = None if grad_log_sum_exp is None else part.of_queries(grad_log_sum_exp)
+        found = call.gradients(part.of_queries(grad_output), of_sums, needs_grad)
         del call  # Its bands would stay until the next one has made its own.
         for name, gradient in found.items():
             if name in given:
@@ -229,7 +237,8 @@ def _attention_backward(
 class _Call:
     """Attention of one part, from its products.
 
-    ``S = scale * Q K^T + bias``, ``P = softmax(S)``, ``O = P V``.
+    ``S = scale * Q K^T``, ``S = softcap * tanh(S / softcap)``, ``S = S + bias``; ``P = exp(S) / (sum(exp(S)) + exp(sink))``;
+    ``O = (M * P) V``, where M is 0 for weights that are dropped and ``1 / (1 - dropout_p)`` for all others.
 
     What the average is not told, that a bias hides, is hidden from it here: with zeros for weights, for values that no row sees
     and for what is returned to rows that see nothing.
@@ -237,6 +246,7 @@ class _Call:
 
     def __init__(
         self,
+        part: _Part,
         products: _Products,
         query: Tensor,
         key: Tensor,
@@ -245,46 +255,95 @@ class _Call:
         options: Mapping[str, Any],
     ) -> None:
         wide = _wide(query.dtype)
-        self.products, self.window = products, window
+        query, key, value, options = part.of_queries(query), part.of_keys(key), part.of_keys(value), part.of(options)
+        self.part, self.products, self.window = part, products, window
         self.query, self.key, self.value = query.to(wide), key.to(wide), value.to(wide)
-        self.of_dot = {
-            name: _widened(each, wide)
-            for name, each in products.options_of(DOT_PRODUCT, options, query.shape[3]).items()
-        }
+        self.rows = {row.name: options[row.name] for row in ROWS_OF_CALL if options.get(row.name) is not None}
+        self.softcap, self.dropout_p, self.seed = (options.get(name) for name in ("softcap", "dropout_p", "seed"))
+        of_dot = products.options_of(DOT_PRODUCT, options, query.shape[3])
+        self.of_dot = {name: _widened(each, wide) for name, each in of_dot.items()}
         self.of_average = products.options_of(WEIGHTED_AVERAGE, options, 0)
-        given = {name for name, each in options.items() if isinstance(each, Tensor)}
-        every_row_sees_a_key = not given and key.shape[2] - query.shape[2] + window.right >= 0
-        self.scores: Tensor = products.functions[DOT_PRODUCT.name](self.query, self.key, window, **self.of_dot)
+        bias = self.of_dot.get("bias")
+        # Behind a soft cap, the bias is added here; the product gets of it what it hides.
+        self.added = None
+        if self.softcap is not None and bias is not None:
+            self.added = bias
+            self.of_dot["bias"] = torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
+        self.slope: Tensor | None = None
+        self.scores = self._scores()
         self.highest = self.scores.detach().amax(-1, keepdim=True)
         # A row without a visible key has scores of -inf alone, of which softmax would make NaN: its weights are 0.
+        every_row_sees_a_key = bias is None and not self.rows and key.shape[2] - query.shape[2] + window.right >= 0
         self.unseeing = None if every_row_sees_a_key else self.highest == -torch.inf
-        self.hidden = self.scores == -torch.inf if given - self.of_average.keys() else None
+        self.hidden = None if bias is None else self.scores == -torch.inf
         if self.unseeing is None:
             self.weights: Tensor = self.scores.softmax(-1)
         else:
             without = self.unseeing if self.hidden is None else self.hidden
             self.weights = self.scores.masked_fill(self.unseeing, 0.0).softmax(-1).masked_fill(without, 0.0)
+        self.log_sum_exp = self._log_sum_exp()
+        # The share of the denominator that a row's sink has, and what it leaves.
+        self.share: Tensor | None = None
+        if options.get("sinks") is not None:
+            sink = _widened(options["sinks"], wide)[:, None, None].to(wide)
+            self.share = (sink - self.log_sum_exp).sigmoid()
+            self.weights = self.weights * (self.log_sum_exp - sink).sigmoid()
+            self.log_sum_exp = torch.logaddexp(self.log_sum_exp, sink)
         if self.hidden is not None:
             self.value = self.value.where(self._is_seen(self.hidden), 0.0)
 
-    @classmethod
-    def of_part(
-        cls,
-        part: _Part,
-        products: _Products,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: Window,
-        options: Mapping[str, Any],
-    ) -> _Call:
-        return cls(products, part.of_queries(query), part.of_keys(key), part.of_keys(value), window, part.of(options))
+    def _scores(self) -> Tensor:
+        """S, -inf where hidden."""
+        scores: Tensor = self.products.functions[DOT_PRODUCT.name](self.query, self.key, self.window, **self.of_dot)
+        if self.softcap is None:
+            return scores
+        hidden = scores == -torch.inf
+        ratio = (scores / self.softcap).tanh()
+        if not self.products.differentiable:
+            self.slope = 1.0 - ratio.square()
+        scores = self.softcap * ratio
+        if self.added is not None:
+            lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+            # What a wider dtype has beyond this one's range hides nothing.
+            scores = scores + self.added.to(scores.dtype).clamp(lowest, highest)
+        return scores.masked_fill(hidden, -torch.inf)
+
+    def _log_sum_exp(self) -> Tensor:
+        """That of the scores, (N, H, Lq, 1); 0 in rows without a visible key."""
+        if self.products.differentiable:
+            scores = self.scores if self.unseeing is None else self.scores.masked_fill(self.unseeing, 0.0)
+            found = scores.logsumexp(-1, keepdim=True)
+        else:
+            # The largest weight is exp(max(S) - log-sum-exp).
+            found = self.highest - self.weights.amax(-1, keepdim=True).log()
+        return found if self.unseeing is None else found.masked_fill(self.unseeing, 0.0)
+
+    @functools.cached_property
+    def origins(self) -> Tensor:
+        """The key of slot 0 of each row, (N or 1, Lq)."""
+        lengths = self.query.shape[2], self.key.shape[2]
+        return rows_of(*lengths, self.query.device, **self.rows).position(lengths[0]) - self.window.left
+
+    @functools.cached_property
+    def factors(self) -> Tensor | None:
+        """M, or None."""
+        if self.dropout_p is None or self.seed is None:
+            return None
+        batch, heads, rows, size = self.weights.shape
+        n, h, i = (torch.arange(each, device=self.seed.device) for each in (batch, heads, rows))
+        n, h = n + (self.part.batch.start or 0), h + (self.part.heads.start or 0)
+        is_kept = kept(self.seed, self.dropout_p, n[:, None, None], h[:, None], i, self.origins[:, None], size)
+        return is_kept.to(self.weights.dtype) / (1.0 - self.dropout_p)
+
+    def _dropped(self) -> Tensor:
+        """M * P."""
+        return self.weights if self.factors is None else self.weights * self.factors
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """The output and the log-sum-exp; the largest weight is ``exp(max(S) - log-sum-exp)``."""
+        """The output and the log-sum-exp."""
         average = self.products.functions[WEIGHTED_AVERAGE.name]
-        output: Tensor = average(self.weights, self.value, self.window, **self.of_average)
-        log_sum_exp = self.highest - self.weights.detach().amax(-1, keepdim=True).log()
+        output: Tensor = average(self._dropped(), self.value, self.window, **self.of_average)
+        log_sum_exp = self.log_sum_exp
         if self.unseeing is not None:
             log_sum_exp = log_sum_exp.masked_fill(self.unseeing, -torch.inf)
             if self.products.differentiable:
@@ -292,30 +351,54 @@ class _Call:
                 output = output.masked_fill(self.unseeing, 0.0)
         return output, log_sum_exp.squeeze(-1)
 
-    def gradients(self, grad_output: Tensor, needs_grad: frozenset[str]) -> dict[str, Tensor]:
+    def gradients(
+        self, grad_output: Tensor, grad_log_sum_exp: Tensor | None, needs_grad: frozenset[str]
+    ) -> dict[str, Tensor]:
         grad_output = grad_output.to(self.weights.dtype)
+        of_sums = None if grad_log_sum_exp is None else grad_log_sum_exp.unsqueeze(-1)
         if self.unseeing is not None:
             grad_output = grad_output.masked_fill(self.unseeing, 0.0)
+            of_sums = None if of_sums is None else of_sums.masked_fill(self.unseeing, 0.0)
         functions = self.products.functions
-        of_dot = needs_grad & frozenset(DOT_PRODUCT.differentiable)
-        # dP = dO . V and dV = P^T dO
+        of_scores = needs_grad - {"value"}
+        # dP = M * (dO . V) and dV = (M * P)^T dO
         found = dict(
             functions[WEIGHTED_AVERAGE.backward](
                 grad_output,
-                self.weights,
+                self._dropped(),
                 self.value,
                 self.window,
                 **self.of_average,
-                needs_grad=(needs_grad & {"value"}) | ({"weights"} if of_dot else frozenset()),
+                needs_grad=(needs_grad & {"value"}) | ({"weights"} if of_scores else frozenset()),
             )
         )
-        if not of_dot:
+        if not of_scores:
             return found
         grad_weights = found.pop("weights")
+        if self.factors is not None:
+            grad_weights = grad_weights * self.factors
         if self.hidden is not None:
             grad_weights = grad_weights.masked_fill(self.hidden, 0.0)
+        if self.share is not None and "sinks" in needs_grad:
+            # dsink = P_sink * (dLSE - rowsum(P * dP)), P_sink the sink's share.
+            surplus = -(self.weights * grad_weights).sum(-1, keepdim=True)
+            of_rows = self.share * (surplus if of_sums is None else surplus + of_sums)
+            if self.unseeing is not None:
+                of_rows = of_rows.masked_fill(self.unseeing, 0.0)
+            found["sinks"] = of_rows.sum((0, 2, 3))
         # dS = P * (dP - rowsum(P * dP)), one kernel of torch. The row sum equals rowsum(dO * O), but cancels to the last bit.
         grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, self.weights, -1, self.weights.dtype)
+        if of_sums is not None:
+            # + P * dLSE
+            grad_scores = torch.addcmul(grad_scores, self.weights, of_sums.to(grad_scores.dtype))
+        if self.added is not None and "bias" in needs_grad:
+            found["bias"] = grad_scores.sum_to_size(self.added.shape)
+        if self.slope is not None:
+            # d tanh = 1 - tanh^2
+            grad_scores = grad_scores * self.slope
+        of_dot = needs_grad & frozenset(DOT_PRODUCT.differentiable) - found.keys()
+        if not of_dot:
+            return found
         return found | dict(
             functions[DOT_PRODUCT.backward](
                 grad_scores, self.query, self.key, self.window, **self.of_dot, needs_grad=of_dot
@@ -323,13 +406,17 @@ class _Call:
         )
 
     def _is_seen(self, hidden: Tensor) -> Tensor:
-        """Which keys a row sees, (N, Hkv, Lk, 1): the average does not know of the bias.
-
-        Slot ``c`` of row ``i`` is key ``i + c + Lk - Lq - left``: rows that see a key are summed as ``fold`` sums windows.
-        """
+        """Which keys a row sees, (N, Hkv, Lk, 1): the average does not know of the bias."""
         batch, heads, rows, size = hidden.shape
         keys, kv_heads = self.value.shape[2], self.value.shape[1]
         of_kv_heads = (~hidden).view(batch, kv_heads, heads // kv_heads, rows, size).any(2)
+        if not self.rows.keys().isdisjoint(("query_starts", "cu_seqlens_q")):
+            # A slot whose key no row sees goes to one key more than there are.
+            slots = self.origins[:, None, :, None] + torch.arange(size, device=hidden.device)
+            slots = slots.clamp(0, keys).where(of_kv_heads, keys).flatten(2)
+            nothing = torch.zeros((batch, kv_heads, keys + 1), dtype=torch.bool, device=hidden.device)
+            return nothing.scatter(2, slots, True)[..., :keys, None]
+        # Slot ``c`` of row ``i`` is key ``i + c + Lk - Lq - left``: rows that see a key are summed as ``fold`` sums windows.
         windows = of_kv_heads.flatten(0, 1).mT.to(torch.float32, memory_format=torch.contiguous_format)
         count = fold(windows, output_size=(1, rows + size - 1), kernel_size=(1, size))
         of_keys = pad(count, (keys - rows - self.window.left, -self.window.right))
@@ -349,7 +436,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _backward_by_autograd(op: Op, forward: Function, *inputs: Any, needs_grad: frozenset[str], **options: Any) -> Any:
     """The gradients that are wanted; the forward is computed again to be differentiated."""
     count = len(op.tensors)
-    grads, tensors, window = inputs[:1], inputs[1 : 1 + count], inputs[-1]
+    grads = [inputs[0], *[options.pop(each.name, None) for each in op.incoming]]
+    tensors, window = inputs[1 : 1 + count], inputs[-1]
     leaves = dict(zip(op.tensors, tensors)) | {
         name: options.pop(name) for name in op.differentiable[count:] if name in options
     }
@@ -361,10 +449,13 @@ def _backward_by_autograd(op: Op, forward: Function, *inputs: Any, needs_grad: f
     named = {name: leaf for name, leaf in leaves.items() if name not in op.tensors}
     with torch.enable_grad(), _autograd_included():
         results = forward(*positional, window, **named, **options)
-        result = results[0] if isinstance(results, tuple) else results
+        results = results if isinstance(results, tuple) else (results,)
     names = sorted(needs_grad)
     wanted = [leaves[name] for name in names]
-    found = torch.autograd.grad(result, wanted, grads, allow_unused=True, materialize_grads=True)
+    asked = [(result, grad) for result, grad in zip(results, grads) if grad is not None]
+    found = torch.autograd.grad(
+        [result for result, _ in asked], wanted, [grad for _, grad in asked], allow_unused=True, materialize_grads=True
+    )
     return dict(zip(names, found))
 
 

@@ -1,4 +1,4 @@
-"""Local attention: the three public functions. Read this file first.
+"""Local attention: the public functions. Read this file first.
 
 A call becomes a plan, which names the backend and runs the call. Plans of earlier calls are kept in ``registry.plans`` by
 kind: op, window and what is given. Where a guard finds that the tensors are like those of such a call, its plan serves, and
@@ -8,7 +8,7 @@ nothing else happens; else ``attnreg.plan`` makes one. Where somebody watches, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnreg.asking import asked_for
+from attnreg.dropout import draw_seed
 from attnreg.environ import variables
 from attnreg.guard import guard
 from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
@@ -64,14 +65,20 @@ def local_dot_product(
     *_more: Never,
     bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     scale: float = 1.0,
     backend: str | Sequence[str] | None = None,
     **_unknown: Never,
 ) -> Tensor:
     """The scores of each query against the keys in its window: ``scale * query . key + bias``.
 
-    Column ``c`` of row ``i`` belongs to key ``i + (Lk - Lq) - window.left + c``. A slot without a visible key (outside the
-    sequence, at or past the key length, or hidden by a bias of -inf) is -inf and passes no gradient on.
+    Column ``c`` of row ``i`` belongs to key ``p - window.left + c``, where ``p = i + (Lk - Lq)`` is the key position at which
+    the row stands, unless the arguments of rows say another. A slot without a visible key (outside the sequence, hidden by these
+    arguments or by a bias of -inf) is -inf and passes no gradient on. The arguments of rows are int32 or int64 tensors on the
+    query's device; a GPU's are never read on the host, so that their values are not checked there.
 
     Args:
         query: (N, H, Lq, E), of a floating-point dtype.
@@ -81,6 +88,12 @@ def local_dot_product(
         bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling; ``-inf`` hides a slot. Its gradient
             has its own shape.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
+        key_starts: (N,), integers in 0..Lk; keys before its start are invisible to a sequence's queries, as left padding.
+        query_starts: (N,), integers; the key position at which a sequence's first query stands, instead of ``Lk - Lq``.
+        cu_seqlens_q: (S + 1,), integers from 0 up to Lq: of S sequences packed one after the other into (1, H, Lq, E), where each
+            begins and the last ends. Ends of queries and keys are aligned in each. Rows past the last offset see nothing. Not
+            together with the three above.
+        cu_seqlens_k: (S + 1,), likewise of the keys; None means ``cu_seqlens_q``.
         scale: factor of the dot products.
         backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
             other; None lets attnreg choose.
@@ -94,7 +107,8 @@ def local_dot_product(
     """
     if _unknown or _more:
         raise wrong_call(local_dot_product, _unknown, _more)
-    return _call(DOT_PRODUCT, (query, key), window, (bias, key_lengths, scale), backend)[0]
+    rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
+    return _call(DOT_PRODUCT, (query, key), window, (bias, *rows, scale), backend)[0]
 
 
 @answers
@@ -104,6 +118,10 @@ def local_weighted_average(
     window: Window,
     *_more: Never,
     key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     backend: str | Sequence[str] | None = None,
     **_unknown: Never,
 ) -> Tensor:
@@ -116,6 +134,12 @@ def local_weighted_average(
         value: (N, Hkv, Lk, D), of the weights' dtype and device; H is a multiple of Hkv.
         window: which keys a query sees; its size is W.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
+        key_starts: (N,), integers in 0..Lk; keys before its start are invisible to a sequence's queries, as left padding.
+        query_starts: (N,), integers; the key position at which a sequence's first query stands, instead of ``Lk - Lq``.
+        cu_seqlens_q: (S + 1,), integers from 0 up to Lq: of S sequences packed one after the other into (1, H, Lq, E), where each
+            begins and the last ends. Ends of queries and keys are aligned in each. Rows past the last offset see nothing. Not
+            together with the three above.
+        cu_seqlens_k: (S + 1,), likewise of the keys; None means ``cu_seqlens_q``.
         backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
             other; None lets attnreg choose.
 
@@ -127,7 +151,8 @@ def local_weighted_average(
     """
     if _unknown or _more:
         raise wrong_call(local_weighted_average, _unknown, _more)
-    return _call(WEIGHTED_AVERAGE, (weights, value), window, (key_lengths,), backend)[0]
+    rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
+    return _call(WEIGHTED_AVERAGE, (weights, value), window, rows, backend)[0]
 
 
 @answers
@@ -139,7 +164,15 @@ def local_attention(
     *_more: Never,
     bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     backend: str | Sequence[str] | None = None,
     **_unknown: Never,
 ) -> Tensor:
@@ -153,10 +186,23 @@ def local_attention(
             head ``h // (H // Hkv)``.
         value: (N, Hkv, Lk, D), likewise.
         window: which keys a query sees.
-        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling; ``-inf`` hides a slot. Its gradient
-            has its own shape. ``band_from_dense`` makes one of an (Lq, Lk) mask.
+        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling and soft cap; ``-inf`` hides a slot. Its
+            gradient has its own shape. ``band_from_dense`` makes one of an (Lq, Lk) mask.
         key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
+        key_starts: (N,), integers in 0..Lk; keys before its start are invisible to a sequence's queries, as left padding.
+        query_starts: (N,), integers; the key position at which a sequence's first query stands, instead of ``Lk - Lq``.
+        cu_seqlens_q: (S + 1,), integers from 0 up to Lq: of S sequences packed one after the other into (1, H, Lq, E), where each
+            begins and the last ends. Ends of queries and keys are aligned in each. Rows past the last offset see nothing. Not
+            together with the three above.
+        cu_seqlens_k: (S + 1,), likewise of the keys; None means ``cu_seqlens_q``.
         scale: factor of the dot products; None means ``1 / sqrt(E)``.
+        softcap: a number greater than 0: scores become ``softcap * tanh(score / softcap)``, as in Gemma 2. None leaves them.
+        sinks: (H,), any floating-point dtype: ``exp(sinks[h])`` is added to the denominator of the softmax in every row of head
+            ``h``, and to no output, as in gpt-oss. It has a gradient.
+        dropout_p: the share of weights that are dropped, at least 0 and less than 1; kept weights are divided by
+            ``1 - dropout_p``. Every backend drops the same weights for the same seed.
+        seed: an int64 tensor of one element on query's device, the key of the dropout's generator; None draws one from torch's
+            generator of that device, so that ``torch.manual_seed`` repeats a call.
         backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
             other; None lets attnreg choose.
 
@@ -168,18 +214,118 @@ def local_attention(
     """
     if _unknown or _more:
         raise wrong_call(local_attention, _unknown, _more)
-    return _call(ATTENTION, (query, key, value), window, (bias, key_lengths, scale), backend)[0]
+    rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
+    arguments = (bias, *rows, scale, softcap, sinks, *_dropout(query, dropout_p, seed))
+    return _call(ATTENTION, (query, key, value), window, arguments, backend)[0]
+
+
+@answers
+def local_attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    *_more: Never,
+    bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | Sequence[str] | None = None,
+    **_unknown: Never,
+) -> tuple[Tensor, Tensor]:
+    """``local_attention``, and the log-sum-exp of each row's scores; both are differentiable.
+
+    Two calls over different keys of one query are so merged into one: with ``total = logaddexp(lse_1, lse_2)`` the output is
+    ``exp(lse_1 - total) * output_1 + exp(lse_2 - total) * output_2``.
+
+    Args:
+        query: (N, H, Lq, E), of a floating-point dtype.
+        key: (N, Hkv, Lk, E), of query's dtype and device; H is a multiple of Hkv, and query head ``h`` reads key and value
+            head ``h // (H // Hkv)``.
+        value: (N, Hkv, Lk, D), likewise.
+        window: which keys a query sees.
+        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling and soft cap; ``-inf`` hides a slot. Its
+            gradient has its own shape. ``band_from_dense`` makes one of an (Lq, Lk) mask.
+        key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
+        key_starts: (N,), integers in 0..Lk; keys before its start are invisible to a sequence's queries, as left padding.
+        query_starts: (N,), integers; the key position at which a sequence's first query stands, instead of ``Lk - Lq``.
+        cu_seqlens_q: (S + 1,), integers from 0 up to Lq: of S sequences packed one after the other into (1, H, Lq, E), where each
+            begins and the last ends. Ends of queries and keys are aligned in each. Rows past the last offset see nothing. Not
+            together with the three above.
+        cu_seqlens_k: (S + 1,), likewise of the keys; None means ``cu_seqlens_q``.
+        scale: factor of the dot products; None means ``1 / sqrt(E)``.
+        softcap: a number greater than 0: scores become ``softcap * tanh(score / softcap)``, as in Gemma 2. None leaves them.
+        sinks: (H,), any floating-point dtype: ``exp(sinks[h])`` is added to the denominator of the softmax in every row of head
+            ``h``, and to no output, as in gpt-oss. It has a gradient.
+        dropout_p: the share of weights that are dropped, at least 0 and less than 1; kept weights are divided by
+            ``1 - dropout_p``. Every backend drops the same weights for the same seed.
+        seed: an int64 tensor of one element on query's device, the key of the dropout's generator; None draws one from torch's
+            generator of that device, so that ``torch.manual_seed`` repeats a call.
+        backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
+            other; None lets attnreg choose.
+
+    Returns:
+        The output (N, H, Lq, D) in query's dtype; and the natural logarithm of the sum of the exponentials of each row's visible
+        scores and its head's sink, before dropout: (N, H, Lq), in float32, or float64 for float64. A query without a visible key
+        has 0 and -inf.
+
+    Raises:
+        TypeError, ValueError, BackendError: as ``local_dot_product``.
+    """
+    if _unknown or _more:
+        raise wrong_call(local_attention_with_lse, _unknown, _more)
+    rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
+    arguments = (bias, *rows, scale, softcap, sinks, *_dropout(query, dropout_p, seed))
+    output, log_sum_exp = _call(ATTENTION, (query, key, value), window, arguments, backend, all_results=True)
+    return output, log_sum_exp
+
+
+def _other(cu_seqlens_k: Tensor | None, cu_seqlens_q: Tensor | None) -> Tensor | None:
+    """The offsets of the keys where they are other ones than those of the queries."""
+    return None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+
+
+def _dropout(query: Any, dropout_p: Any, seed: Any) -> tuple[Any, Any]:
+    """Both as the op takes them: None where nothing is dropped, a seed where none is given."""
+    if dropout_p is None or (isinstance(dropout_p, (float, int)) and dropout_p == 0 and dropout_p is not False):
+        return None, None
+    return dropout_p, draw_seed(query.device) if seed is None and isinstance(query, Tensor) else seed
+
+
+def arguments_of(op: Op, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the op gets of a call with these arguments by name, as the functions above make it; no seed is drawn."""
+    told = dict(given)
+    if "cu_seqlens_k" in told:
+        told["cu_seqlens_k"] = _other(told["cu_seqlens_k"], told["cu_seqlens_q"])
+    if "dropout_p" in told:
+        query, seed = told["query"], told["seed"]
+        if seed is None and isinstance(query, Tensor):
+            seed = torch.empty(1, dtype=torch.int64, device=query.device)
+        told["dropout_p"], told["seed"] = _dropout(query, told["dropout_p"], seed)
+    return tuple(told[argument.name] for argument in op.arguments)
 
 
 @beside_graphs
 def _call(
-    op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | Sequence[str] | None
+    op: Op,
+    tensors: tuple[Tensor, ...],
+    window: Window,
+    arguments: tuple[Any, ...],
+    backend: str | Sequence[str] | None,
+    all_results: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The results of a call."""
+    """The results of a call; ``all_results`` asks for gradients of results but the first, too."""
     if backend is not None and backend.__class__ is not str:
         backend = written(backend)
     if _is_tracing():
-        return _watched(op, tensors, window, arguments, backend)
+        return _watched(op, tensors, window, arguments, backend, all_results)
     if monotonic() > registry.next_look:
         registry.look_at_tables()
     casts = _is_any_autocast_enabled()
@@ -190,7 +336,7 @@ def _call(
     try:
         asked = asked_for(backend)
         table = variables.get(TABLE_KEY) if asked is None else None
-        kind = (op, window.left, window.right, window.__class__, asked, table, _is_grad_enabled())
+        kind = (op, window.left, window.right, window.__class__, asked, table, _is_grad_enabled(), all_results)
         for place, value in enumerate(arguments):
             if value is None:
                 continue
@@ -211,9 +357,9 @@ def _call(
     except _BAD:
         kind = None
     if plan is None:
-        plan = _find(op, tensors, window, arguments, backend, asked, kind)
+        plan = _find(op, tensors, window, arguments, backend, asked, kind, all_results)
     if plan is None or is_watched():
-        return _watched(op, tensors, window, arguments, backend)
+        return _watched(op, tensors, window, arguments, backend, all_results)
     if plan.is_recorded:
         return differentiated(plan, given, arguments)
     return run(plan, tensors, arguments) if casts else plan.run(tensors, arguments)
@@ -227,6 +373,7 @@ def _find(
     backend: str | None,
     asked: str | bytes | None,
     kind: object,
+    all_results: bool,
 ) -> Plan | None:
     """The plan of a call that is like none before, kept for those like it; None where somebody watches."""
     check(op, tensors, window, arguments)
@@ -235,14 +382,19 @@ def _find(
         return None
     # Taken before the plan is found: whatever changes meanwhile replaces it.
     plans = registry.plans
-    plan, is_kept = find_plan(op, tensors, window, arguments, backend, needs_gradients(given), asked)
+    plan, is_kept = find_plan(op, tensors, window, arguments, backend, needs_gradients(given), asked, all_results)
     if is_kept and kind is not None:
         keep(plans, kind, ((guard(given), plan), *plans.get(kind, ())[: MOST_CALLS - 1]), MOST_PLANS)
     return plan
 
 
 def _watched(
-    op: Op, tensors: tuple[Tensor, ...], window: Window, arguments: tuple[Any, ...], backend: str | None
+    op: Op,
+    tensors: tuple[Tensor, ...],
+    window: Window,
+    arguments: tuple[Any, ...],
+    backend: str | None,
+    all_results: bool,
 ) -> tuple[Tensor, ...]:
     """The results of a call that somebody watches: a tracer, a mode, a transform, a subclass of tensors."""
     if _is_tracing():
@@ -253,11 +405,11 @@ def _watched(
     check(op, tensors, window, arguments)
     needs_grad = needs_gradients((*tensors, *[each for each in arguments if isinstance(each, Tensor)]))
     if not _is_tracing() and are_transformed((*tensors, *arguments)):
-        plan, _ = find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))
+        plan, _ = find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend), all_results)
         if plan.differentiable:
             return run(plan, tensors, arguments)
         refuse_transforms(op, (*tensors, *arguments))
-    return call_op(op, tensors, window, arguments, backend, needs_grad)
+    return call_op(op, tensors, window, arguments, backend, needs_grad, all_results)
 
 
 def needs_gradients(tensors: Iterable[Tensor]) -> bool:

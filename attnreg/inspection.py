@@ -10,15 +10,26 @@ from torch import Tensor
 
 from attnreg.backend import Backend, has_backward, has_op, why_unavailable
 from attnreg.dispatch import Decision
-from attnreg.functional import autocast, local_attention, local_dot_product, local_weighted_average, needs_gradients
-from attnreg.op import OPS, ROWS
+from attnreg.functional import (
+    arguments_of,
+    autocast,
+    local_attention,
+    local_attention_with_lse,
+    local_dot_product,
+    local_weighted_average,
+    needs_gradients,
+)
+from attnreg.op import ATTENTION, ROWS
 from attnreg.plan import explain_problem
 from attnreg.problem import check, problem_of
 from attnreg.registry import registry
 from attnreg.request import written
 from attnreg.unknown import bound, names_of, unknown_arguments
 
-_FUNCTIONS = (local_dot_product, local_weighted_average, local_attention)
+_FUNCTIONS = {
+    function.__name__: function
+    for function in (local_dot_product, local_weighted_average, local_attention, local_attention_with_lse)
+}
 
 
 @dataclass(frozen=True)
@@ -68,13 +79,13 @@ def backends() -> tuple[BackendStatus, ...]:
     return tuple(statuses)
 
 
-def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs: Any) -> Decision:
+def explain(*args: Any, op: str | Callable[..., Any] | None = None, **kwargs: Any) -> Decision:
     """The decision that an op's call with these arguments would be given, without running it.
 
     Args:
         *args: the op's arguments, as its function takes them.
         **kwargs: likewise.
-        op: the op's name or function. It can be left out where the arguments tell: three tensors are
+        op: the function, or its name. It can be left out where the arguments tell: three tensors are
             ``local_attention``; of two tensors, at least one is to be named (``query=``, ``key=`` or ``weights=``).
 
     Returns:
@@ -85,21 +96,23 @@ def explain(*args: Any, op: str | Callable[..., Tensor] | None = None, **kwargs:
     Raises:
         TypeError, ValueError, BackendError: as the op itself.
     """
-    row = ROWS[_op_name(op, args, kwargs)]
-    given = bound(_FUNCTIONS[OPS.index(row.name)], args, kwargs)
+    name = _function_name(op, args, kwargs)
+    row, all_results = ROWS.get(name, ATTENTION), name not in ROWS
+    given = bound(_FUNCTIONS[name], args, kwargs)
     tensors = autocast(tuple(given[name] for name in row.tensors))
-    arguments = tuple(given[argument.name] for argument in row.arguments)
+    arguments = arguments_of(row, given)
     backend, window = written(given["backend"]), given["window"]
     check(row, tensors, window, arguments)
     needs_grad = needs_gradients(each for each in (*tensors, *arguments) if isinstance(each, Tensor))
-    return explain_problem(problem_of(row, tensors, window, arguments, needs_grad=needs_grad), backend)
+    problem = problem_of(row, tensors, window, arguments, needs_grad=needs_grad, all_results=all_results)
+    return explain_problem(problem, backend)
 
 
-def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _function_name(op: str | Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if op is not None:
         name = op if isinstance(op, str) else getattr(op, "__name__", "")
-        if name not in OPS or not (op is name or op in _FUNCTIONS):
-            raise ValueError(f"op must be one of {', '.join(OPS)}, or one of these functions; got {op!r}")
+        if name not in _FUNCTIONS or not (op is name or op is _FUNCTIONS[name]):
+            raise ValueError(f"op must be one of {', '.join(_FUNCTIONS)}, or one of these functions; got {op!r}")
         return name
     if "weights" in kwargs:
         return "local_weighted_average"
@@ -108,7 +121,7 @@ def _op_name(op: str | Callable[..., Tensor] | None, args: tuple[Any, ...], kwar
         return "local_attention"
     if "query" in kwargs or "key" in kwargs:
         return "local_dot_product"
-    known = list(dict.fromkeys(name for function in _FUNCTIONS for name in names_of(function)))
+    known = list(dict.fromkeys(name for function in _FUNCTIONS.values() for name in names_of(function)))
     unknown = [name for name in kwargs if name not in known]
     if unknown:
         raise unknown_arguments("explain", known, unknown)

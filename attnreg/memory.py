@@ -41,6 +41,8 @@ def laid_out(result: Tensor, strides: Sequence[Any]) -> Tensor:
 
 def with_gradient_laid_out(tensor: Tensor) -> Tensor:
     """``tensor``, whose gradient will lie in memory as itself: it takes the way back through rows that lie in that order."""
+    if tensor.dim() < 2:
+        return tensor
     order, back = _order(strides_like(tensor))
     in_order = tensor.permute(order)
     return in_order.flatten(0, 2).view(in_order.shape).permute(back)

@@ -5,7 +5,7 @@ rows. A new argument is an :class:`Argument` here, named in the rows of the ops 
 ``attnreg.functional``.
 
 Sizes are letters: N batch, H query heads, G key/value heads (H a multiple of G), Q queries, K keys, E head dim, D value dim,
-W the window's size.
+W the window's size, S the offsets of packed sequences, one more than there are; 1 is one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SIZES: Mapping[str, str] = {
     "E": "head_dim",
     "D": "head_dim",
     "W": "window's size",
+    "S": "number of offsets",
 }
 
 
@@ -39,7 +40,13 @@ class Argument:
         kind: "floating" or "integer".
         broadcasts: whether a tensor may have fewer dimensions, and 1 in place of any size.
         differentiable: whether it has a gradient.
-        at_most: the letter of the size that an integer must not exceed.
+        dtype: of integers, the dtype in which backends get them; None for int32 or int64.
+        at_most: the letter of the size that an integer must not exceed; it is then at least 0.
+        ascends: whether integers are offsets: 0 first, and none under the one before.
+        admits: what of numbers is admitted, in words and as a function; None for all that are finite.
+        needs: the argument that has to be given with it.
+        excludes: the arguments that must not be given with it.
+        sizes: what sizes must be where it is given, by letter.
         for_all: whether every backend of the op gets it: it is then no matter of ``Capability.takes``.
         required: whether None is refused: the op's function has a default of its own.
         default: what backends get where a call gives none, from the head dim E; None for None.
@@ -50,7 +57,13 @@ class Argument:
     kind: str = "floating"
     broadcasts: bool = False
     differentiable: bool = False
+    dtype: torch.dtype | None = None
     at_most: str | None = None
+    ascends: bool = False
+    admits: tuple[str, Callable[[float], bool]] | None = None
+    needs: str | None = None
+    excludes: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
     for_all: bool = False
     required: bool = False
     default: Callable[[int], float] | None = None
@@ -94,7 +107,9 @@ class Op:
         keeps_results: whether its backward gets the results.
         has_slots: whether a tensor or a result has a column for each slot of the window.
         has_values: whether it has values to average.
-        optional: the names of the arguments that a backend may not handle.
+        incoming: the incoming gradients of results but the first, which a call asks for that differentiates these: backward
+            functions get them, by name.
+        optional: the names of the arguments and incoming gradients that a backend may not handle.
     """
 
     name: str
@@ -104,14 +119,21 @@ class Op:
     keeps_results: bool = False
     has_slots: bool = field(init=False)
     has_values: bool = field(init=False)
+    incoming: tuple[Argument, ...] = field(init=False)
     optional: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         tensors, results = self.tensors.values(), [row.dims for row in self.results.values()]
         object.__setattr__(self, "has_slots", any("W" in dims for dims in (*tensors, *results)))
         object.__setattr__(self, "has_values", any("D" in dims for dims in tensors))
-        optional = frozenset(argument.name for argument in self.arguments if not argument.for_all)
+        object.__setattr__(self, "incoming", tuple(Argument(f"grad_{name}") for name in [*self.results][1:]))
+        optional = frozenset(argument.name for argument in self.extras if not argument.for_all)
         object.__setattr__(self, "optional", optional)
+
+    @property
+    def extras(self) -> tuple[Argument, ...]:
+        """All that a call may give or ask for beside the op's tensors: the arguments, then incoming gradients."""
+        return (*self.arguments, *self.incoming)
 
     def defaults(self, head_dim: int) -> dict[str, float | None]:
         """What stands for each argument where a call gives none."""
@@ -143,26 +165,49 @@ def _no_scale(head_dim: int) -> float:
 
 
 BIAS = Argument("bias", dims="NHQW", broadcasts=True, differentiable=True)
-KEY_LENGTHS = Argument("key_lengths", dims="N", kind="integer", at_most="K")
+OF_SEQUENCES = (
+    Argument("key_lengths", dims="N", kind="integer", at_most="K"),
+    Argument("key_starts", dims="N", kind="integer", at_most="K"),
+    Argument("query_starts", dims="N", kind="integer"),
+)
+ROWS_OF_CALL = (
+    *OF_SEQUENCES,
+    Argument(
+        "cu_seqlens_q",
+        dims="S",
+        kind="integer",
+        at_most="Q",
+        ascends=True,
+        excludes=tuple(argument.name for argument in OF_SEQUENCES),
+        sizes={"N": 1},
+    ),
+    Argument("cu_seqlens_k", dims="S", kind="integer", at_most="K", ascends=True, needs="cu_seqlens_q"),
+)
 SCALE = Argument("scale", for_all=True, default=_softmax_scale)
+SOFTCAP = Argument("softcap", admits=("greater than 0", lambda number: number > 0))
+SINKS = Argument("sinks", dims="H", differentiable=True)
+DROPOUT = (
+    Argument("dropout_p", admits=("at least 0 and less than 1", lambda number: 0 <= number < 1), needs="seed"),
+    Argument("seed", dims="1", kind="integer", broadcasts=True, dtype=torch.int64),
+)
 
 DOT_PRODUCT = Op(
     name="local_dot_product",
     tensors={"query": "NHQE", "key": "NGKE"},
     results={"scores": Result("NHQW", fill=-math.inf)},
-    arguments=(BIAS, KEY_LENGTHS, replace(SCALE, required=True, default=_no_scale)),
+    arguments=(BIAS, *ROWS_OF_CALL, replace(SCALE, required=True, default=_no_scale)),
 )
 WEIGHTED_AVERAGE = Op(
     name="local_weighted_average",
     tensors={"weights": "NHQW", "value": "NGKD"},
     results={"output": Result("NHQD", fill=0.0)},
-    arguments=(KEY_LENGTHS,),
+    arguments=ROWS_OF_CALL,
 )
 ATTENTION = Op(
     name="local_attention",
     tensors={"query": "NHQE", "key": "NGKE", "value": "NGKD"},
     results={"output": Result("NHQD", fill=0.0), "log_sum_exp": Result("NHQ", fill=-math.inf, of_rows=True)},
-    arguments=(BIAS, KEY_LENGTHS, SCALE),
+    arguments=(BIAS, *ROWS_OF_CALL, SCALE, SOFTCAP, SINKS, *DROPOUT),
     keeps_results=True,
 )
 

@@ -4,10 +4,10 @@ Each op has a ``_backward`` op beside it. In plain eager work, where nobody watc
 all: the autograd function calls the backend's function itself, at a third of the cost. Both paths share that function, and
 the plan that runs a call.
 
-An op takes its tensors, its arguments, the window, the backend that was asked for and whether gradients may be asked for;
-it chooses when it runs, on the machine where it runs. Beside its results it returns a *ticket*, by which the backward finds
-the backend of its forward: an empty tensor in a storage of as many bytes as the number of the implementation in this
-process. A compiled graph carries that along on any device, and nothing has to be read from one.
+An op takes its tensors, its arguments, the window, the backend that was asked for, whether gradients may be asked for, and
+whether also of results but the first; it chooses when it runs, on the machine where it runs. Beside its results it returns a
+*ticket*, by which the backward finds the backend of its forward: an empty tensor in a storage of as many bytes as the number of
+the implementation in this process. A compiled graph carries that along on any device, and nothing has to be read from one.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def find_plan(
     backend: str | None,
     needs_grad: bool,
     asked: str | bytes | None,
+    all_results: bool = False,
 ) -> tuple[Plan, bool]:
     """The plan of a call that was checked, found by its problem or made; and whether it is kept.
 
@@ -101,7 +102,7 @@ def find_plan(
     Raises:
         BackendError: as the op's public function.
     """
-    problem = problem_of(op, tensors, window, arguments, needs_grad=needs_grad)
+    problem = problem_of(op, tensors, window, arguments, needs_grad=needs_grad, all_results=all_results)
     dims = [value.dim() if isinstance(value, Tensor) else value is None for value in arguments]
     call = (problem, asked, variables.get(TABLE_KEY), *dims)
     try:
@@ -142,7 +143,7 @@ def run(plan: Plan, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> tupl
 
 def run_backward(
     plan: Plan,
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     saved: Sequence[Tensor],
     arguments: Sequence[Any],
     needs_grad: Sequence[str],
@@ -285,6 +286,9 @@ class Differentiated(torch.autograd.Function):
         ctx.call = call
         returned, kept = call.forward(ctx, inputs)
         ctx.save_for_backward(*inputs, *kept)
+        if returned.__class__ is tuple:
+            # Who asks for one result alone has no gradient of the others, which zeros would cost time to say.
+            ctx.set_materialize_grads(False)
         return returned
 
     @staticmethod
@@ -295,7 +299,12 @@ class Differentiated(torch.autograd.Function):
         needs_grad = [name for name, wanted in zip((*call.op.tensors, *call.given), needed) if wanted]
         count = len(call.op.tensors) + len(call.given)
         held = ctx.saved_tensors
-        gradients = iter(call.backward(grads[0], held[:count], held[count:], needs_grad))
+        grads = grads[: 1 + len(call.op.incoming)]
+        if grads[0] is None:
+            if all(grad is None for grad in grads):
+                return (None,) * (1 + count)
+            grads = (call.zeros(held), *grads[1:])
+        gradients = iter(call.backward(grads, held[:count], held[count:], needs_grad))
         return (None, *[next(gradients) if wanted else None for wanted in needed])
 
     @staticmethod
@@ -307,9 +316,10 @@ class Differentiated(torch.autograd.Function):
 _apply: Callable[..., Any] = super(torch.autograd.Function, Differentiated).apply
 
 
-def differentiated(plan: Plan, inputs: Sequence[Tensor], arguments: Sequence[Any]) -> tuple[Tensor]:
-    """The result of a call that nobody watches, with its gradients."""
-    return (_apply(Direct(plan, arguments), *inputs),)
+def differentiated(plan: Plan, inputs: Sequence[Tensor], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The results of a call that nobody watches, with their gradients; the first alone where no others have one."""
+    results = _apply(Direct(plan, arguments), *inputs)
+    return results if results.__class__ is tuple else (results,)
 
 
 class _Call:
@@ -339,6 +349,15 @@ class _Call:
             arguments[place] = tensor
         return inputs[:count], arguments
 
+    def zeros(self, held: Sequence[Tensor]) -> Tensor:
+        """The incoming gradient of the first result, where nobody asks for it."""
+        tensors = held[: len(self.op.tensors)]
+        return empty_result(self.op, next(iter(self.op.results)), tensors, self.window_size).zero_()
+
+    @property
+    def window_size(self) -> Any:
+        raise NotImplementedError
+
 
 def _without(arguments: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
     """``arguments`` with None in these places."""
@@ -357,25 +376,31 @@ class Direct(_Call):
         self.plan, self.op, self.places, self.given = plan, plan.op, plan.places, plan.given_tensors
         self.rest = arguments
 
-    def forward(self, ctx: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    @property
+    def window_size(self) -> Any:
+        return self.plan.problem.window.size
+
+    def forward(self, ctx: Any, inputs: Sequence[Tensor]) -> tuple[Any, Sequence[Tensor]]:
         if self.places:
             results = run(self.plan, inputs[: len(self.op.tensors)], self.rest)
             self.rest = _without(self.rest, self.places)
         else:
             results = run(self.plan, inputs, self.rest)
-        return results[0], results if self.op.keeps_results else ()
+        return results if self.plan.all_results else results[0], results if self.op.keeps_results else ()
 
     def backward(
-        self, grad: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]
+        self, grads: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]
     ) -> list[Tensor]:
         tensors, arguments = self.split(inputs)
+        given = [grad for grad in grads if grad is not None]
         # Where grad mode is on, somebody means to differentiate the gradients: the op's own autograd refuses that.
-        if not _is_grad_enabled() and is_plain((grad, *inputs, *kept)) and not _is_batched(grad):
-            return run_backward(self.plan, (grad,), (*tensors, *kept), arguments, needs_grad)
-        refuse_watchers(self.op, (grad, *inputs))
+        if not _is_grad_enabled() and is_plain((*given, *inputs, *kept)) and not any(map(_is_batched, given)):
+            return run_backward(self.plan, grads, (*tensors, *kept), arguments, needs_grad)
+        refuse_watchers(self.op, (*given, *inputs))
         plan, window = self.plan, self.plan.problem.window
         rest = (window.left, window.right, str(plan.implementation.request), _ticket(tensors[0], plan), needs_grad)
-        gradients: list[Tensor] = _OVERLOADS[self.op.backward](grad, *tensors, *kept, *arguments, *rest)
+        grads = _padded(self.op, grads)
+        gradients: list[Tensor] = _OVERLOADS[self.op.backward](*grads, *tensors, *kept, *arguments, *rest)
         return gradients
 
 
@@ -394,20 +419,31 @@ class Traced(_Call):
         tensors, arguments = self.split(inputs)
         with torch._C._AutoDispatchBelowAutograd():
             results: tuple[Tensor, ...] = _OVERLOADS[self.op.name](*tensors, *arguments, *self.how)
-        # Only the first result has a gradient; the last one is the ticket.
-        ctx.mark_non_differentiable(*results[1:])
+        # The last result is the ticket.
+        all_results = self.how[-1]
+        ctx.mark_non_differentiable(*(results[-1:] if all_results else results[1:]))
         return results, results if self.op.keeps_results else results[-1:]
 
+    @property
+    def window_size(self) -> Any:
+        left, right, *_ = self.how
+        return left + right + 1
+
     def backward(
-        self, grad: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]
+        self, grads: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]
     ) -> list[Tensor]:
         tensors, arguments = self.split(inputs)
-        left, right, backend, _ = self.how
+        left, right, backend, *_ = self.how
         *results, ticket = kept
         gradients: list[Tensor] = _OVERLOADS[self.op.backward](
-            grad, *tensors, *results, *arguments, left, right, backend, ticket, needs_grad
+            *_padded(self.op, grads), *tensors, *results, *arguments, left, right, backend, ticket, needs_grad
         )
         return gradients
+
+
+def _padded(op: Op, grads: Sequence[Any]) -> tuple[Any, ...]:
+    """An incoming gradient for each result, None where there is none."""
+    return (*grads, *[None] * (1 + len(op.incoming) - len(grads)))
 
 
 class _Once(torch.autograd.Function):
@@ -436,11 +472,17 @@ _OVERLOADS: dict[str, Callable[..., Any]] = {}
 
 
 def call_op(
-    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[Any], backend: str | None, needs_grad: bool
+    op: Op,
+    tensors: Sequence[Tensor],
+    window: Window,
+    arguments: Sequence[Any],
+    backend: str | None,
+    needs_grad: bool,
+    all_results: bool,
 ) -> tuple[Tensor, ...]:
     """The op's results, by way of torch's dispatcher."""
     results: tuple[Tensor, ...] = _OVERLOADS[op.name](
-        *tensors, *arguments, window.left, window.right, backend, needs_grad
+        *tensors, *arguments, window.left, window.right, backend, needs_grad, all_results
     )
     return results[: len(op.results)]
 
@@ -462,19 +504,25 @@ def _number_of(ticket: Tensor) -> int:
 
 
 def _checked_plan(
-    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[Any], backend: str | None, needs_grad: bool
+    op: Op,
+    tensors: Sequence[Tensor],
+    window: Window,
+    arguments: Sequence[Any],
+    backend: str | None,
+    needs_grad: bool,
+    all_results: bool,
 ) -> Plan:
     """The plan of a call that may come from anywhere."""
     check(op, tensors, window, arguments)
     if monotonic() > registry.next_look:
         registry.look_at_tables()
-    return find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend))[0]
+    return find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend), all_results)[0]
 
 
 @beside_graphs
 def _kernel(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
-    tensors, arguments, (left, right, backend, needs_grad) = _split(op, inputs)
-    plan = _checked_plan(op, tensors, window_of(left, right), arguments, backend, needs_grad)
+    tensors, arguments, (left, right, backend, needs_grad, all_results) = _split(op, inputs)
+    plan = _checked_plan(op, tensors, window_of(left, right), arguments, backend, needs_grad, all_results)
     results = run(plan, tensors, arguments)
     # A compiled graph reads them as its fake kernel said that they are: what is wrong with them would be read as numbers.
     plan.check_results(results if len(results) > 1 else results[0], tensors, arguments)
@@ -483,16 +531,15 @@ def _kernel(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
 
 @beside_graphs
 def _backward_kernel(op: Op, *inputs: Any) -> list[Tensor]:
-    kept = len(op.tensors) + (len(op.results) if op.keeps_results else 0)
-    grads, saved = inputs[:1], inputs[1 : 1 + kept]
-    arguments, rest = inputs[1 + kept : 1 + kept + len(op.arguments)], inputs[1 + kept + len(op.arguments) :]
-    left, right, backend, ticket, needs_grad = rest
+    grads, saved, arguments, (left, right, backend, ticket, needs_grad) = _split_backward(op, inputs)
     tensors, window = saved[: len(op.tensors)], window_of(left, right)
+    all_results = any(grad is not None for grad in grads[1:])
     implementation = registry.by_ticket(_number_of(ticket))
     if implementation is None:
-        plan = _checked_plan(op, tensors, window, arguments, backend, True)
+        plan = _checked_plan(op, tensors, window, arguments, backend, True, all_results)
     else:
-        plan = plan_for(problem_of(op, tensors, window, arguments, needs_grad=True), implementation, arguments)
+        problem = problem_of(op, tensors, window, arguments, needs_grad=True, all_results=all_results)
+        plan = plan_for(problem, implementation, arguments)
     return run_backward(plan, grads, saved, arguments, needs_grad)
 
 
@@ -503,9 +550,9 @@ def _fake(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(op: Op, *inputs: Any) -> list[Tensor]:
-    kept = len(op.tensors) + (len(op.results) if op.keeps_results else 0)
-    named = inputs_of(op, inputs[1:], inputs[1 + kept :])
-    return [_empty_gradient(named[name]) for name in inputs[-1]]
+    _, saved, arguments, (*_, needs_grad) = _split_backward(op, inputs)
+    named = inputs_of(op, saved, arguments)
+    return [_empty_gradient(named[name]) for name in needs_grad]
 
 
 def _empty_gradient(tensor: Tensor) -> Tensor:
@@ -519,7 +566,7 @@ def _autograd(op: Op, *inputs: Any) -> tuple[Tensor, ...]:
         tensors, arguments, rest = _split(op, inputs)
         given = [each for each in arguments if isinstance(each, Tensor)]
         # A program that was exported without gradients may be differentiated all the same: its `needs_grad` does not count.
-        call = Traced(op, arguments, (*rest[:-1], True))
+        call = Traced(op, arguments, (*rest[:-2], True, rest[-1]))
         results: tuple[Tensor, ...] = Differentiated.apply(call, *tensors, *given)  # type: ignore[no-untyped-call]
         return results
     with torch._C._AutoDispatchBelowAutograd():
@@ -553,15 +600,25 @@ def _split(op: Op, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[An
     return inputs[:count], inputs[count:end], inputs[end:]
 
 
+def _split_backward(
+    op: Op, inputs: Sequence[Any]
+) -> tuple[Sequence[Any], Sequence[Tensor], Sequence[Any], Sequence[Any]]:
+    """Incoming gradients, what was saved, the arguments, and the rest."""
+    first = 1 + len(op.incoming)
+    second = first + len(op.tensors) + (len(op.results) if op.keeps_results else 0)
+    third = second + len(op.arguments)
+    return inputs[:first], inputs[first:second], inputs[second:third], inputs[third:]
+
+
 def _schemas(op: Op) -> Iterator[str]:
     tensors = [f"Tensor {name}" for name in op.tensors]
     arguments = [f"{argument.schema} {argument.name}" for argument in op.arguments]
     window = ["SymInt left", "SymInt right", "str? backend"]
     results = ", ".join(["Tensor"] * (len(op.results) + 1))
-    yield f"{op.name}({', '.join([*tensors, *arguments, *window, 'bool needs_grad'])}) -> ({results})"
+    yield f"{op.name}({', '.join([*tensors, *arguments, *window, 'bool needs_grad', 'bool all_results'])}) -> ({results})"
     kept = [f"Tensor {name}" for name in op.results] if op.keeps_results else []
-    grad = f"Tensor grad_{next(iter(op.results))}"
-    inputs = [grad, *tensors, *kept, *arguments, *window, "Tensor ticket", "str[] needs_grad"]
+    grads = [f"Tensor grad_{next(iter(op.results))}", *[f"Tensor? {argument.name}" for argument in op.incoming]]
+    inputs = [*grads, *tensors, *kept, *arguments, *window, "Tensor ticket", "str[] needs_grad"]
     yield f"{op.backward}({', '.join(inputs)}) -> Tensor[]"
 
 

@@ -20,7 +20,7 @@ from attnreg.backend import Function, facts_of_ability, why_refused
 from attnreg.dispatch import Decision, choose, select
 from attnreg.memory import empty_like, laid_out, strides_like
 from attnreg.op import ROWS, Argument, Op
-from attnreg.problem import Problem, check_number, prepared_integers, size_class, typical, visible_window
+from attnreg.problem import Problem, check_argument_number, prepared_integers, size_class, typical, visible_window
 from attnreg.registry import MOST_CLASSES, Implementation, keep, registry
 from attnreg.request import Wish
 from attnreg.window import Window
@@ -57,6 +57,8 @@ class Plan:
         is_recorded: whether the backward function has to be recorded for autograd.
         places: of the arguments that the call gives, those of tensors in the op's row.
         given_tensors: their names.
+        incoming: the incoming gradients of results but the first that the backward function takes, by name, with their places.
+        all_results: whether results but the first have gradients, too.
         result_shape: of the first result, once results of its backend were looked at; None before, and where sizes are open.
         are_gradients_checked: whether gradients of its backend were looked at.
     """
@@ -76,6 +78,8 @@ class Plan:
     is_recorded: bool
     places: tuple[int, ...]
     given_tensors: tuple[str, ...]
+    incoming: tuple[tuple[int, str], ...]
+    all_results: bool
     result_shape: tuple[int, ...] | None = None
     are_gradients_checked: bool = False
 
@@ -121,12 +125,16 @@ class Plan:
         return results if strides == wanted else (in_order(output, wanted), *results[1:])
 
     def run_backward(
-        self, grads: Sequence[Tensor], saved: Sequence[Tensor], arguments: Sequence[Any], needs_grad: frozenset[str]
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Sequence[Tensor],
+        arguments: Sequence[Any],
+        needs_grad: frozenset[str],
     ) -> Mapping[str, Tensor]:
         """The gradients that are wanted, by name.
 
         Args:
-            grads: the incoming gradients.
+            grads: the incoming gradients of the results; None, or left out, where there is none. The first is there.
             saved: the op's tensors, and its results where its backward gets them.
             arguments: as for :meth:`run`.
             needs_grad: what has to be differentiated.
@@ -135,13 +143,13 @@ class Plan:
             raise NotImplementedError(
                 f"backend {self.implementation.backend.name!r} has no {self.op.backward}; the call was made without gradients"
             )
+        options = {**self._options_of(arguments), "needs_grad": needs_grad}
+        for place, name in self.incoming:
+            grad = grads[place] if place < len(grads) else None
+            options[name] = None if grad is None else grad.contiguous()
         try:
             gradients: Mapping[str, Tensor] = self.backward(
-                *map(rows, grads),
-                *map(rows, saved),
-                self.window,
-                **self._options_of(arguments),
-                needs_grad=needs_grad,
+                *[rows(each) for each in (*grads[:1], *saved) if each is not None], self.window, **options
             )
         except BaseException as error:
             self._name_backend(error, self.op.backward)
@@ -198,12 +206,12 @@ class Plan:
         self,
         gradients: Mapping[str, Any],
         names: frozenset[str],
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         saved: Sequence[Tensor],
         arguments: Sequence[Any],
     ) -> None:
         """Raise unless the gradients are tensors as the op's row has them, each in memory of its own."""
-        given = [*grads, *saved, *[each for each in arguments if isinstance(each, Tensor)]]
+        given = [each for each in (*grads, *saved, *arguments) if isinstance(each, Tensor)]
         named = {argument.name: value for argument, value in zip(self.op.arguments, arguments)}
         named.update(zip(self.op.tensors, saved))
         for name in sorted(names):
@@ -385,6 +393,12 @@ def plan_for(problem: Problem, implementation: Implementation, arguments: Sequen
         is_recorded=problem.needs_grad and not differentiable,
         places=places,
         given_tensors=tuple(op.arguments[place].name for place in places),
+        incoming=tuple(
+            (place, argument.name)
+            for place, argument in enumerate(op.incoming, 1)
+            if argument.name in backend.taken[op.name]
+        ),
+        all_results=any(problem.gives(argument.name) is not None for argument in op.incoming),
     )
 
 
@@ -398,7 +412,7 @@ def _defaults(op: Op, taken: frozenset[str], head_dim: int) -> Mapping[str, Any]
 def _preparation(argument: Argument, problem: Problem, value: Any) -> Callable[[Any], Any] | None:
     """What makes an argument, as it is given in such a call, what backends get; None where it is that."""
     if argument.dims is None:
-        return functools.partial(_finite, argument.name)
+        return functools.partial(_admitted, argument)
     if argument.kind == "integer":
         readable = argument.at_most is not None and problem.device.type == "cpu"
         largest = problem.size(argument.at_most) if readable and argument.at_most is not None else None
@@ -408,10 +422,10 @@ def _preparation(argument: Argument, problem: Problem, value: Any) -> Callable[[
     return None if value.dim() == len(given.shape) else functools.partial(_broadcastable, given.shape)
 
 
-def _finite(name: str, value: Any) -> float:
-    if value.__class__ is float and isfinite(value):
+def _admitted(argument: Argument, value: Any) -> float:
+    if value.__class__ is float and isfinite(value) and argument.admits is None:
         return value
-    return check_number(name, value)
+    return check_argument_number(argument, value)
 
 
 def _broadcastable(shape: tuple[int, ...], value: Tensor) -> Tensor:
@@ -445,8 +459,8 @@ def _nothing(op: Op, differentiable: bool, *inputs: Any, **options: Any) -> tupl
     if differentiable:
         given = [*tensors, *[value for value in options.values() if isinstance(value, Tensor)]]
         zeros = [each.new_zeros(()).where(each.new_ones((), dtype=torch.bool), each.sum()) for each in given]
-        zero = sum(each.to(tensors[0].dtype) for each in zeros if each.is_floating_point())
-        results = (results[0] + zero, *results[1:])
+        zero = torch.stack([each.to(tensors[0].dtype) for each in zeros if each.is_floating_point()]).sum()
+        results = tuple(result + zero.to(result.dtype) for result in results)
     return results
 
 

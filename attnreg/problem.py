@@ -38,7 +38,8 @@ class Given:
     """An optional argument that a call gives: of a tensor its shape and dtype, of a number nothing.
 
     Attributes:
-        shape: of all dimensions that the op has for it, 1 where it broadcasts.
+        shape: of all dimensions that the op has for it, 1 where it broadcasts; empty where that says nothing of the call, as
+            the number of packed sequences does not.
         dtype: its own.
     """
 
@@ -69,8 +70,8 @@ class Problem:
         head_dim: E, the last dimension of query and key; 0 for ``local_weighted_average``.
         value_dim: D, the last dimension of value; 0 for ``local_dot_product``.
         window: the window of keys.
-        given: the optional arguments that the call gives, by name, in the order of the op's row; not those that every
-            backend takes.
+        given: the optional arguments that the call gives, and the gradients of results but the first that it may ask for, by
+            name, in the order of the op's row; not those that every backend takes.
         needs_grad: whether any gradient may be asked for.
     """
 
@@ -144,13 +145,19 @@ _FIELDS = {
     "D": "value_dim",
 }
 # Sizes that messages call otherwise than by their letter.
-SIZE_NAMES = {"G": "Hkv", "Q": "Lq", "K": "Lk"}
+SIZE_NAMES = {"G": "Hkv", "Q": "Lq", "K": "Lk", "S": "S + 1"}
 
 
 def problem_of(
-    op: Op, tensors: Sequence[Tensor], window: Window, arguments: Sequence[object], *, needs_grad: bool
+    op: Op,
+    tensors: Sequence[Tensor],
+    window: Window,
+    arguments: Sequence[object],
+    *,
+    needs_grad: bool,
+    all_results: bool = False,
 ) -> Problem:
-    """Describe a call that :func:`check` has let pass."""
+    """Describe a call that :func:`check` has let pass; ``all_results`` says that results but the first have gradients too."""
     sizes = {
         letter: size for tensor, dims in zip(tensors, op.tensors.values()) for letter, size in zip(dims, tensor.shape)
     }
@@ -159,6 +166,8 @@ def problem_of(
         for argument, value in zip(op.arguments, arguments)
         if value is not None and not argument.for_all
     )
+    if all_results and needs_grad:
+        given += tuple((argument.name, Given()) for argument in op.incoming)
     return Problem(
         op=op.name,
         device=tensors[0].device,
@@ -173,6 +182,8 @@ def problem_of(
 def _given(argument: Argument, value: Any) -> Given:
     if argument.dims is None:
         return Given()
+    if "S" in argument.dims:
+        return Given(dtype=value.dtype)
     return Given((1,) * (len(argument.dims) - value.dim()) + tuple(value.shape), value.dtype)
 
 
@@ -181,6 +192,9 @@ def visible_window(op: Op, problem: Problem) -> Window:
     window = problem.window
     # Sizes without numbers, in a trace, are not cut to: their numbers here are those of one call.
     if op.has_slots or not isinstance(problem.key_length, int) or not isinstance(problem.query_length, int):
+        return window
+    # A query may then stand anywhere.
+    if problem.gives("query_starts") is not None:
         return window
     for argument in op.arguments:
         given, dims = problem.gives(argument.name), argument.dims or ""
@@ -235,13 +249,33 @@ def check(op: Op, tensors: Sequence[object], window: object, arguments: Sequence
             f"(Hkv = {kv_heads}); got {first_name} {_shape(first)} and {second_name} {_shape(second)}"
             f"{_if_transposed(first, second)}"
         )
+    given = [argument.name for argument, value in zip(op.arguments, arguments) if value is not None]
     for argument, value in zip(op.arguments, arguments):
         if value is None and not argument.required:
             continue
         if argument.dims is None:
-            check_number(argument.name, value)
+            check_argument_number(argument, value)
         else:
             _check_argument(argument, argument.dims, value, sizes, first_name, first)
+        _check_company(argument, given, sizes, first_name, first)
+
+
+def _check_company(
+    argument: Argument, given: Sequence[str], sizes: dict[str, Any], first_name: str, first: Tensor
+) -> None:
+    """Whether what stands beside an argument goes with it."""
+    name = argument.name
+    if argument.needs is not None and argument.needs not in given:
+        raise ValueError(f"{name}: it needs {argument.needs} beside it, which is not given")
+    for other in argument.excludes:
+        if other in given:
+            raise ValueError(f"{name}: it cannot be given together with {other}, of which the offsets say all")
+    for letter, size in argument.sizes.items():
+        if sizes[letter] != size:
+            raise ValueError(
+                f"{name}: with it the {SIZES[letter]} must be {size}, as sequences lie one after the other in "
+                f"(1, H, T, E); got {first_name} {_shape(first)}"
+            )
 
 
 def check_window(window: object) -> None:
@@ -288,6 +322,14 @@ def check_number(name: str, value: object) -> float:
     return float(value)
 
 
+def check_argument_number(argument: Argument, value: object) -> float:
+    """A number as a float; a TypeError unless it is a real number, a ValueError unless the op's row admits it."""
+    number = check_number(argument.name, value)
+    if argument.admits is not None and not argument.admits[1](number):
+        raise ValueError(f"{argument.name} must be {argument.admits[0]}, got {value}")
+    return number
+
+
 def prepared_integers(argument: Argument, largest: int | None, value: Tensor) -> Tensor:
     """An argument of integers as backends get it: contiguous, int32 or int64, and in range where that can be told.
 
@@ -307,10 +349,30 @@ def prepared_integers(argument: Argument, largest: int | None, value: Tensor) ->
                 what = SIZE_NAMES[argument.at_most or ""]
                 # The key itself is not known here: what was read as its length may be its number of heads.
                 hint = f"; {TRANSPOSE}" if number > largest else ""
-                raise ValueError(f"{argument.name}: every length must lie in 0..{largest} ({what}), got {number}{hint}")
-    if value.dtype not in _INDEX_DTYPES:
-        value = value.long()
+                one = "offset" if argument.ascends else argument.name.rpartition("_")[2].removesuffix("s")
+                raise ValueError(f"{argument.name}: every {one} must lie in 0..{largest} ({what}), got {number}{hint}")
+        if argument.ascends:
+            _check_ascent(argument.name, value)
+    if not value.dim():
+        value = value.view(1)
+    if value.dtype not in _INDEX_DTYPES if argument.dtype is None else value.dtype != argument.dtype:
+        value = value.to(argument.dtype or torch.int64)
     return value if value.is_contiguous() else value.contiguous()
+
+
+def _check_ascent(name: str, offsets: Tensor) -> None:
+    """A ValueError unless the offsets begin with 0 and never decrease."""
+    try:
+        begins, ascends = int(offsets[0]) == 0, not bool((offsets[1:] < offsets[:-1]).any())
+    except RuntimeError:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            raise
+        return
+    if not begins or not ascends:
+        what = "some that decrease" if begins else f"{int(offsets[0])} as the first"
+        raise ValueError(
+            f"{name}: offsets are 0 and then where each sequence ends, lengths.cumsum(0) behind a 0; got {what}"
+        )
 
 
 def _numbers(value: Tensor) -> Sequence[int]:
@@ -377,7 +439,13 @@ def _check_argument(
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}{hint}")
     if value.device != first.device:
         raise ValueError(f"{name} must be on {first_name}'s device, {first.device}; got {value.device}")
-    full = [sizes[letter] for letter in dims]
+    if "S" in dims:
+        if value.dim() != 1 or value.shape[0] == 0:
+            raise ValueError(
+                f"{name} must have shape (S + 1,), for S sequences where each ends behind a 0; got {_shape(value)}"
+            )
+        sizes.setdefault("S", value.shape[0])
+    full = [1 if letter == "1" else sizes[letter] for letter in dims]
     letters = ", ".join(SIZE_NAMES.get(letter, letter) for letter in dims) + ("," if len(dims) == 1 else "")
     if not argument.broadcasts:
         if list(value.shape) != full:

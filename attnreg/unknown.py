@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from attnreg.op import ATTENTION, DOT_PRODUCT
 from attnreg.request import did_you_mean
 
 
@@ -27,17 +28,12 @@ TRANSPOSE = "of tensors in (N, L, H, E) give tensor.transpose(1, 2), which copie
 
 _WINDOW = f"give window={WINDOWS}"
 _CAUSAL = "give window=Window.causal(n): a query sees its own position and the n - 1 before it"
-_MASK = "give bias=band_from_dense(mask, window), or key_lengths= for padding"
+_MASK = "give bias=band_from_dense(mask, window), or key_lengths= or key_starts= for padding"
 _POSITIONS = "give bias=, of shape (H, 1, W) where it is a table of relative positions"
-_PACKED = "sequences are a batch here: pad them, and give key_lengths="
+_MOST = "leave it out: no length is needed beside the offsets"
 _BETWEEN = "between local_dot_product and local_weighted_average"
-# Of the scores without a visible key, -inf, a soft cap would make finite ones.
-_SOFTCAP = f"there is no soft cap yet: cap the scores that are not -inf, and take their softmax, {_BETWEEN}"
 _FUNCTIONS = f"there are no functions of scores yet: give bias= for what is added to them, and do the rest {_BETWEEN}"
-_SINKS = (
-    f"there are no sinks yet: put them beside the scores as one more column, and drop it behind the softmax, {_BETWEEN}"
-)
-_LSE = "there is no log-sum-exp yet: local_dot_product(query, key, window, scale=scale).logsumexp(-1) is it"
+_LSE = "call local_attention_with_lse, which returns both"
 _WEIGHTS = "leave it out: local_dot_product(query, key, window, scale=scale).softmax(-1) are the weights"
 _BLOCKS = "leave it out: blocks are a backend's own, and the window alone says which keys a query sees"
 _LAYOUT = f"tensors are (N, H, L, E); {TRANSPOSE}"
@@ -53,15 +49,21 @@ _ELSEWHERE: Mapping[str, str] = {
         ("alibi_slopes", "alibi"), "give bias=-slopes[:, None, None] * (window.left - torch.arange(window.size)).abs()"
     ),
     **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), "give scale="),
-    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_kv"), _PACKED),
-    **dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k"), _PACKED),
-    **dict.fromkeys(("seq_lens", "seqlens", "lengths", "kv_lengths", "seqused_k"), "give key_lengths="),
     **dict.fromkeys(
-        ("dropout", "dropout_p", "p_dropout", "attn_dropout"), f"there is no dropout in the op: drop weights {_BETWEEN}"
+        ("cu_seqlens", "cu_seqlens_query", "cu_seq_lens_q", "cu_seq_q", "document_offsets"), "give cu_seqlens_q="
     ),
-    **dict.fromkeys(("softcap", "soft_cap", "logits_soft_cap", "logit_softcapping"), _SOFTCAP),
+    **dict.fromkeys(("cu_seqlens_kv", "cu_seq_lens_k", "cu_seq_k"), "give cu_seqlens_k="),
+    **dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_q", "max_k", "max_length_q"), _MOST),
+    **dict.fromkeys(("seq_lens", "seqlens", "lengths", "kv_lengths", "seqused_k"), "give key_lengths="),
+    **dict.fromkeys(("leftpad_k", "left_padding", "leftpad"), "give key_starts="),
+    **dict.fromkeys(
+        ("q_offset", "query_offset", "query_positions", "cache_position", "start_pos"), "give query_starts="
+    ),
+    **dict.fromkeys(("dropout", "p_dropout", "attn_dropout", "dropout_rate"), "give dropout_p="),
+    **dict.fromkeys(("soft_cap", "logits_soft_cap", "logit_softcapping"), "give softcap="),
+    **dict.fromkeys(("generator", "rng_state", "dropout_seed"), "give seed=, an int64 tensor of one element"),
     **dict.fromkeys(("score_mod", "mask_mod"), _FUNCTIONS),
-    **dict.fromkeys(("sinks", "sink", "s_aux", "learnable_sink"), _SINKS),
+    **dict.fromkeys(("sink", "s_aux", "learnable_sink", "attention_sinks"), "give sinks=, of shape (H,)"),
     **dict.fromkeys(("return_lse", "return_softmax_lse", "return_aux"), _LSE),
     **dict.fromkeys(("need_weights", "return_attn_probs", "output_attentions"), _WEIGHTS),
     **dict.fromkeys(("block_size", "block_q", "block_k"), _BLOCKS),
@@ -75,11 +77,19 @@ _ELSEWHERE: Mapping[str, str] = {
 
 # Where to give what such a call does not take, but another one does.
 _MADE, _CALLED = "where the module is made", "in the call of the module"
+_TENSORS = [row.name for row in ATTENTION.arguments if row.dims is not None]
+_OF_ATTENTION = dict.fromkeys(
+    (row.name for row in ATTENTION.arguments if row.name not in {each.name for each in DOT_PRODUCT.arguments}),
+    "in local_attention",
+)
 _OTHERS: Mapping[str, Mapping[str, str]] = {
-    "local_dot_product": dict.fromkeys(("weights", "value"), "in local_weighted_average"),
-    "local_weighted_average": dict.fromkeys(("query", "key", "bias", "scale"), "in local_dot_product"),
-    "LocalAttention": dict.fromkeys(("query", "key", "value", "bias", "key_lengths"), _CALLED),
-    "LocalAttention.forward": dict.fromkeys(("window", "scale", "backend"), _MADE),
+    "local_dot_product": {**dict.fromkeys(("weights", "value"), "in local_weighted_average"), **_OF_ATTENTION},
+    "local_weighted_average": {
+        **dict.fromkeys(("query", "key", "bias", "scale"), "in local_dot_product"),
+        **_OF_ATTENTION,
+    },
+    "LocalAttention": dict.fromkeys(("query", "key", "value", *_TENSORS), _CALLED),
+    "LocalAttention.forward": dict.fromkeys(("window", "scale", "softcap", "dropout_p", "backend"), _MADE),
 }
 
 Answering = TypeVar("Answering", bound=Callable[..., Any])

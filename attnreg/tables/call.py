@@ -57,7 +57,7 @@ def class_of(problem: Problem) -> tuple[str, ...]:
 
 
 def _given(problem: Problem, heads: int, window: int) -> Iterator[tuple[str, Given]]:
-    for argument in ROWS[problem.op].arguments:
+    for argument in ROWS[problem.op].extras:
         given = problem.gives(argument.name)
         if given is None or argument.for_all:
             continue
@@ -141,7 +141,7 @@ def call_from_json(written: Mapping[str, Any], device: torch.device) -> Problem:
         raise ValueError(f"a window is {window!r}, not two numbers")
     if sizes["kv_heads"] and sizes["heads"] % sizes["kv_heads"]:
         raise ValueError(f"heads is {sizes['heads']}, no multiple of kv_heads, {sizes['kv_heads']}")
-    unknown = set(given) - {argument.name for argument in ROWS[op].arguments}
+    unknown = set(given) - {argument.name for argument in ROWS[op].extras}
     if unknown:
         raise ValueError(f"{op} takes no {', '.join(map(repr, sorted(unknown)))}")
     return Problem(
@@ -152,7 +152,7 @@ def call_from_json(written: Mapping[str, Any], device: torch.device) -> Problem:
         window=Window(*(_size("window", each) for each in window)),
         given=tuple(
             (argument.name, _given_from_json(argument, given[argument.name]))
-            for argument in ROWS[op].arguments
+            for argument in ROWS[op].extras
             if argument.name in given
         )
         if given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,12 @@ from attnreg_torch import block, naive
 
 CAPABILITY = Capability(
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
-    takes=frozenset({"bias", "key_lengths"}),
+    takes=frozenset(
+        (
+            *("bias", "key_lengths", "key_starts", "query_starts", "cu_seqlens_q", "cu_seqlens_k"),
+            *("softcap", "sinks", "dropout_p", "seed", "grad_log_sum_exp"),
+        )
+    ),
 )
 
 
@@ -37,7 +43,7 @@ def attnreg_backends() -> Iterable[Backend]:
     yield Backend(
         name="torch_block",
         summary="blocks of queries against block + W - 1 keys in one batched product, memory O(L (block + W))",
-        capability=CAPABILITY,
+        capability=replace(CAPABILITY, takes=frozenset({"bias", "key_lengths"})),
         local_dot_product=block.local_dot_product,
         local_dot_product_backward=block.local_dot_product_backward,
         local_weighted_average=block.local_weighted_average,
