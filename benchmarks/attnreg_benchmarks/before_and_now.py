@@ -105,15 +105,24 @@ def calls_of(package: str, case: Case, sets: Sets) -> dict[str, Calls]:
     window = Window.causal(case.size)
     found: dict[str, Calls] = {"forward": [], "backward": []}
     for query, key, value, grad, *rest in sets:
-        options = {"bias": rest[0] if rest else None, "key_lengths": None, "scale": query.shape[3] ** -0.5}
+        given = {"bias": rest[0] if rest else None, "scale": query.shape[3] ** -0.5}
         inputs = (query, key, value)
+        # Versions differ in the optional arguments that they take.
+        options, of_backward = (
+            {
+                name: given.get(name)
+                for name, each in inspect.signature(function).parameters.items()
+                if each.kind is each.KEYWORD_ONLY and name != "needs_grad"
+            }
+            for function in (forward, backward)
+        )
         results = forward(*inputs, window, **options)
 
         def run_forward(inputs: Any = inputs, options: Any = options) -> object:
             return forward(*inputs, window, **options)
 
         def run_backward(
-            grad: Tensor = grad, inputs: Any = inputs, results: Any = results, options: Any = options
+            grad: Tensor = grad, inputs: Any = inputs, results: Any = results, options: Any = of_backward
         ) -> object:
             return backward(grad, *inputs, *results, window, needs_grad=needs_grad, **options)
 
