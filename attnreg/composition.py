@@ -286,9 +286,10 @@ class _Call:
         self.share: Tensor | None = None
         if options.get("sinks") is not None:
             sink = _widened(options["sinks"], wide)[:, None, None].to(wide)
-            self.share = (sink - self.log_sum_exp).sigmoid()
-            self.weights = self.weights * (self.log_sum_exp - sink).sigmoid()
-            self.log_sum_exp = torch.logaddexp(self.log_sum_exp, sink)
+            total = torch.logaddexp(self.log_sum_exp, sink)
+            self.share = (sink - total).exp()
+            self.weights = self.weights * (self.log_sum_exp - total).exp()
+            self.log_sum_exp = total
         if self.hidden is not None:
             self.value = self.value.where(self._is_seen(self.hidden), 0.0)
 
@@ -333,7 +334,8 @@ class _Call:
         n, h, i = (torch.arange(each, device=self.seed.device) for each in (batch, heads, rows))
         n, h = n + (self.part.batch.start or 0), h + (self.part.heads.start or 0)
         is_kept = kept(self.seed, self.dropout_p, n[:, None, None], h[:, None], i, self.origins[:, None], size)
-        return is_kept.to(self.weights.dtype) / (1.0 - self.dropout_p)
+        scale: float = 1.0 - self.dropout_p
+        return is_kept.to(self.weights.dtype) / scale
 
     def _dropped(self) -> Tensor:
         """M * P."""

@@ -414,9 +414,12 @@ def _preparation(argument: Argument, problem: Problem, value: Any) -> Callable[[
     if argument.dims is None:
         return functools.partial(_admitted, argument)
     if argument.kind == "integer":
-        readable = argument.at_most is not None and problem.device.type == "cpu"
-        largest = problem.size(argument.at_most) if readable and argument.at_most is not None else None
-        return functools.partial(prepared_integers, argument, largest)
+        # Offsets of the queries are those of the keys, too, where no others are given.
+        stands_for = [argument, *(row for row in ROWS[problem.op].arguments if row.needs == argument.name)]
+        bounds = [row.at_most for row in stands_for if row is argument or problem.gives(row.name) is None]
+        letter = min((letter for letter in bounds if letter is not None), key=problem.size, default=None)
+        bound = None if letter is None or problem.device.type != "cpu" else (letter, problem.size(letter))
+        return functools.partial(prepared_integers, argument, bound)
     given = problem.gives(argument.name)
     assert given is not None
     return None if value.dim() == len(given.shape) else functools.partial(_broadcastable, given.shape)

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -330,29 +331,20 @@ def check_argument_number(argument: Argument, value: object) -> float:
     return number
 
 
-def prepared_integers(argument: Argument, largest: int | None, value: Tensor) -> Tensor:
-    """An argument of integers as backends get it: contiguous, int32 or int64, and in range where that can be told.
+def prepared_integers(argument: Argument, bound: tuple[str, int] | None, value: Tensor) -> Tensor:
+    """An argument of integers as backends get it: contiguous, in a dtype of theirs, and in range where that can be told.
 
     Args:
         argument: its row.
-        largest: what no number may exceed; None where reading the numbers would synchronise.
+        bound: what no number may exceed, by the size's letter; None where reading the numbers would synchronise.
         value: as it was given.
 
     Raises:
-        ValueError: a number lies outside 0 to ``largest``.
+        ValueError: a number lies outside 0 to ``bound``; or offsets do not begin with 0, or decrease.
     """
     # A subclass that has its own way with torch's ops may have no values: a fake tensor has none.
-    if largest is not None and value.__class__.__torch_dispatch__ is Tensor.__torch_dispatch__:
-        # A few numbers are read sooner one by one.
-        for number in _numbers(value):
-            if not 0 <= number <= largest:
-                what = SIZE_NAMES[argument.at_most or ""]
-                # The key itself is not known here: what was read as its length may be its number of heads.
-                hint = f"; {TRANSPOSE}" if number > largest else ""
-                one = "offset" if argument.ascends else argument.name.rpartition("_")[2].removesuffix("s")
-                raise ValueError(f"{argument.name}: every {one} must lie in 0..{largest} ({what}), got {number}{hint}")
-        if argument.ascends:
-            _check_ascent(argument.name, value)
+    if bound is not None and value.__class__.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        _check_numbers(argument, *bound, value)
     if not value.dim():
         value = value.view(1)
     if value.dtype not in _INDEX_DTYPES if argument.dtype is None else value.dtype != argument.dtype:
@@ -360,29 +352,39 @@ def prepared_integers(argument: Argument, largest: int | None, value: Tensor) ->
     return value if value.is_contiguous() else value.contiguous()
 
 
-def _check_ascent(name: str, offsets: Tensor) -> None:
-    """A ValueError unless the offsets begin with 0 and never decrease."""
+def _check_numbers(argument: Argument, letter: str, largest: int, value: Tensor) -> None:
     try:
-        begins, ascends = int(offsets[0]) == 0, not bool((offsets[1:] < offsets[:-1]).any())
+        # A few numbers are read sooner one by one.
+        few = value.numel() <= 64
+        numbers = value.tolist() if few else [int(bound) for bound in value.aminmax()]
+        first = numbers[0] if few and numbers else int(value[0]) if numbers else 0
+        ascends = not argument.ascends or _ascends(numbers if few else value)
     except RuntimeError:
+        # Where torch.func maps over it, there are none to be read.
         if torch._C._functorch.peek_interpreter_stack() is None:
             raise
         return
-    if not begins or not ascends:
-        what = "some that decrease" if begins else f"{int(offsets[0])} as the first"
+    for number in numbers:
+        if not 0 <= number <= largest:
+            # The key itself is not known here: what was read as its length may be its number of heads.
+            hint = f"; {TRANSPOSE}" if number > largest else ""
+            if letter != argument.at_most:
+                hint = "; give offsets of the keys, too, where these are other ones"
+            one = "offset" if argument.ascends else argument.name.rpartition("_")[2].removesuffix("s")
+            raise ValueError(
+                f"{argument.name}: every {one} must lie in 0..{largest} ({SIZE_NAMES[letter]}), got {number}{hint}"
+            )
+    if argument.ascends and (first != 0 or not ascends):
+        what = "some that decrease" if first == 0 else f"{first} as the first"
         raise ValueError(
-            f"{name}: offsets are 0 and then where each sequence ends, lengths.cumsum(0) behind a 0; got {what}"
+            f"{argument.name}: offsets are 0 and then where each sequence ends, lengths.cumsum(0) behind a 0; got {what}"
         )
 
 
-def _numbers(value: Tensor) -> Sequence[int]:
-    """The numbers in a tensor, or else the least and the largest; none where torch.func maps over it."""
-    try:
-        return value.tolist() if value.numel() <= 64 else [int(bound) for bound in value.aminmax()]
-    except RuntimeError:
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            raise
-        return ()
+def _ascends(offsets: Sequence[int] | Tensor) -> bool:
+    if isinstance(offsets, Tensor):
+        return not bool((offsets[1:] < offsets[:-1]).any())
+    return all(before <= after for before, after in pairwise(offsets))
 
 
 def _mismatch(op: Op, name: str, tensor: Any, letter: str, owner: str, theirs: Any) -> ValueError:
@@ -451,7 +453,9 @@ def _check_argument(
         if list(value.shape) != full:
             raise ValueError(f"{name} must have shape ({letters}) = {_sizes(full)}, got {_shape(value)}")
     elif not _broadcasts(value, full):
-        otherwise = [sizes[{"H": "Q", "Q": "H"}.get(letter, letter)] for letter in dims]
+        otherwise = [
+            sizes[{"H": "Q", "Q": "H"}[letter]] if letter in "HQ" else size for letter, size in zip(dims, full)
+        ]
         hint = f"; {TRANSPOSE}" if _broadcasts(value, otherwise) else ""
         raise ValueError(
             f"{name}: shape {_shape(value)} does not broadcast to ({letters}) = {_sizes(full)}; each of its dimensions, "

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from attnreg.window import Window
 
+# Beyond what a window, of less than 2**62 on each side, and any sequence reach together.
+FARTHEST = 2**62 + 2**60
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -29,9 +32,10 @@ class Rows:
     def seen(self, query_length: int, window: Window) -> tuple[Tensor, Tensor]:
         """``(first, last)``: each row sees keys [first, last), none where that is reversed; broadcasting to (N, Lq)."""
         position = self.position(query_length)
-        # Past the last key a position sees all of the right side; 64 bits might not hold the sum.
+        # 64 bits might not hold the sums of a position far before the first key, or far past the last one, which sees as much.
+        first = position.maximum(self.low) - window.left
         last = position.minimum(self.high) + window.right + 1
-        return (position - window.left).maximum(self.low), last.minimum(self.high)
+        return first.maximum(self.low), last.minimum(self.high)
 
 
 def rows_of(
@@ -61,7 +65,7 @@ def rows_of(
     """
     if cu_seqlens_q is not None:
         of_queries = cu_seqlens_q.long().clamp(0, query_length)
-        of_keys = of_queries if cu_seqlens_k is None else cu_seqlens_k.long().clamp(0, key_length)
+        of_keys = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).long().clamp(0, key_length)
         # A row before the first offset, or past the last, is of a sequence without keys, at one end of the offsets.
         end = torch.searchsorted(of_queries, torch.arange(query_length, device=device), right=True)
         begin = (end - 1).clamp_min(0)
@@ -70,8 +74,8 @@ def rows_of(
         return Rows((high - of_queries[end])[None], low[None], high[None])
     start = _column(query_starts, key_length - query_length, device)
     if query_starts is not None:
-        # Further away no row sees any key; but a sum with it could leave 64 bits.
-        start = start.clamp(-(2**62), 2**62)
+        # Further away no window reaches a key; but with a row's number added it could leave 64 bits.
+        start = start.clamp(-FARTHEST, FARTHEST)
     low = _column(key_starts, 0, device).clamp(0, key_length)
     return Rows(start, low, _column(key_lengths, key_length, device).clamp(0, key_length))
 

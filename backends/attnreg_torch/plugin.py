@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
@@ -43,7 +42,7 @@ def attnreg_backends() -> Iterable[Backend]:
     yield Backend(
         name="torch_block",
         summary="blocks of queries against block + W - 1 keys in one batched product, memory O(L (block + W))",
-        capability=replace(CAPABILITY, takes=frozenset({"bias", "key_lengths"})),
+        capability=CAPABILITY,
         local_dot_product=block.local_dot_product,
         local_dot_product_backward=block.local_dot_product_backward,
         local_weighted_average=block.local_weighted_average,
