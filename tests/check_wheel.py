@@ -41,7 +41,7 @@ assert (library is None) == (build.LIBRARY.find_compiler() is None), (library, b
 if library is not None:
     build.load(library)
     packed = torch.empty(4, 1, 8)
-    torch.ops.attnreg_cublas.pack(torch.ones(1, 1, 4, 8), packed, None, 4, False, 4, 0, 0, 0, 1)
+    torch.ops.attnreg_cublas.pack(torch.ones(1, 1, 4, 8), packed, [], 4, False, 4, 0, 0, True, 0, 1)
     assert (packed == 1).all()
 """
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 from attnreg_benchmarks import cublas_blocks, cublas_lines
 from attnreg_cublas import blocks, build, call, functions, plugin, products, rule
+from attnreg_cublas.given import Given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnreg
 from attnreg import Window
+from attnreg import problem as problems
+from attnreg.rows import rows_of
 
 LENGTHS = (1, 2, 6)
 WINDOWS = [Window(left, size - 1 - left) for size in (1, 2, 3, 5, 9) for left in range(size)]
@@ -82,47 +85,101 @@ def test_equals_the_reference_in_float64(queries, keys, block, sides):
         )
 
 
-def _check(len_q, len_k, window, group, masked, dims, block, layout):
+LONG = 21
+PACKED = [
+    [0, 5, 5, 6, 15, LONG],
+    [0, 0, 9, 10, 10, 17, 17, 17],  # rows after the last offset
+    [0, LONG, LONG, LONG],
+    [0],
+    [0, 0],
+    [4, 9, 15],  # what only a GPU lets pass, here and below
+    [0, 8, 2**31, 2**40],
+    [-(2**40), 8, 2**62],
+]
+BY_SEQUENCE = [
+    {"key_lengths": [9, LONG], "key_starts": [3, 0]},
+    {"key_starts": [20, 6]},
+    {"key_lengths": [9, 2**31], "key_starts": [9, -(2**31)]},
+    {"query_starts": [0, 13]},
+    {"query_starts": [-4, LONG], "key_starts": [2, LONG - 1], "key_lengths": [LONG, 12]},
+    {"query_starts": [2**31, -(2**32)], "key_lengths": [0, LONG]},
+    {"query_starts": [2**63 - 1, -(2**63)]},
+]
+
+
+@pytest.mark.parametrize("window", [Window(2, 1), Window(0, 0), Window(0, 6), Window(30, 0)], ids=str)
+@pytest.mark.usefixtures("library", "poisoned_memory")
+def test_equals_the_reference_where_rows_are_given(window, block, sides):
+    torch.manual_seed(0)
+    layout = _lengths_first if sides == "heads_in_place" else _contiguous
+    for number, given in enumerate([{"cu_seqlens_q": offsets} for offsets in PACKED] + BY_SEQUENCE):
+        narrow = all(-(2**31) <= each < 2**31 for values in given.values() for each in values)
+        dtype = torch.int32 if narrow and number % 2 else torch.int64
+        rows = {name: torch.tensor(values, dtype=dtype) for name, values in given.items()}
+        dims, group = ((8, 4), 1) if number % 3 else ((5, 3), 2)
+        _check(LONG, LONG, window, group, number % 4 == 3, dims, block, layout, rows)
+        if "cu_seqlens_q" not in given:
+            _check(7, LONG, window, group, False, dims, block, layout, rows)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(25, 21), (21, 25)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.usefixtures("library", "sides", "poisoned_memory")
+def test_packed_queries_and_keys_may_have_room_of_different_lengths(queries, keys, kv_heads):
+    torch.manual_seed(0)
+    rows = {"cu_seqlens_q": torch.tensor([0, 5, 5, 6, 18])}
+    for layout in (_contiguous, _lengths_first):
+        _check(queries, keys, Window(4, 2), 1, False, (8, 4), 8, layout, rows, kv_heads)
+
+
+def _check(len_q, len_k, window, group, masked, dims, block, layout, given=None, kv_heads=2):
     def leaf(*shape):
         return torch.randn(shape, dtype=torch.float64).float().double().requires_grad_()
 
     head_dim, value_dim = dims
-    heads, kv_heads = 2 * group, 2
-    query, grad_output = leaf(2, heads, len_q, head_dim), leaf(2, heads, len_q, value_dim).detach()
-    key, value = leaf(2, kv_heads, len_k, head_dim), leaf(2, kv_heads, len_k, value_dim)
-    weights, grad_scores = leaf(2, heads, len_q, window.size), leaf(2, heads, len_q, window.size).detach()
-    bias = key_lengths = None
+    given = given or {}
+    batch, heads = 1 if "cu_seqlens_q" in given else 2, kv_heads * group
+    query, grad_output = leaf(batch, heads, len_q, head_dim), leaf(batch, heads, len_q, value_dim).detach()
+    key, value = leaf(batch, kv_heads, len_k, head_dim), leaf(batch, kv_heads, len_k, value_dim)
+    weights, grad_scores = leaf(batch, heads, len_q, window.size), leaf(batch, heads, len_q, window.size).detach()
+    bias = None
     if masked:
         bias = leaf(1, heads, 1, window.size)
         bias.data[torch.rand(bias.shape) < 0.3] = -math.inf
-        key_lengths = torch.tensor([len_k // 2, len_k])
+        given = given or {"key_lengths": torch.tensor([len_k // 2, len_k])}
 
-    scores = attnreg.local_dot_product(
-        query, key, window, bias=bias, key_lengths=key_lengths, scale=0.5, backend="torch"
+    by_rows, keys = slots(batch, len_q, len_k, window, given)
+    seen = by_rows.expand(batch, heads, len_q, window.size)
+    visible = seen if bias is None else seen & (bias.detach() != -math.inf)
+
+    def of_slots(tensor):
+        return torch.stack([of_n[:, at] for of_n, at in zip(tensor, keys)]).repeat_interleave(group, 1)
+
+    scores = 0.5 * (query[:, :, :, None] * of_slots(key)).sum(-1) + (
+        0 if bias is None else torch.where(visible, bias, 0)
     )
-    visible = scores != -math.inf
+    scores = torch.where(visible, scores, -math.inf)
     torch.where(visible, scores, 0).backward(grad_scores)
-    output = attnreg.local_weighted_average(weights, value, window, key_lengths=key_lengths, backend="torch")
+    output = (torch.where(seen, weights, 0)[..., None] * of_slots(value)).sum(-2)
     output.backward(grad_output)
 
-    # What is hidden may be NaN: slots, queries that see no key, keys that no query sees; by position, key length or bias.
+    # What is hidden may be NaN: slots, queries that see no key, keys that no query sees; by what rows may see, or by bias.
     def poisoned(tensor, good):
         return layout(torch.where(good, tensor.detach(), math.nan).float())
 
-    seen = attnreg.local_dot_product(query, key, window, key_lengths=key_lengths, backend="torch") != -math.inf
-    q, k = poisoned(query, visible.any(-1, keepdim=True)), poisoned(key, keys_seen(visible, len_k, window))
-    go, x = poisoned(grad_output, seen.any(-1, keepdim=True)), poisoned(value, keys_seen(seen, len_k, window))
+    q, k = poisoned(query, visible.any(-1, keepdim=True)), poisoned(key, keys_seen(visible, keys, key))
+    go, x = poisoned(grad_output, seen.any(-1, keepdim=True)), poisoned(value, keys_seen(seen, keys, key))
     w, g = poisoned(weights, seen), poisoned(grad_scores, visible)
     b = None if bias is None else bias.detach().float()
     blocked = {"block": block, "workspace": 256}
-    options = {"bias": b, "key_lengths": key_lengths, "scale": 0.5}
+    options = {"bias": b, "scale": 0.5, **given}
     needs_grad = frozenset({"query", "key", "bias"} if masked else {"query", "key"})
     got = {
         "scores": functions.local_dot_product(q, k, window, **options, **blocked),
         **functions.local_dot_product_backward(g, q, k, window, needs_grad=needs_grad, **options, **blocked),
-        "output": functions.local_weighted_average(w, x, window, key_lengths=key_lengths, **blocked),
+        "output": functions.local_weighted_average(w, x, window, **given, **blocked),
         **functions.local_weighted_average_backward(
-            go, w, x, window, key_lengths=key_lengths, needs_grad=frozenset({"weights", "value"}), **blocked
+            go, w, x, window, needs_grad=frozenset({"weights", "value"}), **given, **blocked
         ),
     }
     want = {"scores": scores, "output": output, "query": query.grad, "key": key.grad}
@@ -132,13 +189,21 @@ def _check(len_q, len_k, window, group, masked, dims, block, layout):
         torch.testing.assert_close(got[name].double(), truth.detach(), rtol=1e-5, atol=1e-5, msg=name)
 
 
-def keys_seen(visible, len_k, window):
-    """The keys that some row sees, (N, 2, Lk, 1), of slots (N, H, Lq, W) for two key/value heads."""
-    keys = torch.arange(visible.size(2))[:, None] + len_k - visible.size(2) - window.left + torch.arange(window.size)
-    found = torch.zeros(len(visible), 2, len_k, 1, dtype=torch.bool)
-    by_head = visible.unflatten(1, (2, -1)).any(2)
-    for n, h in itertools.product(range(len(visible)), range(2)):
-        found[n, h, keys[by_head[n, h]]] = True
+def slots(batch, len_q, len_k, window, given):
+    """Which slots are visible, (N, 1, Lq, W), and of which keys they are, (N, Lq, W), some key where they are not."""
+    rows = rows_of(len_q, len_k, torch.device("cpu"), **given)
+    first, last = (bound[..., None].expand(batch, len_q, 1) for bound in rows.seen(len_q, window))
+    keys = (rows.position(len_q) - window.left)[..., None] + torch.arange(window.size)
+    visible = (keys >= first) & (keys < last.clamp_max(len_k))
+    return visible[:, None], keys.clamp(0, len_k - 1).expand(batch, -1, -1)
+
+
+def keys_seen(visible, keys, key):
+    """The keys that some row sees, (N, Hkv, Lk, 1), of slots (N, H, Lq, W)."""
+    found = torch.zeros(*key.shape[:3], 1, dtype=torch.bool)
+    by_head = visible.unflatten(1, (key.size(1), -1)).any(2)
+    for n, h in itertools.product(range(key.size(0)), range(key.size(1))):
+        found[n, h, keys[n][by_head[n, h]]] = True
     return found
 
 
@@ -172,6 +237,39 @@ def test_what_is_not_finite_stays_in_its_sequence(rows):
             assert not got[spoilt].isfinite().all()
             for elsewhere in set(everywhere) - {spoilt}:
                 torch.testing.assert_close(got[elsewhere], expected[elsewhere])
+
+
+@pytest.mark.parametrize("rows", [1, 8, None])
+@pytest.mark.usefixtures("library", "sides")
+def test_what_is_not_finite_stays_in_its_packed_sequence(rows):
+    torch.manual_seed(0)
+    window, parts = Window(3, 2), (9, 1, 30, 12)
+    offsets = torch.tensor([0, *itertools.accumulate(parts)])
+    query, key, value = torch.randn(3, 1, 2, sum(parts), 8).unbind()
+    weights = torch.randn(1, 2, sum(parts), window.size)
+    options = {"cu_seqlens_q": offsets, "block": rows}
+
+    def results(query, key, value):
+        everything = {"bias": None, "scale": 1.0, **options}
+        return (
+            functions.local_dot_product(query, key, window, **everything),
+            *functions.local_dot_product_backward(
+                weights, query, key, window, needs_grad=frozenset({"query", "key"}), **everything
+            ).values(),
+            functions.local_weighted_average(weights, value, window, **options),
+            *functions.local_weighted_average_backward(
+                query, weights, value, window, needs_grad=frozenset({"weights", "value"}), **options
+            ).values(),
+        )
+
+    clean = results(query, key, value)
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        inputs = [tensor.clone() for tensor in (query, key, value)]
+        for tensor in inputs:
+            tensor[:, :, begin:end] = math.nan
+        for got, expected in zip(results(*inputs), clean):
+            torch.testing.assert_close(got[:, :, :begin], expected[:, :, :begin])
+            torch.testing.assert_close(got[:, :, end:], expected[:, :, end:])
 
 
 @pytest.mark.usefixtures("library", "sides")
@@ -338,10 +436,11 @@ def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
     lengths = itertools.product((1, 2, 5), (1, 3, 8, 20), (1, 3, 8, 20))
     reaches = itertools.product((0, 1, 4, 9), (0, 2, 9))
     within = 0
-    for (sequences, queries, keys), (left, right), rows, by_key in itertools.product(
-        lengths, reaches, (1, 3, 8), (False, True)
+    for (sequences, queries, keys), (left, right), rows, by_key, starts in itertools.product(
+        lengths, reaches, (1, 3, 8), (False, True), ("ends aligned", "together", "anywhere")
     ):
-        line = blocks.lay(1, sequences, queries, keys, left, right)
+        start = {"ends aligned": keys - queries, "together": 0, "anywhere": None}[starts]
+        line = blocks.lay(1, sequences, queries, keys, left, right, start)
         cut = blocks.cut(line, rows, by_key=by_key, edge_slots=math.inf)
         assert cut.columns == rows + line.width - 1
         end = cut.first + cut.count * rows
@@ -359,7 +458,7 @@ def test_blocks_lie_within_the_line_or_cover_it(monkeypatch):
 
 
 def test_blocks_lie_within_the_line_where_edge_rows_are_few():
-    line = blocks.lay(1, 4, 1024, 1024, 31, 0)
+    line = blocks.lay(1, 4, 1024, 1024, 31, 0, 0)
     within = blocks.cut(line, 64, edge_slots=math.inf)
     slots = (line.length - within.count * within.rows) * line.width / line.length
     assert within.within
@@ -385,16 +484,17 @@ def launches(run):
 
 @pytest.mark.usefixtures("library")
 def test_what_is_read_in_place_takes_one_product_and_one_or_two_kernels(monkeypatch):
-    window, lengths = Window(3, 2), torch.tensor([128, 100])
+    window, lengths = Window(3, 2), {"key_lengths": torch.tensor([128, 100])}
+    starts, packed = {"query_starts": torch.tensor([0, 9])}, {"cu_seqlens_q": torch.tensor([0, 40, 40, 99])}
     query, key = torch.randn(2, 2, 2, 128, 8).unbind()
     weights = torch.randn(2, 2, 128, window.size)
 
-    def dot(query, key, key_lengths=None):
-        options = {"bias": None, "key_lengths": key_lengths, "scale": 1.0}
+    def dot(query, key, rows=()):
+        options = {"bias": None, "scale": 1.0, **dict(rows)}
         return launches(lambda: functions.local_dot_product(query, key, window, **options))
 
-    def average(weights, value, key_lengths=None):
-        return launches(lambda: functions.local_weighted_average(weights, value, window, key_lengths=key_lengths))
+    def average(weights, value, rows=()):
+        return launches(lambda: functions.local_weighted_average(weights, value, window, **dict(rows)))
 
     def backward(name):
         options = {"key_lengths": None, "needs_grad": frozenset({name})}
@@ -406,7 +506,11 @@ def test_what_is_read_in_place_takes_one_product_and_one_or_two_kernels(monkeypa
     assert dot(torch.randn(2, 4, 128, 8), key) == ["pack", "baddbmm_", "gather_band"]
     assert dot(query[..., :5], key[..., :5]) == ["pack", "pack", "baddbmm_", "gather_band"]
     assert average(weights, key) == ["scatter_band", "baddbmm_", "mend_rows"]
-    assert average(weights, key, lengths) == ["scatter_band", "pack", "baddbmm_", "mend_rows"]
+    assert average(weights, key, lengths) == ["scatter_band", "baddbmm_", "mend_rows"]
+    # Offsets take a table; keys that begin anywhere are copied to where they are seen.
+    assert dot(query[:1], key[:1], packed) == ["bound_packed_rows", "baddbmm_", "gather_band"]
+    assert average(weights[:1], key[:1], packed) == ["bound_packed_rows", "scatter_band", "baddbmm_", "mend_rows"]
+    assert dot(query, key, starts) == ["pack", "pack", "baddbmm_", "gather_band"]
     # Where each head is a line, a product of them all is spared a copy of each side and of the result.
     heads_apart = [_lengths_first(tensor) for tensor in (query, key)]
     assert dot(*heads_apart) == ["multiply", "gather_band"]
@@ -440,7 +544,7 @@ def test_dense_blocks_keep_to_the_workspace(monkeypatch, heads, at_once):
     monkeypatch.setattr(call, "ops", lambda: None)
     rows = torch.empty(1, 5, 2048, 4)
     for workspace in (1, 13):
-        one = call.Call(rows, rows, Window.centered(512), None, None, 128, workspace)
+        one = call.Call(rows, rows, Window.centered(512), None, Given(), 128, workspace)
         geometry = blocks.cut(one.line if heads == 1 else one.lines_of_heads, 128)
         chunks = list(one._chunks(geometry, rows, (geometry.rows, geometry.columns)))
         assert all(chunk.dense.numel() * chunk.dense.element_size() <= workspace * 2**20 for chunk in chunks)
@@ -473,6 +577,12 @@ def test_more_rows_than_the_kernels_can_count_are_refused():
     )
     assert "at most 1073741824 rows" in plugin._refuse(problem)
     assert plugin._refuse(dataclasses.replace(problem, batch=2**4)) is None
+    # Keys that begin anywhere are laid under the window of each query.
+    anywhere = dataclasses.replace(
+        problem, batch=2**4, given=(("query_starts", problems.Given()),), window=Window(2**22, 0)
+    )
+    assert "queries and windows have" in plugin._refuse(anywhere)
+    assert plugin._refuse(dataclasses.replace(anywhere, given=())) is None
 
 
 @pytest.mark.usefixtures("library")

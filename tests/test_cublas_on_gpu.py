@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from attnreg_cublas import call
+from attnreg_cublas import build, call, functions
 from torch.autograd import DeviceType
 
 import attnreg
@@ -17,6 +19,13 @@ pytestmark = [
 
 WINDOW = Window.centered(40)
 NAME = "cublas_block"
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """The functions are called past the core, which would prepare the backend."""
+    reason = build.prepare()
+    assert reason is None, reason
 
 
 def tensors(*shapes, dtype=torch.float32):
@@ -148,6 +157,95 @@ def test_a_graph_replays_on_new_numbers():
             tensor.normal_()
     graph.replay()
     assert_same(got, step(*inputs, "torch"))
+
+
+LENGTH = 1200
+# Offsets are repeated up to a fixed number of them; some rows may come after the last one.
+PACKED = [
+    [0, 300, 300, 301, 900, LENGTH, LENGTH, LENGTH],
+    [0, 1, 2, 3, 67, 131, 1000, 1000],
+    [0, LENGTH, LENGTH, LENGTH, LENGTH, LENGTH, LENGTH, LENGTH],
+    [0] * 8,
+]
+
+
+def products(query, key, weights, value, grad_scores, grad_output, **rows):
+    """Both products and all their gradients, as the backend has them."""
+    of_dot, of_average = frozenset({"query", "key"}), frozenset({"weights", "value"})
+    options = {"bias": None, "scale": 0.5, **rows}
+    return {
+        "scores": functions.local_dot_product(query, key, WINDOW, **options),
+        "output": functions.local_weighted_average(weights, value, WINDOW, **rows),
+        **functions.local_dot_product_backward(grad_scores, query, key, WINDOW, needs_grad=of_dot, **options),
+        **functions.local_weighted_average_backward(grad_output, weights, value, WINDOW, needs_grad=of_average, **rows),
+    }
+
+
+def inputs_of_products(batch=1, dtype=torch.float32):
+    widths = (64, 64, WINDOW.size, 64, WINDOW.size, 64)
+    return [torch.randn(batch, 3, LENGTH, width, device="cuda", dtype=dtype) for width in widths]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("prepared")
+def test_a_graph_replays_on_other_offsets_as_if_each_sequence_were_alone(dtype):
+    inputs = inputs_of_products(dtype=dtype)
+    offsets = torch.tensor(PACKED[0], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        products(*inputs, cu_seqlens_q=offsets)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = products(*inputs, cu_seqlens_q=offsets)
+    for numbers in PACKED:
+        for tensor in inputs:
+            tensor.normal_()
+            # Nothing of the rows after the last offset may reach any other.
+            tensor[:, :, numbers[-1] :] = torch.nan
+        offsets.copy_(torch.tensor(numbers))
+        graph.replay()
+        expected = {
+            name: torch.full_like(result, -torch.inf if name == "scores" else 0) for name, result in got.items()
+        }
+        for begin, end in itertools.pairwise(numbers):
+            if begin < end:
+                alone = products(*(tensor[:, :, begin:end].contiguous() for tensor in inputs))
+                for name, result in alone.items():
+                    expected[name][:, :, begin:end] = result
+        tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+        for name, result in got.items():
+            torch.testing.assert_close(result, expected[name], **tolerance, msg=name)
+
+
+@pytest.mark.usefixtures("prepared")
+def test_nothing_of_the_rows_is_read_on_the_host():
+    for batch, rows in (
+        (1, {"cu_seqlens_q": PACKED[0]}),
+        (2, {"key_lengths": [99, 7], "key_starts": [3, 0]}),
+        (2, {"query_starts": [99, -7]}),
+    ):
+        inputs = inputs_of_products(batch)
+        given = {name: torch.tensor(numbers, device="cuda") for name, numbers in rows.items()}
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            products(*inputs, **given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_lengths_and_starts_take_no_more_kernels_and_offsets_one():
+    query, key, weights, *_ = inputs_of_products()
+    lengths = {name: torch.tensor([99], device="cuda") for name in ("key_lengths", "key_starts")}
+    packed = {"cu_seqlens_q": torch.tensor(PACKED[0], device="cuda")}
+    for rows, more in (({}, 0), (lengths, 0), (packed, 1)):
+        names = kernels(lambda rows=rows: functions.local_dot_product(query, key, WINDOW, bias=None, scale=1.0, **rows))
+        assert len(names) == 2 + more, names
+        names = kernels(lambda rows=rows: functions.local_weighted_average(weights, key, WINDOW, **rows))
+        assert len(names) == 3 + more, names
 
 
 def test_it_runs_on_the_current_stream():

@@ -2,10 +2,11 @@
 
 All sequences of a call (one for each batch entry and key/value head) are laid end to end on one *line* of positions, or those of
 each head on one of their own: whichever lies so in memory. Query i and key j of a sequence lie so that slot c of the query at
-position x is the key at x - left + c, whatever the lengths: their ends are aligned, as in ``Window``. A line is then cut into
-blocks of B rows, wherever a sequence may begin or end. Block b owns the B rows from first + b * B on and has S columns, which
-begin ``before`` positions earlier: the column ranges overlap, each begins B positions after the one before, so that all blocks
-of a line are one strided batch. Slot c of row r is column ``r + diagonal + c``: in a dense result of pitch S the band has
+position x is the key at x - left + c, whatever the lengths: their ends are aligned, as in ``Window``, or they begin together.
+Where every sequence has a start of its own, its keys are moved along by that: queries lie alike everywhere. A line is then cut
+into blocks of B rows, wherever a sequence may begin or end. Block b owns the B rows from first + b * B on and has S columns,
+which begin ``before`` positions earlier: the column ranges overlap, each begins B positions after the one before, so that all
+blocks of a line are one strided batch. Slot c of row r is column ``r + diagonal + c``: in a dense result of pitch S the band has
 pitch S + 1.
 
     rows of a block     columns (S >= B + W - 1)
@@ -41,7 +42,8 @@ class Line:
         sequences: how many a line has.
         pitch: positions of a sequence.
         query_lead: where query 0 lies in its sequence's positions; before it are keys that the first queries see.
-        key_lead: where key 0 lies; negative where the first keys are seen by no query, and have no position.
+        key_lead: where key 0 lies, less the sequence's start if it has one; negative where the first keys are seen by no query,
+            and have no position.
         left: positions before a query that it may see: ``window.left``, or less where no key is so far away.
         right: positions after it, likewise.
     """
@@ -113,13 +115,18 @@ class Spans(NamedTuple):
         return (self.number - 1) * self.step + self.height
 
 
-def lay(lines: int, sequences: int, queries: int, keys: int, left: int, right: int) -> Line:
-    """Lines of ``sequences`` sequences of these lengths each, under a window of this reach."""
+def lay(lines: int, sequences: int, queries: int, keys: int, left: int, right: int, start: int | None) -> Line:
+    """Lines of ``sequences`` sequences of these lengths each, under a window of this reach.
+
+    Query 0 is at key ``start``: at 0, or so that the ends are aligned; None where it is anywhere.
+    """
+    if start is None:
+        return Line(lines, sequences, left + queries + right, left, left, left, right)
     # No pair of positions is further apart than that.
     left, right = min(left, keys - 1), min(right, queries - 1)
-    surplus = keys - queries
-    lead = min(max(surplus, 0), left)
-    return Line(lines, sequences, lead + queries, lead, lead - surplus, left, right)
+    lead = min(max(start, 0), left)
+    pitch = lead + max(queries, keys - start)
+    return Line(lines, sequences, pitch, lead, lead - start, left, right)
 
 
 def cut(line: Line, rows: int, *, by_key: bool = False, edge_slots: float = -1) -> Blocks:

@@ -4,8 +4,9 @@ A side of a product is read in place where its tensor is the line already, or li
 (*pack*), or copied as fp16 factors (*split*). *Gather* reads the band out of a dense result, *scatter* writes a band into zeroed
 blocks, *mend* goes over the ends of sequences in an average; gather and mend also compute the edge rows. A product by position
 whose rows are not in the order of the caller's tensors yet is copied there (*unpack*). These kernels are in ``csrc/cuda/``.
-Dense blocks are made a chunk at a time, in a bounded workspace. Read in place, a dot product is one product and one of our
-kernels, an average scatters, multiplies and mends.
+Lengths, starts and offsets only hide slots: blocks lie as without them. Keys that begin anywhere are copied to where they are
+seen. Dense blocks are made a chunk at a time, in a bounded workspace. Read in place, a dot product is one product and one of
+our kernels, an average scatters, multiplies and mends.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from attnreg import Window, allow_tf32, empty_like
 from attnreg.memory import strides_like
 from attnreg_cublas.blocks import Blocks, Spans, cut, lay
 from attnreg_cublas.build import ops
+from attnreg_cublas.given import Given
 from attnreg_cublas.products import multiply, multiply_factors, sums_factors_in_fp32
 from attnreg_cublas.rule import AVERAGE_EDGE_SLOTS, SCORE_EDGE_SLOTS, block_rows, factors_pay
 from attnreg_cublas.sides import Side, as_heads, as_line, matrices, padded_width
@@ -78,15 +80,16 @@ class Call:
         keys: Tensor,
         window: Window,
         bias: Tensor | None,
-        key_lengths: Tensor | None,
+        given: Given,
         block: int | None,
         workspace: int,
     ) -> None:
         self.batch, self.heads, self.queries, _ = rows.shape
         self.kv_heads, self.keys = keys.shape[1:3]
         self.group = self.heads // self.kv_heads
-        self.window, self.bias, self.key_lengths = window, bias, key_lengths
-        lengths = (self.queries, self.keys, window.left, window.right)
+        self.window, self.bias = window, bias
+        start = given.start(self.queries, self.keys)
+        lengths = (self.queries, self.keys, window.left, window.right, start)
         self.line = _lay(1, self.batch * self.kv_heads, *lengths)
         self.lines_of_heads = _lay(self.kv_heads, self.batch, *lengths)
         self.block, self.block_of_heads = (
@@ -95,6 +98,11 @@ class Call:
         )
         self.workspace = workspace * _MEBIBYTE
         self.ops = ops()
+        self.given = given.for_kernels(self.queries, self.keys)
+        # The first key of query 0, less the start of its sequence where each has its own.
+        self.shift = (start or 0) - window.left
+        # Where key 0 lies; in each sequence elsewhere if that is None.
+        self.key_lead = None if start is None else self.line.key_lead
 
     def band(self, query: Tensor, key: Tensor, like: Tensor, *, scale: float, hidden: float) -> Tensor:
         """``scale * query . key + bias`` (N, H, Lq, W) in the visible slots, and ``hidden`` in the others."""
@@ -113,8 +121,8 @@ class Call:
                 right = self._matrices(columns, blocks, chunk, column_spans)
                 multiply(left, right.mT, chunk.by_line(), scale)
             else:
-                left = self._split(rows, row_spans, scales[0], of_keys=False)
-                right = self._split(columns, column_spans, scales[1], of_keys=True)
+                left = self._split(rows, row_spans, scales[0])
+                right = self._split(columns, column_spans, scales[1])
                 multiply_factors(left[0], right[0].mT, chunk.dense)
             given = (query, key, chunk.dense, *(scales or (None, None)))
             self.ops.gather_band(*given, band, *visibility, chunk.line, chunk.begin, self.window.left, scale, hidden)
@@ -122,7 +130,7 @@ class Call:
 
     def average(self, band: Tensor, source: Tensor, like: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over c of band[i, c] * source[key of c]`` (N, H, Lq, E), over the visible slots."""
-        columns = self._keys(source, skip_unseen=True)
+        columns = self._keys(source)
         room = self._room(like, columns, self.group, self.line.query_lead)
         blocks, output = room.blocks, room.output
         visibility = self._visibility(blocks)
@@ -132,14 +140,14 @@ class Call:
             into = _of_lines(room.rows, chunk, blocks.row_spans(chunk.begin, chunk.end))
             multiply(chunk.by_line().flatten(2, 3), seen, into, scale)
         if not room.is_output:
-            self.ops.unpack(room.rows[0], output, self.line.pitch, self.line.query_lead)
+            self.ops.unpack(room.rows[0], output, self.given, self.line.pitch, self.line.query_lead, False)
         self.ops.mend_rows(band, source, output, *visibility, self.keys, self.window.left, scale)
         return output
 
     def average_by_key(self, band: Tensor, source: Tensor, like: Tensor, *, scale: float = 1.0) -> Tensor:
         """``scale * sum over the queries i that see key j of band[i, slot of j] * source[i]`` (N, Hkv, Lk, E)."""
         columns = self._queries(source, skip_unseen=True)
-        room = self._room(like, columns, 1, self.line.key_lead, by_key=True)
+        room = self._room(like, columns, 1, self.key_lead, by_key=True)
         blocks, output = room.blocks, room.output
         visibility = self._visibility(blocks)
         for chunk in self._chunks(blocks, band, (blocks.columns, self.group, blocks.rows)):
@@ -150,30 +158,30 @@ class Call:
             into = _of_lines(room.rows, chunk, blocks.row_spans(chunk.begin, chunk.end))
             multiply(chunk.by_line().flatten(2, 3).mT, seeing, into, scale, self.group)
         if not room.is_output:
-            self.ops.unpack(room.rows[0], output, self.line.pitch, self.line.key_lead)
+            self.ops.unpack(room.rows[0], output, self.given, self.line.pitch, self.line.key_lead, True)
         self.ops.mend_rows_by_key(band, source, output, *visibility, self.keys, self.window.left, scale)
         return output
 
     def masked(self, band: Tensor, like: Tensor) -> Tensor:
         """A band with zeros at invisible slots."""
         masked = empty_like(like, dtype=band.dtype)
-        self.ops.mask_band(band, masked, self.bias, self.key_lengths, self.keys, self.window.left)
+        self.ops.mask_band(band, masked, self.bias, self.given, self.keys, self.shift)
         return masked
 
     def _queries(self, source: Tensor, *, skip_unseen: bool = False) -> Side:
-        # A query is worth reading for the keys that it sees: from which one on, counted from its own position, how many.
-        seen = (self.keys - self.queries - self.window.left, self.window.size)
-        skip = skip_unseen and (self.key_lengths is not None or self.queries > self.keys)
-        return self._side(source, self.line.query_lead, seen, skip)
+        # The first queries may see no key. Their weights are zero, but they may be NaN. Where anything is given, what such rows
+        # have spoilt is mended; otherwise they are not read.
+        skip = skip_unseen and not self.given and self.queries > self.keys
+        return self._side(source, self.line.query_lead, not skip, of_keys=False)
 
-    def _keys(self, source: Tensor, *, skip_unseen: bool = False) -> Side:
-        return self._side(source, self.line.key_lead, (0, 1), skip_unseen and self.key_lengths is not None)
+    def _keys(self, source: Tensor) -> Side:
+        return self._side(source, self.line.key_lead, self.key_lead is not None, of_keys=True)
 
-    def _side(self, source: Tensor, lead: int, seen: tuple[int, int], skip: bool) -> Side:
-        """A side that may be read in place, but where rows are to be skipped: their weights are zero, but they may be NaN."""
-        if skip or (source.size(1), source.size(2), lead) != (self.kv_heads, self.line.pitch, 0):
-            return Side(source, None, None, lead, seen)
-        return Side(source, as_line(source), as_heads(source), lead, seen)
+    def _side(self, source: Tensor, lead: int, may_be_read_in_place: bool, *, of_keys: bool) -> Side:
+        is_line = (source.size(1), source.size(2), lead) == (self.kv_heads, self.line.pitch, 0)
+        if not (may_be_read_in_place and is_line):
+            return Side(source, None, None, lead, of_keys)
+        return Side(source, as_line(source), as_heads(source), lead, of_keys)
 
     def _cut(self, *sides: Side, edge_slots: float = -1) -> Blocks:
         """Blocks of scores: of whichever lines spare copies, or else covering one line."""
@@ -184,14 +192,18 @@ class Call:
                 return blocks
         return _cut(self.line, self.block, edge_slots=edge_slots if one_line else -1)
 
-    def _room(self, like: Tensor, columns: Side, heads: int, lead: int, *, by_key: bool = False) -> Room:
-        """Room for an average of ``heads`` heads a position, and its blocks: in the output where it is one line or more."""
+    def _room(self, like: Tensor, columns: Side, heads: int, lead: int | None, *, by_key: bool = False) -> Room:
+        """Room for an average of ``heads`` heads a position, and its blocks: in the output where it is one line or more.
+
+        Row 0 is to lie at ``lead``; None if it lies elsewhere in each sequence.
+        """
         width = columns.source.size(3)
         shape, row = (*like.shape[:3], width), padded_width(width, like.dtype)
         per_sequence = self.line.pitch * heads * row
         per_head = row if self.kv_heads == 1 else per_sequence if heads == 1 else None
         own, wanted = (self.kv_heads * per_sequence, per_head, heads * row), strides_like(like, width)
-        is_line = lead >= 0 and all(size == 1 or ours == its for size, ours, its in zip(shape, own, wanted))
+        is_line = lead is not None and lead >= 0
+        is_line = is_line and all(size == 1 or ours == its for size, ours, its in zip(shape, own, wanted))
         output = None if is_line else empty_like(like, width)
         if output is not None and heads == 1 and (like.size(2), lead) == (self.line.pitch, 0):
             lines = as_heads(output)
@@ -204,7 +216,7 @@ class Call:
         # Blocks that cover the line reach over its end.
         rows = like.new_empty(1, max(self.line.length, blocks.count * blocks.rows), heads, row)
         if output is None:
-            return Room(blocks, rows, rows.as_strided(shape, wanted, lead * heads * row), True)
+            return Room(blocks, rows, rows.as_strided(shape, wanted, (lead or 0) * heads * row), True)
         return Room(blocks, rows, output, False)
 
     def _matrices(self, side: Side, blocks: Blocks, chunk: Chunk, spans: Spans) -> Tensor:
@@ -219,27 +231,27 @@ class Call:
             source.size(1) // self.kv_heads,
             padded_width(source.size(3), source.dtype),
         )
-        place = (by_head, self.line.pitch, chunk.line * length + spans.first, side.lead, *side.seen)
-        self.ops.pack(source, packed, self.key_lengths, self.keys, *place)
+        place = (by_head, self.line.pitch, chunk.line * length + spans.first, side.lead, side.of_keys)
+        self.ops.pack(source, packed, self.given, self.keys, *place, self.shift, self.window.size)
         return matrices(packed, spans, spans.first, lines=chunk.lines, per_line=length * packed.stride(0))
 
-    def _split(self, side: Side, spans: Spans, scales: Tensor, *, of_keys: bool) -> Tensor:
+    def _split(self, side: Side, spans: Spans, scales: Tensor) -> Tensor:
         """As ``_matrices``, in three fp16 factors a row; their scales are written to ``scales``."""
         source = side.source
         width = padded_width(source.size(3), torch.float16)
         factors = source.new_empty(spans.positions, scales.size(1), 3 * width, dtype=torch.float16)
-        self.ops.split(source, factors, scales, self.line.pitch, spans.first, side.lead, of_keys)
+        self.ops.split(source, factors, scales, self.given, self.line.pitch, spans.first, side.lead, side.of_keys)
         return matrices(factors, spans, spans.first)
 
     def _scales(self, source: Tensor) -> Tensor:
         return source.new_empty(self.line.length, source.size(1) // self.kv_heads)
 
-    def _visibility(self, blocks: Blocks) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    def _visibility(self, blocks: Blocks) -> tuple[Tensor | None, list[Tensor | None], list[int]]:
         """What the kernels know of visible slots, of line and blocks; the numbers as ``csrc/cuda/geometry.cuh`` orders them."""
         line = blocks.line
         on_line = (self.kv_heads, self.group, line.pitch, line.query_lead, line.key_lead)
         of_blocks = (blocks.rows, blocks.columns, blocks.before, blocks.first, blocks.count)
-        return self.bias, self.key_lengths, [*on_line, *of_blocks, line.lines, line.sequences]
+        return self.bias, self.given, [*on_line, *of_blocks, line.lines, line.sequences]
 
     def _chunks(self, blocks: Blocks, like: Tensor, shape: tuple[int, ...]) -> Iterator[Chunk]:
         """Ranges of blocks, of one line or all of several, and room for the dense elements of each block, which are of ``shape``.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnreg import Window
 from attnreg_cublas.call import Call
+from attnreg_cublas.given import Given
 
 # MiB of dense blocks at a time.
 WORKSPACE = 256
@@ -28,13 +29,17 @@ def local_dot_product(
     window: Window,
     *,
     bias: Tensor | None,
-    key_lengths: Tensor | None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     scale: float,
     block: int | None = None,
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Scores: S = scale * Q.K^T + bias on the band."""
-    call = Call(query, key, window, bias, key_lengths, block, workspace)
+    given = Given(key_lengths, key_starts, query_starts, cu_seqlens_q)
+    call = Call(query, key, window, bias, given, block, workspace)
     return call.band(query, key, query, scale=scale, hidden=-math.inf)
 
 
@@ -45,14 +50,18 @@ def local_dot_product_backward(
     window: Window,
     *,
     bias: Tensor | None,
-    key_lengths: Tensor | None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     scale: float,
     needs_grad: frozenset[str],
     block: int | None = None,
     workspace: int = WORKSPACE,
 ) -> dict[str, Tensor]:
     """Gradients: dQ = scale * dS.K, dK = scale * dS^T.Q, dbias = dS summed to the shape of the bias."""
-    call = Call(query, key, window, bias, key_lengths, block, workspace)
+    given = Given(key_lengths, key_starts, query_starts, cu_seqlens_q)
+    call = Call(query, key, window, bias, given, block, workspace)
     gradients = {}
     if "query" in needs_grad:
         gradients["query"] = call.average(grad_scores, key, query, scale=scale)
@@ -68,12 +77,16 @@ def local_weighted_average(
     value: Tensor,
     window: Window,
     *,
-    key_lengths: Tensor | None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     block: int | None = None,
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Output: O = A.V over the band."""
-    return Call(weights, value, window, None, key_lengths, block, workspace).average(weights, value, weights)
+    given = Given(key_lengths, key_starts, query_starts, cu_seqlens_q)
+    return Call(weights, value, window, None, given, block, workspace).average(weights, value, weights)
 
 
 def local_weighted_average_backward(
@@ -82,13 +95,17 @@ def local_weighted_average_backward(
     value: Tensor,
     window: Window,
     *,
-    key_lengths: Tensor | None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     needs_grad: frozenset[str],
     block: int | None = None,
     workspace: int = WORKSPACE,
 ) -> dict[str, Tensor]:
     """Gradients: dA = dO.V^T on the band, dV = A^T.dO."""
-    call = Call(weights, value, window, None, key_lengths, block, workspace)
+    given = Given(key_lengths, key_starts, query_starts, cu_seqlens_q)
+    call = Call(weights, value, window, None, given, block, workspace)
     gradients = {}
     if "weights" in needs_grad:
         gradients["weights"] = call.band(grad_output, value, weights, scale=1.0, hidden=0.0)

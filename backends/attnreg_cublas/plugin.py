@@ -14,8 +14,13 @@ _MOST_ROWS = 2**30
 
 
 def _refuse(problem: Problem) -> str | None:
-    rows = problem.batch * problem.heads * (problem.query_length + problem.key_length)
-    return f"it counts at most {_MOST_ROWS} rows; queries and keys have {rows}" if rows > _MOST_ROWS else None
+    # Of keys that may begin anywhere, a line has a place for all that the window reaches from any query.
+    moving = problem.gives("query_starts") is not None
+    keys = problem.window.size if moving else problem.key_length
+    rows = problem.batch * problem.heads * (problem.query_length + keys)
+    if rows <= _MOST_ROWS:
+        return None
+    return f"it counts at most {_MOST_ROWS} rows; queries and {'windows' if moving else 'keys'} have {rows}"
 
 
 @hookimpl

@@ -19,15 +19,15 @@ class Side(NamedTuple):
         source: (N, G * Hkv, L, E), for the G heads of a sequence.
         line: the same by position, (1, positions, 1, E), where it can be read in place as one line.
         heads: the same, (H, positions, 1, E), where it can be read as a line for each head.
-        lead: where row 0 of a sequence lies.
-        seen: the keys that make a row worth reading, see ``csrc/pack.cuh``.
+        lead: where row 0 of a sequence lies, less the sequence's start if it has one and the row is a key.
+        of_keys: whether the rows are keys.
     """
 
     source: Tensor
     line: Tensor | None
     heads: Tensor | None
     lead: int
-    seen: tuple[int, int]
+    of_keys: bool
 
 
 def matrices(rows: Tensor, spans: Spans, origin: int = 0, *, lines: int = 1, per_line: int = 0) -> Tensor:

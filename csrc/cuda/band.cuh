@@ -1,4 +1,4 @@
-// The band: slot c of query row i is key j = i + shift + c, visible iff 0 <= j < key length and its bias is not -inf.
+// The band: slot c of query row i is key j = i + shift + start + c, visible iff the row may see it and its bias is not -inf.
 #pragma once
 
 #include <cfloat>
@@ -10,10 +10,9 @@
 #include <cuda_fp16.h>
 
 #include "geometry.cuh"
+#include "keys.cuh"
 
 namespace attnreg {
-
-using torch::headeronly::ScalarType;
 
 // Calls run(T{}) with the C++ type of a dtype that scores and weights may have.
 template <class Run>
@@ -73,38 +72,17 @@ struct Bias {
   }
 };
 
-// Key lengths, clamped to [0, keys]; every sequence has all keys where there are none.
-struct Lengths {
-  const void* data = nullptr;
-  bool wide = false;
-  int64_t keys;
-
-  Lengths(const std::optional<Tensor>& lengths, int64_t keys) : keys(keys) {
-    if (!lengths) return;
-    data = lengths->const_data_ptr();
-    wide = lengths->scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(wide || lengths->scalar_type() == ScalarType::Int,
-                    "attnreg cublas_block: key_lengths must be int32 or int64");
-  }
-
-  __host__ __device__ int64_t operator[](int64_t n) const {
-    if (data == nullptr) return keys;
-    const int64_t length = wide ? static_cast<const int64_t*>(data)[n] : static_cast<const int32_t*>(data)[n];
-    return length < 0 ? 0 : length < keys ? length : keys;
-  }
-};
-
 // What decides which slots of the band are visible. Most calls have no bias, and their kernels no code for it.
-template <bool kBias>
+template <bool kBias, bool kGiven>
 struct Visibility {
-  static constexpr bool kHasBias = kBias;
+  static constexpr bool kHasBias = kBias, kHasGiven = kGiven;
   int32_t batch;
   int64_t width;  // of the band
-  int64_t shift;  // the key of slot 0 in row 0: Lk - Lq - left
-  Lengths lengths;
+  int64_t shift;  // the key of slot 0 in row 0, less the start of the sequence
+  KeysOfRows<kGiven> keys;
   Bias bias;
 
-  // One row of the band: slot 0 is key `first_key`, slots [begin, end) are keys of the sequence, or there are none.
+  // One row of the band: slot 0 is key `first_key`, slots [begin, end) are keys that it may see, or there are none.
   struct Row {
     int64_t first_key;
     int begin, end;
@@ -112,10 +90,10 @@ struct Visibility {
   };
 
   __host__ __device__ Row row(int64_t n, int64_t h, int64_t i) const {
-    const int64_t first_key = i + shift;
-    const int64_t begin = first_key < 0 ? -first_key : 0;
-    const int64_t keys = lengths[n] - first_key;
-    const int64_t end = keys < width ? keys : width;
+    const int64_t first_key = i + shift + keys.start(n);
+    const Bounds seen = keys.bounds(n, i);
+    const int64_t begin = seen.low - first_key > 0 ? seen.low - first_key : 0;
+    const int64_t end = seen.high - first_key < width ? seen.high - first_key : width;
     if (begin >= end) return {first_key, 0, 0, 0};
     return {first_key, static_cast<int>(begin), static_cast<int>(end),
             n * bias.stride_n + h * bias.stride_h + i * bias.stride_i};
@@ -135,13 +113,16 @@ struct Visibility {
 
 // Calls run with what decides in a call, of the type that it needs.
 template <class Run>
-void dispatch_visibility(const Tensor& band, int64_t keys, int64_t left, const std::optional<Tensor>& bias,
-                         const std::optional<Tensor>& key_lengths, const Run& run) {
-  const int64_t shift = keys - band.size(2) - left;
+void dispatch_visibility(const Tensor& band, int64_t keys, int64_t shift, const std::optional<Tensor>& bias,
+                         const Given& given, const Run& run) {
   const auto batch = static_cast<int32_t>(band.size(0));
-  const Lengths lengths(key_lengths, keys);
-  if (bias) return run(Visibility<true>{batch, band.size(3), shift, lengths, Bias(bias)});
-  run(Visibility<false>{batch, band.size(3), shift, lengths, Bias(bias)});
+  const auto with = [&](auto has_bias, auto has_given) {
+    run(Visibility<has_bias(), has_given()>{batch, band.size(3), shift, KeysOfRows<has_given()>(given, keys), Bias(bias)});
+  };
+  if (bias && given.empty()) return with(std::true_type{}, std::false_type{});
+  if (bias) return with(std::true_type{}, std::true_type{});
+  if (given.empty()) return with(std::false_type{}, std::false_type{});
+  with(std::false_type{}, std::true_type{});
 }
 
 // A tensor (N, H, L, W or E) with unit stride along its last dimension.

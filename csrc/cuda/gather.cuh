@@ -11,14 +11,14 @@
 
 namespace attnreg {
 
-template <class T, bool kBias>
+template <class T, class Visibility>
 struct GatherBand {
   Geometry geometry;
   const T* dense;  // of the blocks from `first_block` of `first_line` on: (blocks, rows, G, columns)
   int32_t first_line, first_block, left, diagonal;
   const float *query_scales, *key_scales;  // by position and head, and by position; null where there are none
   Rows<T> band;
-  Visibility<kBias> visibility;
+  Visibility visibility;
   float scale, hidden;
   Rows<const T> query, key;
   bool aligned;  // whether every row of them begins where an access may
@@ -73,7 +73,7 @@ struct GatherBand {
       T value = T(hidden);
       float bias;
       if (visibility.sees(seen, c, bias)) {
-        const T* key_row = key.row(place.n, place.kv_head, i + visibility.shift + c);
+        const T* key_row = key.row(place.n, place.kv_head, seen.first_key + c);
         value = visible(scale * product(query.row(place.n, h, i), key_row) + bias);
       }
       band.row(place.n, h, i)[c] = value;
@@ -110,8 +110,8 @@ struct GatherBand {
 
 inline void gather_band(Tensor query, Tensor key, Tensor dense, std::optional<Tensor> query_scales,
                         std::optional<Tensor> key_scales, Tensor band, std::optional<Tensor> bias,
-                        std::optional<Tensor> key_lengths, std::vector<int64_t> numbers, int64_t first_line,
-                        int64_t first_block, int64_t left, double scale, double hidden) {
+                        Given given, std::vector<int64_t> numbers, int64_t first_line, int64_t first_block,
+                        int64_t left, double scale, double hidden) {
   const Geometry geometry(numbers);
   STD_TORCH_CHECK(dense.is_contiguous() && dense.dim() == 3 && dense.scalar_type() == band.scalar_type() &&
                       query.scalar_type() == band.scalar_type() && key.scalar_type() == band.scalar_type(),
@@ -123,7 +123,7 @@ inline void gather_band(Tensor query, Tensor key, Tensor dense, std::optional<Te
   dispatch_dtype(band.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto visibility) {
-      const GatherBand<T, visibility.kHasBias> kernel{
+      const GatherBand<T, decltype(visibility)> kernel{
           geometry,
           static_cast<const T*>(dense.const_data_ptr()),
           static_cast<int32_t>(first_line),
@@ -142,7 +142,7 @@ inline void gather_band(Tensor query, Tensor key, Tensor dense, std::optional<Te
           edges};
       for_each_row(kernel, edges.count + dense.size(0) * dense.size(1), lanes, band);
     };
-    dispatch_visibility(band, key.size(2), left, bias, key_lengths, run);
+    dispatch_visibility(band, key.size(2), geometry.shift(left), bias, given, run);
   });
 }
 

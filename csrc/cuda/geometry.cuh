@@ -2,10 +2,11 @@
 //
 // There is one line, with the sequences (n, key/value head) in this order, or one for each key/value head, with sequences n: lines
 // are numbered through, one after the other, and so are their positions. Sequence s has positions s * pitch ..
-// (s + 1) * pitch - 1: query i of it lies at query_lead + i and key j at key_lead + j, so that slot c of a query at x is the key
-// at x - left + c. Block b of a line owns the rows from its place first + b * rows on, `rows` of them, and its columns begin
-// `before` positions before these; both may reach over the end of a sequence, and where there is one line over its own ends.
-// Rows of a line that no block owns are edge rows. See attnreg_cublas/blocks.py.
+// (s + 1) * pitch - 1: query i of it lies at query_lead + i and key j at key_lead + j, less the start of the sequence where each
+// has its own, so that slot c of a query at x is the key at x - left + c. Block b of a line owns the rows from its place
+// first + b * rows on, `rows` of them, and its columns begin `before` positions before these; both may reach over the end of a
+// sequence, and where there is one line over its own ends. Rows of a line that no block owns are edge rows. See
+// attnreg_cublas/blocks.py.
 #pragma once
 
 #include <vector>
@@ -53,6 +54,20 @@ struct Geometry {
   __host__ __device__ bool owned(int32_t x) const {
     const int32_t on_line = length.remainder(x) - first;
     return on_line >= 0 && on_line < owned_rows.size();
+  }
+
+  // The key of slot 0 in row 0, less the start of the sequence where each has its own.
+  int64_t shift(int64_t left) const { return int64_t{query_lead} - key_lead - left; }
+
+  // The columns of the blocks that own the `count` rows from x on, counted from x.
+  struct Columns {
+    int32_t begin, end;
+  };
+
+  __host__ __device__ Columns columns_of(int32_t x, int32_t count) const {
+    const int32_t row = length.remainder(x) - first;
+    const int32_t last = row + count - 1;
+    return {-rows.remainder(row) - before, last - rows.remainder(last) - row - before + columns};
   }
 
   // Edge rows: of each line those before its first block, then those after its last one.

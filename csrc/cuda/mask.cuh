@@ -5,12 +5,12 @@
 
 namespace attnreg {
 
-template <class T, bool kBias>
+template <class T, class Visibility>
 struct MaskBand {
   Rows<const T> band;
   Rows<T> masked;
   Divisor length, heads;
-  Visibility<kBias> visibility;
+  Visibility visibility;
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
     const int32_t i = length.pop(row), h = heads.pop(row), n = row;
@@ -24,16 +24,16 @@ struct MaskBand {
   }
 };
 
-inline void mask_band(Tensor band, Tensor masked, std::optional<Tensor> bias, std::optional<Tensor> key_lengths,
-                      int64_t keys, int64_t left) {
+inline void mask_band(Tensor band, Tensor masked, std::optional<Tensor> bias, Given given, int64_t keys,
+                      int64_t shift) {
   dispatch_dtype(band.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto visibility) {
-      const MaskBand<T, visibility.kHasBias> kernel{read_rows<T>(band), write_rows<T>(masked), Divisor(band.size(2)),
+      const MaskBand<T, decltype(visibility)> kernel{read_rows<T>(band), write_rows<T>(masked), Divisor(band.size(2)),
                                                     Divisor(band.size(1)), visibility};
       for_each_row(kernel, band.size(0) * band.size(1) * band.size(2), lanes_of(band.size(3)), masked);
     };
-    dispatch_visibility(band, keys, left, bias, key_lengths, run);
+    dispatch_visibility(band, keys, shift, bias, given, run);
   });
 }
 

@@ -10,14 +10,14 @@
 
 namespace attnreg {
 
-template <class T, bool kBias>
+template <class T, class Visibility>
 struct ScatterBand {
   Geometry geometry;
   Rows<const T> band;
   T* dense;
   Divisor block_columns;
   int32_t first_line, first_block, diagonal;
-  Visibility<kBias> visibility;
+  Visibility visibility;
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
     const int columns = static_cast<int>(geometry.columns);
@@ -39,14 +39,14 @@ struct ScatterBand {
   }
 };
 
-template <class T, bool kBias>
+template <class T, class Visibility>
 struct ScatterBandByKey {
   Geometry geometry;
   Rows<const T> band;
   T* dense;
   Divisor block_columns;
   int32_t first_line, first_block, diagonal;
-  Visibility<kBias> visibility;
+  Visibility visibility;
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
     const int keys = geometry.rows.size();
@@ -69,9 +69,9 @@ struct ScatterBandByKey {
   }
 };
 
-template <template <class, bool> class Kernel>
+template <template <class, class> class Kernel>
 void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& key_lengths, const std::vector<int64_t>& numbers, int64_t first_line,
+                 const Given& given, const std::vector<int64_t>& numbers, int64_t first_line,
                  int64_t first_block, int64_t diagonal, int64_t keys, int64_t left) {
   const Geometry geometry(numbers);
   STD_TORCH_CHECK(dense.is_contiguous() && dense.dim() == 4 && dense.scalar_type() == band.scalar_type(),
@@ -79,28 +79,28 @@ void run_scatter(const Tensor& band, const Tensor& dense, const std::optional<Te
   dispatch_dtype(band.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto visibility) {
-      const Kernel<T, visibility.kHasBias> kernel{
+      const Kernel<T, decltype(visibility)> kernel{
           geometry, read_rows<T>(band), static_cast<T*>(dense.mutable_data_ptr()), Divisor(geometry.columns),
           static_cast<int32_t>(first_line), static_cast<int32_t>(first_block), static_cast<int32_t>(diagonal),
           visibility};
       for_each_row(kernel, dense.size(0) * dense.size(1) * dense.size(2), lanes_of(dense.size(3)), dense);
     };
-    dispatch_visibility(band, keys, left, bias, key_lengths, run);
+    dispatch_visibility(band, keys, geometry.shift(left), bias, given, run);
   });
 }
 
-inline void scatter_band(Tensor band, Tensor dense, std::optional<Tensor> bias, std::optional<Tensor> key_lengths,
+inline void scatter_band(Tensor band, Tensor dense, std::optional<Tensor> bias, Given given,
                          std::vector<int64_t> numbers, int64_t first_line, int64_t first_block, int64_t keys,
                          int64_t left) {
-  run_scatter<ScatterBand>(band, dense, bias, key_lengths, numbers, first_line, first_block,
-                           Geometry(numbers).before - left, keys, left);
+  run_scatter<ScatterBand>(band, dense, bias, given, numbers, first_line, first_block, Geometry(numbers).before - left,
+                           keys, left);
 }
 
-inline void scatter_band_by_key(Tensor band, Tensor dense, std::optional<Tensor> bias,
-                                std::optional<Tensor> key_lengths, std::vector<int64_t> numbers, int64_t first_line,
-                                int64_t first_block, int64_t keys, int64_t left) {
+inline void scatter_band_by_key(Tensor band, Tensor dense, std::optional<Tensor> bias, Given given,
+                                std::vector<int64_t> numbers, int64_t first_line, int64_t first_block, int64_t keys,
+                                int64_t left) {
   const int64_t right = band.size(3) - 1 - left;
-  run_scatter<ScatterBandByKey>(band, dense, bias, key_lengths, numbers, first_line, first_block,
+  run_scatter<ScatterBandByKey>(band, dense, bias, given, numbers, first_line, first_block,
                                 Geometry(numbers).before - right, keys, left);
 }
 

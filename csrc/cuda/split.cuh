@@ -19,17 +19,19 @@ struct Split {
   float* scales;    // (positions of the line, G)
   int32_t batch;
   Divisor kv_heads, group, pitch;
-  int32_t first, lead, padded;
-  bool of_keys, aligned;  // whether every row of the source begins where an access may
+  int32_t first, lead, padded;  // lead is where row 0 of a sequence lies in it, less its start if it is a key
+  bool of_keys, aligned;        // whether every row of the source begins where an access may
+  KeysOfRows<true> keys;
 
   __host__ __device__ void operator()(int32_t row, int lane, int lanes) const {
     __half* __restrict__ to = factors + int64_t{row} * 3 * padded;
     const int32_t g = group.pop(row);
     const int32_t x = first + row;
     int32_t n = x < 0 ? 0 : x;
-    const int32_t l = pitch.pop(n) - lead;
+    const int32_t at = pitch.pop(n);
     const int32_t kv_head = kv_heads.pop(n);
     const bool on_line = x >= 0 && n < batch;
+    const int64_t l = at - lead + (of_keys && on_line ? keys.start(n) : 0);
     const bool inside = on_line && l >= 0 && l < source.length;
     const float* __restrict__ from = inside ? source.row(n, kv_head * group.size() + g, l) : nullptr;
     const int width = inside ? static_cast<int>(source.width) : 0;
@@ -91,8 +93,8 @@ struct Split {
   }
 };
 
-inline void split(Tensor source, Tensor factors, Tensor scales, int64_t pitch, int64_t first, int64_t lead,
-                  bool of_keys) {
+inline void split(Tensor source, Tensor factors, Tensor scales, Given given, int64_t pitch, int64_t first,
+                  int64_t lead, bool of_keys) {
   STD_TORCH_CHECK(factors.is_contiguous() && factors.dim() == 3 && scales.is_contiguous() &&
                       factors.scalar_type() == ScalarType::Half && source.scalar_type() == ScalarType::Float,
                   "attnreg cublas_block: split got tensors that do not fit");
@@ -101,7 +103,7 @@ inline void split(Tensor source, Tensor factors, Tensor scales, int64_t pitch, i
                      static_cast<float*>(scales.mutable_data_ptr()), static_cast<int32_t>(source.size(0)),
                      Divisor(source.size(1) / group), Divisor(group), Divisor(pitch), static_cast<int32_t>(first),
                      static_cast<int32_t>(lead), static_cast<int32_t>(factors.size(2) / 3), of_keys,
-                     access_bytes(source) == kAccessBytes};
+                     access_bytes(source) == kAccessBytes, KeysOfRows<true>(given, of_keys ? source.size(2) : 0)};
   for_each_row(kernel, factors.size(0) * group, lanes_of(kernel.padded / Split::kVector), factors);
 }
 
