@@ -5,7 +5,9 @@ Where there is no GPU, the library is stood in for by the definition; on one, th
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import sys
 import threading
 from dataclasses import replace
@@ -13,12 +15,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from attnreg_adapters import flash, flash4, flex
+from attnreg_adapters import flash, flash4, flex, packed
 
 import attnreg
 from attnreg import Window, empty_like
 from attnreg.backend import refusals, why_unavailable
 from attnreg.problem import Given
+from attnreg.rows import rows_of
 
 CALL = attnreg.Problem(
     op="local_attention",
@@ -36,6 +39,16 @@ CALL = attnreg.Problem(
 )
 BIAS = {"given": (("bias", Given((1, 4, 1, 26), torch.float32)),)}
 KEY_LENGTHS = {"given": (("key_lengths", Given((2,), torch.int64)),)}
+SOFTCAP = {"given": (("softcap", Given()),)}
+DROPOUT = {"given": (("dropout_p", Given()), ("seed", Given((1,), torch.int64)))}
+GRAD_LOG_SUM_EXP = {"given": (("grad_log_sum_exp", Given()),)}
+
+
+def packed_of(sequences, *, equal=True, **changes):
+    """A packed call."""
+    offsets = Given((sequences + 1,), torch.int32)
+    given = (("cu_seqlens_q", offsets), *(() if equal else (("cu_seqlens_k", offsets),)))
+    return {"batch": 1, "given": given, **changes}
 
 
 def reasons(name, **changes):
@@ -48,8 +61,19 @@ def reasons(name, **changes):
     ("name", "changes", "reason"),
     [
         ("flash", {"dtype": torch.float32}, "the dtype is float32; it takes bfloat16, float16"),
-        ("flash", BIAS, "bias is given; it takes none"),
-        ("flash", KEY_LENGTHS, "key_lengths is given; it takes none"),
+        ("flash", BIAS, "bias is given; it takes cu_seqlens_k, cu_seqlens_q, sinks"),
+        ("flash", KEY_LENGTHS, "key_lengths is given"),
+        ("flash", SOFTCAP, "softcap is given"),
+        ("flash", DROPOUT, "dropout_p is given"),
+        ("flash", GRAD_LOG_SUM_EXP, "grad_log_sum_exp"),
+        ("flash", packed_of(2**16 - 4), "65536 sequences have to be told apart; it takes 65535"),
+        ("flash", packed_of(2**15 - 1, equal=False), "65538 sequences have to be told apart"),
+        ("flash", packed_of(3, query_length=2**31), "a length is 2147483648; packed, it counts to 2147483647"),
+        (
+            "flash",
+            packed_of(3, key_length=290, window=Window(20, 290)),
+            "the window's right side, 290, reaches past all 290 keys",
+        ),
         ("flash", {"head_dim": 60, "value_dim": 60}, "the head_dim of query and key is 60"),
         ("flash", {"head_dim": 264, "value_dim": 264}, "the head_dim of query and key is 264"),
         ("flash", {"value_dim": 32}, "E = 64 and D = 32 differ; it takes equal head dims only"),
@@ -67,8 +91,11 @@ def reasons(name, **changes):
         ("flash", {"op": "local_dot_product", "value_dim": 0}, "it has no local_dot_product"),
         ("flash", {"device": torch.device("cpu")}, "the device is cpu; it takes cuda"),
         ("flash4", {"dtype": torch.float32}, "the dtype is float32; it takes bfloat16, float16"),
-        ("flash4", BIAS, "bias is given; it takes none"),
-        ("flash4", KEY_LENGTHS, "key_lengths is given; it takes none"),
+        ("flash4", BIAS, "bias is given; it takes cu_seqlens_k, cu_seqlens_q, grad_log_sum_exp, sinks, softcap"),
+        ("flash4", KEY_LENGTHS, "key_lengths is given"),
+        ("flash4", DROPOUT, "dropout_p is given"),
+        ("flash4", packed_of(2**16), "65540 sequences have to be told apart"),
+        ("flash4", packed_of(3, head_dim=48, value_dim=48), "its gradients are wrong at E = 48"),
         ("flash4", {"head_dim": 60, "value_dim": 60}, "the head_dim of query and key is 60"),
         ("flash4", {"value_dim": 32}, "E = 64 and D = 32 differ; it takes equal head dims only"),
         ("flash4", {"key_length": 290}, "the first 5 queries see no key"),
@@ -78,8 +105,12 @@ def reasons(name, **changes):
         ),
         ("flex", {"dtype": torch.float64}, "the dtype is float64"),
         ("flex", {"dtype": torch.float32}, "gradients are needed in float32"),
-        ("flex", BIAS, "a bias is given and gradients are needed"),
-        ("flex", KEY_LENGTHS, "key_lengths is given; it takes bias"),
+        ("flex", DROPOUT, "dropout_p is given; it takes bias"),
+        (
+            "flex",
+            {**KEY_LENGTHS, "batch": 32, "query_length": 2**17, "key_length": 2**17},
+            "its masks for 32 sequences list 33554432 pairs of blocks",
+        ),
         ("flex", {"head_dim": 8}, "the head_dim of query and key is 8; it takes 16 to 256"),
         ("flex", {"key_length": flex.MOST_POSITIONS + 1}, "its mask lists all pairs of blocks"),
     ],
@@ -108,7 +139,16 @@ def test_flash_has_gradients_of_the_largest_head_dims_on_large_gpus_alone(monkey
         *(("flash4", {"head_dim": size, "value_dim": size, "key_length": 295}) for size in (24, 32, 96, 136, 144, 256)),
         ("flash4", {"head_dim": 80, "value_dim": 80, "needs_grad": False}),
         ("flex", {}),
-        ("flex", {**BIAS, "needs_grad": False}),
+        ("flash", packed_of(3)),
+        ("flash", packed_of(3, key_length=290, equal=False)),
+        ("flash4", packed_of(3, key_length=290, equal=False)),
+        ("flash4", SOFTCAP),
+        ("flash4", GRAD_LOG_SUM_EXP),
+        ("flex", BIAS),
+        ("flex", KEY_LENGTHS),
+        ("flex", SOFTCAP),
+        ("flex", GRAD_LOG_SUM_EXP),
+        ("flex", packed_of(3, equal=False)),
         ("flex", {"dtype": torch.float32, "head_dim": 48, "value_dim": 33, "needs_grad": False}),
         ("flex", {"key_length": 10}),
     ],
@@ -134,34 +174,60 @@ WINDOW = Window(9, 7)
 def assert_right(got, expected, tensors):
     """Output and gradients equal what is expected, and lie in memory as the tensors that they belong to."""
     for name, right in expected.items():
-        torch.testing.assert_close(got[name], right, msg=name)
+        if name == "sinks":
+            assert got[name].dtype == tensors[name].dtype
+            torch.testing.assert_close(got[name].float(), right.float(), rtol=1e-3, atol=1e-5)
+            continue
+        torch.testing.assert_close(got[name], right, msg=lambda text, name=name: f"{name}: {text}")
         its = tensors["query" if name == "output" else name]
         for own, wanted, size in zip(got[name].stride(), empty_like(its).stride(), its.shape):
             assert own == wanted or size == 1, name
 
 
-def forward_and_backward(functions, tensors, needs_grad, scale):
-    """The adapter's output and gradients."""
+NOT_GIVEN = {
+    flash: ("cu_seqlens_q", "cu_seqlens_k", "sinks"),
+    flash4: ("cu_seqlens_q", "cu_seqlens_k", "softcap", "sinks"),
+    flex: (
+        *("bias", "key_lengths", "key_starts", "query_starts", "cu_seqlens_q", "cu_seqlens_k"),
+        *("softcap", "sinks"),
+    ),
+}
+
+
+def forward_and_backward(functions, tensors, needs_grad, window=WINDOW, **arguments):
+    """The adapter's results and gradients."""
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
-    output, log_sum_exp = functions.local_attention(query, key, value, WINDOW, scale=scale)
+    arguments = dict.fromkeys(NOT_GIVEN[functions]) | arguments
+    if "sinks" in tensors:
+        arguments["sinks"] = tensors["sinks"]
+    output, log_sum_exp = functions.local_attention(query, key, value, window, **arguments)
     assert log_sum_exp.is_contiguous()
+    assert log_sum_exp.shape == query.shape[:3]
+    if functions is flash4:
+        arguments["grad_log_sum_exp"] = tensors.get("grad_log_sum_exp")
     gradients = functions.local_attention_backward(
         tensors["grad_output"],
-        *(query, key, value, output, log_sum_exp, WINDOW),
-        scale=scale,
+        *(query, key, value, output, log_sum_exp, window),
+        **arguments,
         needs_grad=frozenset(needs_grad),
     )
     assert gradients.keys() == set(needs_grad)
-    return {"output": output, **gradients}
+    return {"output": output, **gradients}, log_sum_exp
 
 
-def truth(tensors, needs_grad, scale):
+def truth(tensors, needs_grad, window=WINDOW, **arguments):
     """The same by the definition."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     inputs = (leaves["query"], leaves["key"], leaves["value"])
-    output = attnreg.local_attention(*inputs, WINDOW, scale=scale, backend="torch")
-    output.backward(tensors["grad_output"])
-    return {"output": output.detach(), **{name: leaves[name].grad for name in needs_grad}}
+    if "sinks" in leaves:
+        arguments["sinks"] = leaves["sinks"]
+    output, log_sum_exp = attnreg.local_attention_with_lse(*inputs, window, **arguments, backend="torch")
+    incoming = [(output, tensors["grad_output"])]
+    if "grad_log_sum_exp" in tensors:
+        incoming.append((log_sum_exp, tensors["grad_log_sum_exp"]))
+    torch.autograd.backward(*zip(*incoming))
+    gradients = {name: leaves[name].grad for name in needs_grad}
+    return {"output": output.detach(), **gradients}, log_sum_exp.detach()
 
 
 def tensors_of(layout, key_length):
@@ -175,26 +241,52 @@ def tensors_of(layout, key_length):
     return tensors
 
 
-def _definition(query, key, value, scale, left, right):
-    """A library reads whole tiles: what it is given of NaN may be anywhere in its results."""
+def _definition(query, key, value, scale, left, right, **options):
+    """Of tensors (N, L, H, E). A library reads whole tiles: what it is given of NaN may be anywhere in its results."""
     assert not any(tensor.isnan().any() for tensor in (query, key, value))
     rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return attnreg.local_attention(*rows, Window(left, right), scale=scale, backend="torch")
+    output, log_sum_exp = attnreg.local_attention_with_lse(
+        *rows, Window(left, right), scale=scale, backend="torch", **options
+    )
+    return output.transpose(1, 2), log_sum_exp
 
 
-def _gradients(query, key, value, grad_output, scale, left, right):
-    """Of the definition, (N, L, H, E)."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    with torch.enable_grad():
-        output = _definition(*leaves, scale, left, right)
-    return torch.autograd.grad(output, leaves, grad_output.transpose(1, 2))
+def _gradients(query, key, value, grad_output, output, log_sum_exp, scale, left, right, softcap=None, dlse=None):
+    """By a library's formulas, from what it is given: weights from the log-sum-exp, D from the output."""
+    assert not any(tensor.isnan().any() for tensor in (query, key, value, grad_output, output))
+    group = query.size(2) // key.size(2)
+    q, do, o = (tensor.transpose(1, 2) for tensor in (query, grad_output, output))
+    k, v = (tensor.transpose(1, 2).repeat_interleave(group, 1) for tensor in (key, value))
+    scores = scale * q @ k.mT
+    slope = 1 if softcap is None else 1 - (scores / softcap).tanh() ** 2
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    offset = torch.arange(k.size(2)) - torch.arange(q.size(2))[:, None] - (k.size(2) - q.size(2))
+    weights = (scores - log_sum_exp[..., None]).exp().masked_fill((offset < -left) | (offset > right), 0)
+    d = (do * o).sum(-1) - (0 if dlse is None else dlse)
+    of_scores = scale * slope * weights * (do @ v.mT - d[..., None])
+    of_keys = (of_scores.mT @ q, weights.mT @ do)
+    return [
+        (of_scores @ k).transpose(1, 2),
+        *(each.unflatten(1, (-1, group)).sum(2).transpose(1, 2) for each in of_keys),
+    ]
+
+
+def _sequences(of_queries, of_keys):
+    """Slices of rows and of keys. Offsets follow each other from 0 without gaps."""
+    assert of_queries.dtype == of_keys.dtype == torch.int32
+    assert of_queries.is_contiguous()
+    assert of_keys.is_contiguous()
+    offsets = [each.tolist() for each in (of_queries, of_keys)]
+    assert all(each[0] == 0 and each == sorted(each) for each in offsets)
+    return zip(*([slice(*pair) for pair in itertools.pairwise(each)] for each in offsets))
 
 
 def _assert_loadable(*tensors):
-    """Rows of (N, L, H, E) begin where 16 bytes may be loaded."""
+    """Rows of (N, L, H, E), or (T, H, E), begin where 16 bytes may be loaded."""
     for tensor in tensors:
-        assert tensor.stride(3) == 1
-        assert all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+        *strides, last = tensor.stride()
+        assert last == 1
+        assert all(stride * tensor.element_size() % 16 == 0 for stride in strides)
         assert tensor.data_ptr() % 16 == 0
 
 
@@ -217,7 +309,7 @@ def _like_the_library(operator):
     def check(*arguments, scale, **options):
         assert scale > 0
         tensors = [each for each in arguments if isinstance(each, torch.Tensor) and each.is_floating_point()]
-        _assert_loadable(*(tensor for tensor in tensors if tensor.dim() == 4))
+        _assert_loadable(*(tensor for tensor in tensors if tensor.dim() == arguments[0].dim()))
         on_meta = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in arguments]
         return operator(*on_meta, scale=scale, **options)
 
@@ -226,28 +318,63 @@ def _like_the_library(operator):
 
 @pytest.fixture
 def library(monkeypatch):
-    """The definition in the place of ``aten::_flash_attention_forward`` and its backward: results as ``torch.empty_like``."""
+    """The definition in the place of ``aten::_flash_attention_forward`` and its backward: results as ``torch.empty_like``.
+
+    It reads of a sequence what belongs to it, nothing of one without rows or without keys, and writes what has a sequence.
+    """
     check_forward = _like_the_library(torch.ops.aten._flash_attention_forward.default)
     check_backward = _like_the_library(torch.ops.aten._flash_attention_backward.default)
 
     def forward(query, key, value, *others, scale, window_size_left, window_size_right):
         sizes = {"window_size_left": window_size_left, "window_size_right": window_size_right}
         check_forward(query, key, value, *others, scale=scale, **sizes)
-        output = _definition(query, key, value, scale, window_size_left, window_size_right)
-        return (
-            torch.empty_like(query).copy_(output.transpose(1, 2)),
-            output.new_zeros(output.shape[:3]),
-            None,
-            None,
-            None,
-        )
+        of_queries, of_keys, most_queries, most_keys, *_ = others
+        output = torch.full_like(query, torch.nan)
+        if of_queries is None:
+            found, log_sum_exp = _definition(query, key, value, scale, *sizes.values())
+            return output.copy_(found), log_sum_exp, None, None, None
+        log_sum_exp = torch.full((query.size(1), query.size(0)), torch.nan)
+        assert most_queries > 1
+        for rows, keys in _sequences(of_queries, of_keys):
+            assert rows.stop - rows.start <= most_queries
+            assert keys.stop - keys.start <= most_keys
+            output[rows], log_sum_exp[:, rows] = 0, math.inf
+            if rows.start < rows.stop and keys.start < keys.stop:
+                found, statistic = _definition(
+                    *(each[None] for each in (query[rows], key[keys], value[keys])), scale, *sizes.values()
+                )
+                output[rows], log_sum_exp[:, rows] = found[0], statistic[0]
+        return output, log_sum_exp, None, None, None
 
-    def backward(grad_output, query, key, value, *others, scale, window_size_left, window_size_right):
+    def backward(
+        grad_output,
+        query,
+        key,
+        value,
+        output,
+        log_sum_exp,
+        *others,
+        scale,
+        window_size_left,
+        window_size_right,
+    ):
         assert torch.get_deterministic_debug_mode() == 2
         sizes = {"window_size_left": window_size_left, "window_size_right": window_size_right}
-        check_backward(grad_output, query, key, value, *others, scale=scale, **sizes)
-        gradients = _gradients(query, key, value, grad_output, scale, window_size_left, window_size_right)
-        return [torch.empty_like(its).copy_(gradient) for its, gradient in zip((query, key, value), gradients)]
+        check_backward(grad_output, query, key, value, output, log_sum_exp, *others, scale=scale, **sizes)
+        of_queries, of_keys, *_ = others
+        gradients = [torch.full_like(each, torch.nan) for each in (query, key, value)]
+        if of_queries is None:
+            found = _gradients(query, key, value, grad_output, output, log_sum_exp, scale, *sizes.values())
+            return [into.copy_(gradient) for into, gradient in zip(gradients, found)]
+        for rows, keys in _sequences(of_queries, of_keys):
+            parts = [gradients[0][rows], gradients[1][keys], gradients[2][keys]]
+            found = (0, 0, 0)
+            if rows.start < rows.stop and keys.start < keys.stop:
+                given = (query[rows], key[keys], value[keys], grad_output[rows], output[rows], log_sum_exp[:, rows])
+                found = _gradients(*(each[None] for each in given), scale, *sizes.values())
+            for part, gradient in zip(parts, found):
+                part[:] = gradient
+        return gradients
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
@@ -259,14 +386,14 @@ def library(monkeypatch):
 @pytest.mark.usefixtures("library")
 def test_flash_gets_the_call_and_gives_the_results_back_as_the_contract_has_them(scale, key_length, layout):
     tensors, needs_grad = tensors_of(layout, key_length), ("query", "value")
-    got = forward_and_backward(flash, tensors, needs_grad, scale)
-    assert_right(got, truth(tensors, needs_grad, scale), tensors)
+    got, _ = forward_and_backward(flash, tensors, needs_grad, scale=scale)
+    assert_right(got, truth(tensors, needs_grad, scale=scale)[0], tensors)
 
 
 @pytest.mark.parametrize("layout", [*THEIR_OWN, "contiguous"])
 @pytest.mark.usefixtures("library", "no_copies")
 def test_flash_copies_nothing_where_the_library_reads_and_writes_in_that_order(layout):
-    forward_and_backward(flash, tensors_of(layout, 40), ("query", "key", "value"), 0.3)
+    forward_and_backward(flash, tensors_of(layout, 40), ("query", "key", "value"), scale=0.3)
 
 
 def test_flash_leaves_torchs_setting_of_determinism_as_it_was():
@@ -299,24 +426,81 @@ def test_flash_leaves_torchs_setting_of_determinism_as_it_was():
 def flash4_library(monkeypatch):
     """The definition in the place of what ``flash_attn.cute.flash_attn_func`` calls: it writes its results where it is told."""
 
-    def _flash_attn_fwd(q, k, v, softmax_scale, window_size_left, window_size_right, return_lse, out):
+    def _flash_attn_fwd(
+        q,
+        k,
+        v,
+        softmax_scale,
+        window_size_left,
+        window_size_right,
+        return_lse,
+        out,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        softcap,
+        learnable_sink,
+    ):
         assert softmax_scale > 0
         assert return_lse
         _assert_loadable(q, k, v, out)
-        output = _definition(q, k, v, softmax_scale, window_size_left, window_size_right)
-        out.copy_(output.transpose(1, 2))
-        return out, output.new_zeros(output.shape[:3]), None, None, None
+        options = {"softcap": softcap, "sinks": learnable_sink}
+        sizes = (softmax_scale, window_size_left, window_size_right)
+        if cu_seqlens_q is None:
+            found, log_sum_exp = _definition(q, k, v, *sizes, **options)
+            out.copy_(found)
+            return out, log_sum_exp, None, None, None
+        # Of what it multiplies by a weight of 0; scores are selected.
+        assert not v.isnan().any()
+        log_sum_exp = q.new_full((q.size(1), q.size(0)), torch.nan)
+        for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
+            if rows.start < rows.stop and keys.start < keys.stop:
+                found, statistic = _definition(*(each[None] for each in (q[rows], k[keys], v[keys])), *sizes, **options)
+                out[rows], log_sum_exp[:, rows] = found[0], statistic[0]
+        return out, log_sum_exp, None, None, None
 
     def _flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale, window_size_left, window_size_right, deterministic, dq, dk, dv
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        softmax_scale,
+        window_size_left,
+        window_size_right,
+        deterministic,
+        dq,
+        dk,
+        dv,
+        dlse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        softcap,
+        learnable_sink,
     ):
         assert deterministic
-        assert lse.shape == (q.size(0), q.size(2), q.size(1))
         _assert_loadable(q, k, v, out, dout, dq, dk, dv)
-        gradients = _gradients(q, k, v, dout, softmax_scale, window_size_left, window_size_right)
-        for into, gradient in zip((dq, dk, dv), gradients):
-            into.copy_(gradient)
-        return dq, dk, dv
+        sizes = (softmax_scale, window_size_left, window_size_right, softcap or None)
+        d = (dout * out).sum(-1).mT - (0 if dlse is None else dlse)
+        if cu_seqlens_q is None:
+            assert lse.shape == (q.size(0), q.size(2), q.size(1))
+            for into, gradient in zip((dq, dk, dv), _gradients(q, k, v, dout, out, lse, *sizes, dlse)):
+                into.copy_(gradient)
+            parts = (0, 2)
+        else:
+            assert lse.shape == (q.size(1), q.size(0))
+            assert not any(each.isnan().any() for each in (q, k, v, dout))
+            for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
+                dq[rows], dk[keys], dv[keys] = 0, 0, 0
+                if rows.start < rows.stop and keys.start < keys.stop:
+                    given = [each[None] for each in (q[rows], k[keys], v[keys], dout[rows], out[rows], lse[:, rows])]
+                    of_statistic = None if dlse is None else dlse[None, :, rows]
+                    dq[rows], dk[keys], dv[keys] = (each[0] for each in _gradients(*given, *sizes, of_statistic))
+            parts = 1
+        if learnable_sink is None:
+            return dq, dk, dv
+        weight = (learnable_sink[:, None] - lse).exp().where(lse != -torch.inf, 1)
+        return dq, dk, dv, -(weight * d).sum(parts)
 
     interface = ModuleType("flash_attn.cute.interface")
     interface._flash_attn_fwd, interface._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
@@ -332,14 +516,14 @@ def flash4_library(monkeypatch):
 @pytest.mark.usefixtures("flash4_library", "poisoned_memory")
 def test_flash4_gets_the_call_and_gives_the_results_back_as_the_contract_has_them(scale, key_length, layout):
     tensors, needs_grad = tensors_of(layout, key_length), ("query", "key", "value")
-    got = forward_and_backward(flash4, tensors, needs_grad, scale)
-    assert_right(got, truth(tensors, needs_grad, scale), tensors)
+    got, _ = forward_and_backward(flash4, tensors, needs_grad, scale=scale)
+    assert_right(got, truth(tensors, needs_grad, scale=scale)[0], tensors)
 
 
 @pytest.mark.parametrize("layout", [*THEIR_OWN, "contiguous"])
 @pytest.mark.usefixtures("flash4_library", "no_copies")
 def test_flash4_copies_nothing_where_rows_begin_where_it_may_load_them(layout):
-    forward_and_backward(flash4, tensors_of(layout, 60), ("query",), 0.3)
+    forward_and_backward(flash4, tensors_of(layout, 60), ("query",), scale=0.3)
 
 
 @pytest.mark.parametrize(
@@ -362,11 +546,150 @@ def test_flash4_says_what_it_lacks(monkeypatch, capability, installed, reason):
 def test_flash4_says_why_the_library_cannot_be_called(monkeypatch, flash4_library):
     assert flash4.prepare() is None
     monkeypatch.setattr(
-        flash4_library, "_flash_attn_bwd", lambda q, k, v, dq, dk, dv, deterministic, softmax_scale: None
+        flash4_library,
+        "_flash_attn_bwd",
+        lambda q, dq, dk, dv, deterministic, softmax_scale, cu_seqlens_q, cu_seqlens_k, softcap, learnable_sink: None,
     )
-    assert flash4.prepare() == "flash-attn-4 has changed: <lambda> takes no window_size_left, window_size_right"
+    assert flash4.prepare() == "flash-attn-4 has changed: <lambda> takes no dlse, window_size_left, window_size_right"
     monkeypatch.setitem(sys.modules, flash4_library.__name__, None)
     assert flash4.prepare().startswith("flash-attn-4 cannot be imported: ModuleNotFoundError")
+
+
+# packed and further arguments, of both
+
+
+def packed_tensors(layout, lengths):
+    tensors = tensors_of(layout, lengths[1])
+    for name, tensor in tensors.items():
+        size = (tensor.size(1), lengths[0] if name in ("query", "grad_output") else lengths[1])
+        tensors[name] = LAYOUTS[layout](*size)[:1]
+    return tensors
+
+
+def with_nan(tensors, sees, seen):
+    """What belongs to rows that see no key and to keys that no row sees is NaN."""
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if name in ("key", "value"):
+            tensor[:, :, ~seen] = torch.nan
+        elif name != "sinks":
+            tensor[:, :, ~sees] = torch.nan
+    return tensors
+
+
+def what_is_seen(lengths, window, offsets):
+    mask = torch.zeros(lengths, dtype=torch.bool)
+    of_queries, of_keys = offsets["cu_seqlens_q"], offsets.get("cu_seqlens_k", offsets["cu_seqlens_q"])
+    for (begin, end), (first, last) in zip(
+        itertools.pairwise(of_queries.tolist()), itertools.pairwise(of_keys.tolist())
+    ):
+        for row in range(begin, end):
+            position = last - end + row
+            mask[row, max(position - window.left, first) : max(min(position + window.right + 1, last), 0)] = True
+    return mask.any(1), mask.any(0)
+
+
+PACKS = {
+    "whole": ((40, 40), {"cu_seqlens_q": [0, 1, 1, 24, 40]}),
+    "to_capacity": ((40, 40), {"cu_seqlens_q": [0, 11, 30, 30, 30]}),
+    "no_rows": ((40, 40), {"cu_seqlens_q": [0, 0]}),
+    "one_row": ((1, 1), {"cu_seqlens_q": [0, 1]}),
+    "unequal": ((60, 70), {"cu_seqlens_q": [0, 5, 25, 25, 40, 50, 57], "cu_seqlens_k": [0, 30, 33, 40, 40, 50, 68]}),
+}
+# As only a GPU's tensors can be, whose values are not looked at.
+UNCHECKED_PACKS = PACKS | {
+    "between": ((40, 40), {"cu_seqlens_q": [3, 4, 38]}),
+    "between_unequal": ((40, 50), {"cu_seqlens_q": [3, 4, 38], "cu_seqlens_k": [5, 5, 45]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "index"),
+    [("contiguous", torch.int32), ("one_of_three", torch.int64), ("unaligned_lengths_first", torch.int32)],
+    ids=str,
+)
+@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize(
+    ("functions", "options"),
+    [
+        (flash, {}),
+        (flash, {"sinks": True}),
+        (flash4, {}),
+        (flash4, {"sinks": True, "softcap": 1.5, "grad_log_sum_exp": True}),
+        (flash4, {"grad_log_sum_exp": True}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+@pytest.mark.usefixtures("library", "flash4_library", "poisoned_memory")
+def test_packed_sequences_reach_the_library_and_nothing_else_of_the_pack_does(functions, options, pack, layout, index):
+    (lengths, offsets) = PACKS[pack]
+    offsets = {name: torch.tensor(numbers, dtype=index) for name, numbers in offsets.items()}
+    tensors, given = packed_tensors(layout, lengths), dict(options)
+    if given.pop("sinks", False):
+        tensors["sinks"] = torch.tensor(
+            [0.5, -torch.inf, 3.0, -1.0], dtype=torch.float64 if index is torch.int64 else torch.float16
+        )
+    if given.pop("grad_log_sum_exp", False):
+        tensors["grad_log_sum_exp"] = torch.randn(1, 4, lengths[0])
+    needs_grad = ("query", "key", "value", *(["sinks"] if "sinks" in tensors else []))
+    sees, seen = what_is_seen(lengths, WINDOW, offsets)
+    expected, right = truth(tensors, needs_grad, scale=0.3, **offsets, **given)
+    hidden = with_nan(tensors, sees, seen)
+    got, log_sum_exp = forward_and_backward(functions, hidden, needs_grad, scale=0.3, **offsets, **given)
+    assert_right(got, expected, hidden)
+    torch.testing.assert_close(log_sum_exp, right)
+
+
+@pytest.mark.parametrize(
+    ("functions", "options"),
+    [(flash, {}), (flash4, {}), (flash4, {"softcap": 1.5}), (flash4, {"grad_log_sum_exp": True})],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+@pytest.mark.usefixtures("library", "flash4_library", "poisoned_memory")
+def test_sinks_soft_cap_and_a_gradient_of_the_log_sum_exp_are_as_the_contract_has_them(functions, options):
+    tensors, given = tensors_of("lengths_first", 60), dict(options)
+    tensors["sinks"] = torch.tensor([0.5, -torch.inf, 30.0, -1.0])
+    if given.pop("grad_log_sum_exp", False):
+        tensors["grad_log_sum_exp"] = torch.randn(2, 4, 40)
+    needs_grad = ("query", "key", "value", "sinks")
+    expected, right = truth(tensors, needs_grad, scale=-0.3, **given)
+    got, log_sum_exp = forward_and_backward(functions, tensors, needs_grad, scale=-0.3, **given)
+    assert_right(got, expected, tensors)
+    torch.testing.assert_close(log_sum_exp, right)
+
+
+@pytest.mark.parametrize("pack", UNCHECKED_PACKS)
+@pytest.mark.parametrize("window", [Window(0, 0), Window(3, 1), Window(2, 90), Window(200, 200)], ids=str)
+def test_sequences_hold_all_of_a_pack_and_each_with_rows_and_keys_sees_itself_wholly(pack, window):
+    (queries, keys), offsets = UNCHECKED_PACKS[pack]
+    offsets = {name: torch.tensor(numbers) for name, numbers in offsets.items()}
+    found = packed.sequences_of(queries, keys, window, offsets["cu_seqlens_q"], offsets.get("cu_seqlens_k"))
+    problem = replace(CALL, **packed_of(len(offsets["cu_seqlens_q"]) - 1, equal=len(offsets) == 1))
+    assert len(found.of_queries) == packed.number_of_sequences(problem) + 1
+    for own, length in ((found.of_queries, queries), (found.of_keys, keys)):
+        assert own[0] == 0
+        assert own[-1] == length
+        assert (own.diff() >= 0).all()
+    sees, seen = what_is_seen((queries, keys), window, offsets)
+    assert torch.equal(found.rows_that_see(queries)[:, 0], sees)
+    assert torch.equal(found.keys_that_are_seen(keys)[:, 0], seen)
+    whole = {"cu_seqlens_q": found.of_queries, "cu_seqlens_k": found.of_keys}
+    assert all(torch.equal(*pair) for pair in zip(what_is_seen((queries, keys), window, whole), (sees, seen)))
+
+
+def test_offsets_outside_of_the_pack_are_cut_to_it():
+    wild = torch.tensor([-5, 3, 2**40])
+    found = packed.sequences_of(10, 10, Window(1, 1), wild, None)
+    assert found.of_queries.tolist() == [0, 0, 0, 3, 10, 10, 10]
+    assert found.of_keys.tolist() == [0, 0, 0, 3, 10, 10, 10]
+
+
+def test_workspaces_count_what_packed_calls_of_many_sequences_need():
+    large = replace(CALL, **packed_of(4096, query_length=2**20, key_length=2**20))
+    assert flash4.workspace(large) > 2**30
+    assert flash.workspace(large) >= 4 * 2**20 * 4 * 64
+    assert flash.workspace(replace(large, needs_grad=False)) == 0
+    assert flash4.workspace(replace(large, needs_grad=False)) == 2 * 2**20 * 2 * 64
 
 
 # flex
@@ -374,10 +697,18 @@ def test_flash4_says_why_the_library_cannot_be_called(monkeypatch, flash4_librar
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """FlexAttention as torch runs it without compiling: slow, with the same mask and score function."""
-    from torch.nn.attention.flex_attention import flex_attention
+    """FlexAttention as torch runs it without compiling: slow, with the same mask and score function.
 
-    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    All of a call is one tile then, and what has weight 0 is multiplied. Its gradients are those of any device.
+    """
+    import torch.nn.attention.flex_attention as library
+
+    monkeypatch.setattr(flex, "_compiled", lambda: library.flex_attention)
+    monkeypatch.setattr(library, "_validate_device", lambda *_: None)
+
+
+def flexed(query, key, value, window, **arguments):
+    return flex.local_attention(query, key, value, window, **(dict.fromkeys(NOT_GIVEN[flex]) | arguments))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -398,19 +729,21 @@ def test_flex_gives_the_results_as_the_contract_has_them(key_length, bias_shape)
     query[(scores == -torch.inf).all(-1)] = torch.nan
     unseen = _unseen(scores, key_length, window)
     key[unseen], value[unseen] = torch.nan, torch.nan
-    output, log_sum_exp = flex.local_attention(query, key, value, window, bias=bias, scale=0.3)
+    output, log_sum_exp = flexed(query, key, value, window, bias=bias, scale=0.3)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(log_sum_exp, scores.logsumexp(-1))
     assert output.stride() == empty_like(query, 24).stride()
 
 
-def _unseen(scores, key_length, window):
+def _unseen(scores, key_length, window, position=None):
     """The keys (N, Hkv, Lk) of two key/value heads that no row sees."""
     visible = (scores != -torch.inf).unflatten(1, (2, -1)).any(2)
-    keys = torch.arange(scores.size(2))[:, None] + key_length - scores.size(2) - window.left + torch.arange(window.size)
+    if position is None:
+        position = torch.arange(scores.size(2))[None] + key_length - scores.size(2)
+    keys = (position[..., None] - window.left + torch.arange(window.size)).expand(scores.size(0), -1, -1)
     unseen = torch.ones(scores.size(0), 2, key_length, dtype=torch.bool)
     for n, h in itertools.product(range(scores.size(0)), range(2)):
-        unseen[n, h, keys[visible[n, h]]] = False
+        unseen[n, h, keys[n][visible[n, h]]] = False
     return unseen
 
 
@@ -420,17 +753,101 @@ def test_flex_hides_nothing_by_a_finite_bias_and_everything_by_an_infinite_one()
     tensor, window = torch.randn(1, 2, 200, 16), Window(3, 0)
     bias = torch.full((1, 2, 1, 4), -1e300, dtype=torch.float64)
     bias[:, 1] = -torch.inf
-    output, log_sum_exp = flex.local_attention(tensor, tensor, tensor, window, bias=bias, scale=0.3)
+    output, log_sum_exp = flexed(tensor, tensor, tensor, window, bias=bias, scale=0.3)
     even = attnreg.local_attention(tensor * 0, tensor, tensor, window, backend="torch")
     torch.testing.assert_close(output[:, 0], even[:, 0])
     assert (output[:, 1] == 0).all()
     assert (log_sum_exp[:, 1] == -torch.inf).all()
 
 
+def _placed(name):
+    """Arguments that place two sequences of 200 rows and 300 keys, or pack them, among them rows that see no key."""
+    return {
+        "nothing": {},
+        "key_lengths": {"key_lengths": torch.tensor([300, 111], dtype=torch.int32)},
+        "key_starts": {"key_starts": torch.tensor([280, 0])},
+        "query_starts": {"query_starts": torch.tensor([2**31 + 7, 150])},
+        "all_of_them": {
+            "key_lengths": torch.tensor([290, 0]),
+            "key_starts": torch.tensor([7, 0]),
+            "query_starts": torch.tensor([-90, 3]),
+        },
+        "packed": {"cu_seqlens_q": torch.tensor([0, 1, 1, 130, 180, 180])},
+        "packed_unequal": {
+            "cu_seqlens_q": torch.tensor([0, 60, 60, 140, 150, 180], dtype=torch.int32),
+            "cu_seqlens_k": torch.tensor([0, 10, 30, 30, 210, 290], dtype=torch.int32),
+        },
+    }[name]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("bias_shape", "options"),
+    [
+        (None, {"softcap": 0.8, "sinks": True}),
+        ((1, 4, 200, 49), {}),
+        ((-1, 1, 1, 49), {"softcap": 0.8, "sinks": True}),
+        ((1, 4, 200, 1), {"sinks": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "placing",
+    ["nothing", "key_lengths", "key_starts", "query_starts", "all_of_them", "packed", "packed_unequal"],
+)
+def test_flex_has_rows_and_gradients_as_the_contract_has_them(placing, bias_shape, options):
+    torch.manual_seed(0)
+    window, placed, options = Window(37, 11), _placed(placing), dict(options)
+    batch = 1 if "cu_seqlens_q" in placed else 2
+    sizes = {"query": (4, 200, 16), "key": (2, 300, 16), "value": (2, 300, 24)}
+    leaves = {name: torch.randn(batch, length, h, dim).transpose(1, 2) for name, (h, length, dim) in sizes.items()}
+    if options.pop("sinks", False):
+        leaves["sinks"] = torch.tensor([0.5, -torch.inf, 30.0, -1.0], dtype=torch.float64)
+    if bias_shape is not None:
+        leaves["bias"] = torch.randn(*(batch if size == -1 else size for size in bias_shape))
+        leaves["bias"][torch.rand(leaves["bias"].shape) < 0.2] = -torch.inf
+    grads = (torch.randn(batch, 4, 200, 24), torch.randn(batch, 4, 200))
+
+    def results(function, tensors, grads):
+        learned = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        further = {name: learned[name] for name in ("sinks", "bias") if name in learned}
+        inputs = (learned["query"], learned["key"], learned["value"])
+        found = function(*inputs, window, scale=0.3, **placed, **options, **further)
+        gradients = torch.autograd.grad(found, list(learned.values()), grads)
+        return dict(zip(("output", "log_sum_exp", *learned), (*found, *gradients)))
+
+    scores = attnreg.local_dot_product(
+        leaves["query"], leaves["key"], window, bias=leaves.get("bias"), **placed, backend="torch"
+    )
+    hidden = (scores == -torch.inf).all(-1)
+    unseen = _unseen(scores, 300, window, rows_of(200, 300, torch.device("cpu"), **placed).position(200))
+    definition = functools.partial(attnreg.local_attention_with_lse, backend="torch")
+    expected = results(definition, leaves, (grads[0], grads[1].masked_fill(hidden, 0)))
+    given = {name: tensor.clone() for name, tensor in leaves.items()}
+    given["query"][hidden], given["key"][unseen], given["value"][unseen] = torch.nan, torch.nan, torch.nan
+    for grad in grads:
+        grad[hidden] = torch.nan
+    got = results(flexed, given, grads)
+    for name, right in expected.items():
+        torch.testing.assert_close(
+            got[name], right, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    with torch.no_grad():
+        further = {name: given[name] for name in ("sinks", "bias") if name in given}
+        without = flexed(
+            given["query"], given["key"], given["value"], window, scale=0.3, **placed, **options, **further
+        )
+    for tensor, name in zip(without, ("output", "log_sum_exp")):
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5)
+    assert without[0].stride() == empty_like(given["query"], 24).stride()
+    assert without[1].is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("lengths", [(300, 300), (300, 200), (200, 300)])
-def test_flex_lets_nothing_of_rows_that_see_no_key_into_gradients(monkeypatch, lengths):
-    """The library's kernels multiply whole tiles: here each of them is one tile."""
+def test_flex_lets_nothing_of_rows_that_see_no_key_into_gradients(lengths):
     torch.manual_seed(0)
     window, (queries, keys) = Window(37, 11), lengths
     query, key, value = torch.randn(1, 2, queries, 16), torch.randn(1, 2, keys, 16), torch.randn(1, 2, keys, 16)
@@ -448,17 +865,9 @@ def test_flex_lets_nothing_of_rows_that_see_no_key_into_gradients(monkeypatch, l
         (value, keys - queries - window.left),
     ):
         tensor[:, :, : max(unseen, 0)] = torch.nan
-    monkeypatch.setattr(flex, "_flex_attention", _dense_attention)
-    got = gradients(lambda *leaves: flex.local_attention(*leaves, window, bias=None, scale=0.3)[0])
+    got = gradients(lambda *leaves: flexed(*leaves, window, scale=0.3)[0])
     for ours, right in zip(got, expected):
         torch.testing.assert_close(ours, right)
-
-
-def _dense_attention(query, key, value, window, bias, scale):
-    offset = torch.arange(key.size(2)) - torch.arange(query.size(2))[:, None] - (key.size(2) - query.size(2))
-    hidden = (offset < -window.left) | (offset > window.right)
-    scores = (scale * query @ key.mT).masked_fill(hidden, -torch.inf)
-    return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
 @pytest.mark.parametrize(
@@ -480,20 +889,52 @@ def _dense_attention(query, key, value, window, bias, scale):
 def test_the_block_mask_of_flex_lists_every_block_once_and_none_full_that_is_not(queries, keys, window):
     mask, _ = flex._block_mask(window.left, window.right, queries, keys, torch.device("cpu"))
     offset = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
-    visible = torch.nn.functional.pad(
-        (offset >= -window.left) & (offset <= window.right), (0, -keys % 128, 0, -queries % 128)
-    )
+    assert_lists(mask, 0, (offset >= -window.left) & (offset <= window.right))
+
+
+def assert_lists(mask, sequence, visible):
+    """All blocks in which something is visible are listed once, and as full only those in which all is."""
+    queries, keys = visible.shape
+    visible = torch.nn.functional.pad(visible, (0, -keys % 128, 0, -queries % 128))
     tiles = visible.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
     inside = torch.nn.functional.pad(torch.ones(queries, keys, dtype=torch.bool), (0, -keys % 128, 0, -queries % 128))
     inside = inside.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
     some, every = tiles.any(3).any(1), (tiles | ~inside).all(3).all(1)
     for row in range(len(tiles)):
-        partial = mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].tolist()
-        full = mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].tolist()
+        partial = mask.kv_indices[sequence, 0, row, : mask.kv_num_blocks[sequence, 0, row]].tolist()
+        full = mask.full_kv_indices[sequence, 0, row, : mask.full_kv_num_blocks[sequence, 0, row]].tolist()
         listed = partial + full
         assert len(set(listed)) == len(listed)
         assert set(some[row].nonzero().flatten().tolist()) <= set(listed)
         assert all(every[row, block] for block in full)
+
+
+@pytest.mark.parametrize(
+    "window", [Window(0, 0), Window(200, 3), Window(900, 900), Window(2**62 - 1, 2**62 - 1)], ids=str
+)
+@pytest.mark.parametrize(
+    "placed",
+    [
+        {"key_lengths": [1000, 300, 0]},
+        {"key_starts": [0, 500, 1000]},
+        {"query_starts": [-(2**62), 2**31, 128], "key_lengths": [900, 900, 900]},
+        {"query_starts": [0, 200, 640]},
+        {"cu_seqlens_q": [0, 1, 129, 129, 640, 650]},
+        {"cu_seqlens_q": [0, 200, 200, 600, 700], "cu_seqlens_k": [0, 30, 400, 1000, 1000]},
+    ],
+    ids=str,
+)
+def test_the_block_masks_of_rows_list_every_block_once_and_none_full_that_is_not(placed, window):
+    placed = {name: torch.tensor(numbers) for name, numbers in placed.items()}
+    rows = rows_of(700, 1000, torch.device("cpu"), **placed)
+    view = flex._view_of_rows(rows, window, 700, 1000)
+    first, last = torch.broadcast_tensors(*rows.seen(700, window))
+    keys = torch.arange(1000)
+    for sequence in range(len(first)):
+        visible = (keys >= first[sequence, :, None]) & (keys < last[sequence, :, None])
+        assert_lists(view.mask, sequence, visible)
+        seen = flex._union(first.where(first < last, 1000), last.where(first < last, 0), 1000)
+        assert torch.equal(seen[sequence], visible.any(0))
 
 
 def test_flex_keeps_no_inference_tensor_for_a_training_call():
@@ -504,10 +945,10 @@ def test_flex_keeps_no_inference_tensor_for_a_training_call():
     assert not mask.kv_indices.is_inference()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 5, 3), (1, 1, 5, 1), (1, 4, 1, 3)])
+@pytest.mark.parametrize("shape", [(2, 4, 5, 3), (1, 1, 5, 3), (1, 4, 1, 3)])
 def test_flex_gives_the_log_sum_exp_of_rows_whose_scores_are_all_the_lowest(shape):
     """In log2, as the library has it, that is -inf."""
-    lowest, window = torch.finfo(torch.float32).min, Window(1, 1)
+    lowest, slots = torch.finfo(torch.float32).min, torch.arange(5)[:, None] - 1 + torch.arange(3)
     bias = torch.full(shape, lowest)
     bias[..., :1, :] = -torch.inf  # of all rows, where there is one for all
     log_sum_exp = torch.full((2, 4, 5), -torch.inf)
@@ -515,4 +956,5 @@ def test_flex_gives_the_log_sum_exp_of_rows_whose_scores_are_all_the_lowest(shap
     expected = torch.full((2, 4, 5), lowest if shape[2] > 1 else -torch.inf)
     expected[:, :, 0] = -torch.inf
     expected[:, :, 3] = 7.0
-    assert torch.equal(flex._of_lowest_scores(log_sum_exp, bias, 5, window), expected)
+    inside = (slots >= 0) & (slots < 5)
+    assert torch.equal(flex._of_lowest_scores(log_sum_exp, bias, inside), expected)

@@ -1,11 +1,12 @@
 """FlashAttention as torch carries it (``aten::_flash_attention_forward``), called with a window.
 
 That is FlashAttention 2, or whatever ``torch.nn.attention.activate_flash_attention_impl`` has put in its place. It takes
-(N, L, H, E) and aligns the ends of queries and keys, as attnreg does.
+(N, L, H, E) and aligns the ends of queries and keys, as attnreg does, of packed calls within each sequence.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,15 @@ import torch
 from torch import Tensor
 
 from attnreg import Problem, Window, empty_like
-from attnreg_adapters.layout import in_order_of, lengths_first, unseeing_queries, unseen_keys
+from attnreg_adapters.layout import in_order_of, layout_of, unseeing_queries
+from attnreg_adapters.packed import Sequences, number_of_sequences, refuse_packed
+from attnreg_adapters.sinks import beside_sinks, gradient_of_sinks
 
 # The library's backward needs more shared memory above this head dim than other GPUs have.
 _MOST_ON_SMALL_GPUS, _LARGE_GPUS = 192, ((8, 0), (9, 0))
+
+# Those of the largest GPUs, about.
+_MANY_MULTIPROCESSORS = 160
 
 # Two threads that set torch's setting back in the wrong order would leave it changed.
 _one_at_a_time = threading.Lock()
@@ -59,23 +65,52 @@ def refuse_shapes(problem: Problem) -> str | None:
     """What no FlashAttention takes."""
     if problem.head_dim != problem.value_dim:
         return f"E = {problem.head_dim} and D = {problem.value_dim} differ; it takes equal head dims only"
+    if problem.gives("cu_seqlens_q") is not None:
+        return refuse_packed(problem)
     unseeing = unseeing_queries(problem.query_length, problem.key_length, problem.window)
     if unseeing:
         return f"the first {unseeing} queries see no key; it takes only calls in which every query sees one"
     return None
 
 
+def workspace(problem: Problem) -> int:
+    """The library adds up dQ in float32, in as many parts as fill the GPU, each sequence to whole blocks."""
+    if not problem.needs_grad:
+        return 0
+    # A packed call has a batch of 1.
+    sequences = number_of_sequences(problem) or problem.batch
+    parts = math.ceil(_MANY_MULTIPROCESSORS / (sequences * problem.heads))
+    rows = problem.batch * problem.query_length + 128 * sequences
+    return 4 * parts * rows * problem.heads * problem.head_dim
+
+
 def local_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    *,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp of each row as the library gives it."""
+    """The output, and the log-sum-exp of each row."""
     given, scale, _ = positive_scale(query, scale)
-    unseen = unseen_keys(query.size(2), key.size(2), window)
-    given, key, value = (lengths_first(each) for each in (given, key[:, :, unseen:], value[:, :, unseen:]))
+    layout = layout_of(query, key, window, cu_seqlens_q, cu_seqlens_k)
+    given, key, value = layout.theirs(given), layout.theirs(layout.cut(key)), layout.theirs(layout.cut(value))
     output, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
-        given, key, value, *_common(given, key), False, scale=scale, **_sizes(window)
+        given, key, value, *_common(layout.sequences, given, key), False, scale=scale, **_sizes(window)
     )
-    return in_order_of(query, output.transpose(1, 2)), log_sum_exp
+    output = layout.ours(output)
+    if layout.sequences is not None:
+        # Where the library has no key it writes an output of 0, and inf.
+        sees = layout.sequences.rows_that_see(query.size(2))[:, 0]
+        log_sum_exp = log_sum_exp.where(sees, -math.inf)[None]
+    if sinks is not None:
+        share, log_sum_exp = beside_sinks(log_sum_exp, sinks)
+        output.mul_(share[..., None])
+    return in_order_of(query, output), log_sum_exp
 
 
 def local_attention_backward(
@@ -87,15 +122,24 @@ def local_attention_backward(
     log_sum_exp: Tensor,
     window: Window,
     *,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     scale: float,
+    sinks: Tensor | None,
     needs_grad: frozenset[str],
 ) -> dict[str, Tensor]:
-    """The gradients of query, key and value: the library computes all three."""
+    """The gradients of query, key and value: the library computes all three.
+
+    It has the weights from the log-sum-exp, and ``D`` from the output: both are those beside the sinks, and so are its results.
+    """
+    gradients = {}
+    if sinks is not None and "sinks" in needs_grad:
+        gradients["sinks"] = gradient_of_sinks(grad_output, output, log_sum_exp, sinks)
     inputs = {"query": query, "key": key, "value": value}
     query, scale, factor = positive_scale(query, scale)
-    unseen = unseen_keys(query.size(2), key.size(2), window)
-    key, value = key[:, :, unseen:], value[:, :, unseen:]
-    query, key, value, output, grad_output = (lengths_first(each) for each in (query, key, value, output, grad_output))
+    layout = layout_of(query, key, window, cu_seqlens_q, cu_seqlens_k)
+    query, output, grad_output = (layout.theirs(each) for each in (query, output, grad_output))
+    key, value = layout.theirs(layout.cut(key)), layout.theirs(layout.cut(value))
     # No dropout: its random state is not looked at.
     state = torch.empty(2, dtype=torch.uint64, device=query.device)
     with _deterministic():
@@ -105,18 +149,18 @@ def local_attention_backward(
             key,
             value,
             output,
-            log_sum_exp,
-            *_common(query, key),
+            layout.of_rows(log_sum_exp),
+            *_common(layout.sequences, query, key),
             state,
             state,
             scale=scale,
             **_sizes(window),
         )
-    gradients = {}
+    unseen = layout.unseen
     for (name, tensor), gradient in zip(inputs.items(), found):
         if name not in needs_grad:
             continue
-        gradient = gradient.transpose(1, 2)
+        gradient = layout.ours(gradient)
         if name == "query":
             gradients[name] = in_order_of(tensor, gradient if factor == 1 else gradient.mul_(factor))
         elif unseen:
@@ -135,9 +179,15 @@ def gradient_of_all(tensor: Tensor, unseen: int) -> Tensor:
     return gradient
 
 
-def _common(query: Tensor, key: Tensor) -> tuple[Any, ...]:
-    """Neither cumulative lengths nor dropout, and no causal mask beside the window."""
-    return None, None, query.size(1), key.size(1), 0.0, False
+def _common(sequences: Sequences | None, query: Tensor, key: Tensor) -> tuple[Any, ...]:
+    """The offsets of sequences, bounds of their lengths, no dropout, and no causal mask beside the window.
+
+    Who knows the longest sequence has read the offsets: the bound is the whole pack. The grid has blocks of that many rows for
+    each sequence, and those past its end stop at once. For one row alone the library has another kernel, without offsets.
+    """
+    if sequences is None:
+        return None, None, query.size(1), key.size(1), 0.0, False
+    return sequences.of_queries, sequences.of_keys, max(query.size(0), 2), key.size(0), 0.0, False
 
 
 def _sizes(window: Window) -> dict[str, int]:

@@ -1,17 +1,23 @@
-"""FlexAttention of torch, compiled, with a block mask for the window and the bias in its score function."""
+"""FlexAttention of torch, compiled, with a block mask for the rows' keys, and the bias and the soft cap in its score function.
+
+The mask of a window alone is kept. One of rows of which something is told, packed or padded, is made anew at each call, on the
+device: some fifty small kernels, which a CUDA graph captures too.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnreg import Problem, Window, empty_like
+from attnreg.rows import Rows, rows_of
 from attnreg_adapters.layout import in_order_of, unseeing_queries, unseen_keys
+from attnreg_adapters.sinks import beside_sinks
 
 # Queries and keys of a block of the mask.
 _BLOCK = 128
@@ -42,9 +48,21 @@ def refuse(problem: Problem) -> str | None:
     longest = max(problem.query_length, problem.key_length)
     if longest > MOST_POSITIONS:
         return f"a length is {longest}; its mask lists all pairs of blocks, tried up to {MOST_POSITIONS}"
-    if problem.gives("bias") and problem.needs_grad:
-        return "a bias is given and gradients are needed; it adds up the gradient of a bias in no fixed order"
+    if any(problem.gives(name) for name in ("key_lengths", "key_starts", "query_starts")):
+        pairs = problem.batch * math.ceil(problem.query_length / _BLOCK) * math.ceil(problem.key_length / _BLOCK)
+        if pairs > (MOST_POSITIONS // _BLOCK) ** 2:
+            return f"its masks for {problem.batch} sequences list {pairs} pairs of blocks, tried up to {MOST_POSITIONS}^2 pairs"
     return None
+
+
+def workspace(problem: Problem) -> int:
+    """Which keys a bias of a column per slot shows; where it learns, also itself and its gradient, written out for all rows."""
+    bias = problem.gives("bias")
+    if bias is None or bias.shape[3] == 1 or bias.dtype is None:
+        return 0
+    seen = bias.shape[0] * min(bias.shape[1], problem.kv_heads) * problem.query_length * problem.window.size * 9
+    slots = problem.batch * problem.heads * problem.query_length * problem.window.size
+    return seen + (2 * max(bias.dtype.itemsize, 4) * slots if problem.needs_grad else 0)
 
 
 def local_attention(
@@ -54,87 +72,212 @@ def local_attention(
     window: Window,
     *,
     bias: Tensor | None,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    query_starts: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the natural log-sum-exp of each row."""
-    rows = unseeing_queries(query.size(2), key.size(2), window)
-    unseen = unseen_keys(query.size(2), key.size(2), window)
-    seeing, key, value = query[:, :, rows:], key[:, :, unseen:], value[:, :, unseen:]
-    if bias is not None:
-        bias = bias[:, :, rows:] if bias.size(2) > 1 else bias
-        value = value.where(_seen(bias, seeing, key, window), 0)
-    output, log_sum_exp = _flex_attention(seeing, key, value, window, bias, scale)
-    if bias is not None:
-        log_sum_exp = _of_lowest_scores(log_sum_exp, bias, key.size(2), window)
-    if not rows:
+    placing = {
+        "key_lengths": key_lengths,
+        "key_starts": key_starts,
+        "query_starts": query_starts,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+    }
+    queries, keys, device = query.size(2), key.size(2), query.device
+    if any(each is not None for each in placing.values()):
+        rows = rows_of(queries, keys, device, **placing)
+        view = _view_of_rows(rows, window, queries, keys)
+        output, log_sum_exp = _attention(query, key, value, window, view, bias, scale, softcap, sinks)
+        return in_order_of(query, output), log_sum_exp
+    unseeing, unseen = unseeing_queries(queries, keys, window), unseen_keys(queries, keys, window)
+    seeing, key, value = query[:, :, unseeing:], key[:, :, unseen:], value[:, :, unseen:]
+    if bias is not None and bias.size(2) > 1:
+        bias = bias[:, :, unseeing:]
+    mask, bounds = _block_mask(window.left, window.right, seeing.size(2), key.size(2), device)
+    view = View(mask, bounds, None if bias is None else rows_of(seeing.size(2), key.size(2), device))
+    output, log_sum_exp = _attention(seeing, key, value, window, view, bias, scale, softcap, sinks)
+    if not unseeing:
         return in_order_of(query, output), log_sum_exp
     whole, whole_log_sum_exp = empty_like(query, value.size(3)), log_sum_exp.new_full(query.shape[:3], -math.inf)
-    whole[:, :, :rows] = 0
-    whole[:, :, rows:] = output
-    whole_log_sum_exp[:, :, rows:] = log_sum_exp
+    whole[:, :, :unseeing] = 0
+    whole[:, :, unseeing:] = output
+    whole_log_sum_exp[:, :, unseeing:] = log_sum_exp
     return whole, whole_log_sum_exp
 
 
+class View(NamedTuple):
+    """What the rows of a call see.
+
+    Attributes:
+        mask: the library's, by block.
+        numbers: what its score function finds a slot by: of a window alone its bounds (2,); else of each row the key of its
+            slot 0, (N or 1, Lq).
+        rows: where rows stand; None where each sees a key, and each key is seen, and nothing has to be told of them.
+    """
+
+    mask: Any
+    numbers: Tensor
+    rows: Rows | None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    view: View,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What the library gives, brought to the contract."""
+    of_row = of_slots = None
+    if bias is not None and bias.size(3) == 1:
+        # What is added to all scores of a row adds to its log-sum-exp.
+        of_row = bias[..., 0]
+    elif bias is not None:
+        of_slots = _each_once(bias, query, window) if _learns(bias) else bias
+    if view.rows is None:
+        output, log_sum_exp = _flex_attention(query, key, value, view, of_slots, softcap, scale)
+        return _beside_sinks(output, log_sum_exp, sinks)
+    first, last = (each[:, None] for each in view.rows.seen(query.size(2), window))
+    if of_slots is None:
+        sees = first < last if of_row is None else (first < last) & (of_row != -math.inf)
+        seen = _union(first.where(sees, key.size(2)), last.where(sees, 0), key.size(2))
+        seen = _of_any_head(seen, key.size(1))
+    else:
+        slots = _keys_of_slots(view.rows, query.size(2), window)
+        inside = (slots >= first[..., None]) & (slots < last[..., None])
+        visible = (of_slots.detach() != -math.inf) & inside
+        sees, seen = visible.any(-1), _scattered(visible, slots, key)
+    # The kernel gives other keys weight 0, and multiplies their values by it; its backward multiplies all of such rows and keys.
+    value = value.where(seen[..., None], 0)
+    learns = _learns(query, key, value, *(each for each in (bias, sinks) if each is not None))
+    if learns:
+        query, key = query.where(sees[..., None], 0), key.where(seen[..., None], 0)
+    output, log_sum_exp = _flex_attention(query, key, value, view, of_slots, softcap, scale)
+    if of_slots is not None:
+        log_sum_exp = _of_lowest_scores(log_sum_exp, of_slots.detach(), inside)
+    if of_row is not None:
+        log_sum_exp = log_sum_exp + _finite(of_row, log_sum_exp.dtype)
+    if of_row is not None or sinks is not None:
+        log_sum_exp = log_sum_exp.where(sees, -math.inf)
+    output, log_sum_exp = _beside_sinks(output, log_sum_exp, sinks)
+    if of_row is not None or learns:
+        output, log_sum_exp = output.where(sees[..., None], 0), log_sum_exp.where(sees, -math.inf)
+    return output, log_sum_exp
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _beside_sinks(output: Tensor, log_sum_exp: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    if sinks is None:
+        return output, log_sum_exp
+    share, total = beside_sinks(log_sum_exp, sinks)
+    return (output * share[..., None]).to(output.dtype), total
+
+
 def _flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, bias: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, view: View, bias: Tensor | None, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
     from torch.nn.attention.flex_attention import AuxRequest
 
-    mask, bounds = _block_mask(window.left, window.right, query.size(2), key.size(2), query.device)
+    # A number in a tensor, so that another one compiles nothing.
+    cap = None if softcap is None else torch.full((1,), softcap, device=query.device)
     with dynamo.patch(recompile_limit=_MOST_COMPILATIONS), functorch.patch(donated_buffer=False):
         output, further = _compiled()(
             query,
             key,
             value,
-            score_mod=None if bias is None else _adds(bias, bounds),
-            block_mask=mask,
+            score_mod=_score_function(bias, view.numbers, cap),
+            block_mask=view.mask,
             scale=scale,
             enable_gqa=query.size(1) != key.size(1),
             return_aux=AuxRequest(lse=True),
-            kernel_options=_kernel_options(query.size(1) // key.size(1), query.size(2)),
+            kernel_options=_kernel_options(
+                query.size(1) // key.size(1), query.size(2), bias is not None and bias.requires_grad
+            ),
         )
     return output, further.lse
 
 
-def _kernel_options(group: int, queries: int) -> dict[str, Any]:
-    """Of few queries the library holds all rows of a key head in one tile, which so many do not fit."""
-    return {"BACKEND": "TRITON"} if group > 1 and group * queries > _MOST_ROWS_OF_A_HEAD else {}
+def _kernel_options(group: int, queries: int, bias_learns: bool) -> dict[str, Any]:
+    """What the library would choose too large for a multiprocessor's memory."""
+    options: dict[str, Any] = {}
+    # Of few queries it holds all rows of a key head in one tile.
+    if group > 1 and group * queries > _MOST_ROWS_OF_A_HEAD:
+        options["BACKEND"] = "TRITON"
+    # It prefetches tiles of a bias of all rows as those of keys.
+    if bias_learns:
+        options["num_stages"] = 1
+    return options
 
 
-def _of_lowest_scores(log_sum_exp: Tensor, bias: Tensor, keys: int, window: Window) -> Tensor:
+def _each_once(bias: Tensor, query: Tensor, window: Window) -> Tensor:
+    """A bias that learns, written out for all rows: the library adds to each of its numbers once then, so in one order.
+
+    What autograd adds up after that is at least float32.
+    """
+    bias = bias if bias.dtype.itemsize >= 4 else bias.float()
+    return bias.expand(*query.shape[:3], window.size).contiguous()
+
+
+def _finite(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias in a dtype of less range: a finite number hides nothing."""
+    return bias.clamp(min=torch.finfo(torch.float32).min).to(dtype)
+
+
+def _of_lowest_scores(log_sum_exp: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
     """The log-sum-exp also of rows of which all scores are near the lowest number, which is -inf times log2(e).
 
     Beside such a bias nothing counts: the largest of the row's is what the library lost.
     """
-    slots = _keys_of_slots(bias, log_sum_exp.size(2), keys, window)
-    largest = bias.where((slots >= 0) & (slots < keys), -math.inf).amax(-1)
-    lowest = largest.clamp(min=torch.finfo(torch.float32).min).to(log_sum_exp.dtype)
+    largest = bias.where(inside, -math.inf).amax(-1)
+    lowest = _finite(largest, log_sum_exp.dtype)
     return log_sum_exp.where((log_sum_exp != -math.inf) | (largest == -math.inf), lowest)
 
 
-def _keys_of_slots(bias: Tensor, queries: int, keys: int, window: Window) -> Tensor:
-    """The positions of the keys of all slots, (Lq, W)."""
-    first = torch.arange(queries, device=bias.device)[:, None] + (keys - queries - window.left)
-    return first + torch.arange(window.size, device=bias.device)
+def _keys_of_slots(rows: Rows, queries: int, window: Window) -> Tensor:
+    """The positions of the keys of all slots, (N or 1, 1, Lq, W)."""
+    first = rows.position(queries)[:, None, :, None] - window.left
+    return first + torch.arange(window.size, device=first.device)
 
 
-def _seen(bias: Tensor, query: Tensor, key: Tensor, window: Window) -> Tensor:
-    """Which keys the bias leaves to some row, (N or 1, Hkv or 1, Lk, 1).
+def _union(first: Tensor, last: Tensor, keys: int) -> Tensor:
+    """Which keys lie in some row's interval, (..., Lk), of intervals (..., Lq) that never step back but where they are empty."""
+    first, last = torch.broadcast_tensors(first, last)
+    # An empty interval takes its place between its neighbours.
+    first, last = first.flip(-1).cummin(-1).values.flip(-1).contiguous(), last.cummax(-1).values
+    every = torch.arange(keys, device=first.device)
+    begun = torch.searchsorted(first, every.expand(*first.shape[:-1], -1).contiguous(), right=True)
+    return (begun > 0) & (last.gather(-1, (begun - 1).clamp(min=0)) > every)
 
-    The kernel gives the others weight 0, and multiplies their values by it.
-    """
-    queries, (kv_heads, keys) = query.size(2), key.shape[1:3]
-    visible = (bias != -math.inf).expand(-1, -1, queries, window.size)
-    if visible.size(1) > 1:
-        visible = visible.unflatten(1, (kv_heads, -1)).any(2)
-    slots = _keys_of_slots(bias, queries, keys, window)
+
+def _of_any_head(seen: Tensor, kv_heads: int) -> Tensor:
+    """What some query head of each key head sees."""
+    by_kv_head: Tensor = seen.unflatten(1, (kv_heads, -1)) if seen.size(1) > 1 else seen[:, :, None]
+    return by_kv_head.any(2)
+
+
+def _scattered(visible: Tensor, slots: Tensor, key: Tensor) -> Tensor:
+    """Which keys are visible to some row, (N or 1, Hkv or 1, Lk)."""
+    visible, keys = _of_any_head(visible, key.size(1)), key.size(2)
     # Slots without a key fall on one more, the last.
     index = torch.where((slots >= 0) & (slots < keys), slots, keys).expand(visible.shape)
-    found = torch.zeros(*visible.shape[:2], keys + 1, dtype=torch.uint8, device=bias.device)
+    found = torch.zeros(*visible.shape[:2], keys + 1, dtype=torch.uint8, device=key.device)
     found.scatter_reduce_(2, index.flatten(2), visible.flatten(2).to(torch.uint8), "amax")
-    return found[:, :, :keys, None].bool()
+    return found[:, :, :keys].bool()
 
 
 @functools.cache
@@ -152,8 +295,6 @@ def _block_mask(left: int, right: int, queries: int, keys: int, device: torch.de
     What the window is reaches the compiled kernel as numbers in a tensor, ``bounds``, so that another window of the same
     shapes compiles nothing.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     shift = keys - queries
     bounds = torch.tensor([shift - left, shift + right], device=device)
 
@@ -167,18 +308,58 @@ def _block_mask(left: int, right: int, queries: int, keys: int, device: torch.de
     end = torch.maximum((last + shift + right).clamp(min=-1, max=keys - 1) // _BLOCK + 1, begin)
     inner = torch.minimum(-(-(last + shift - left).clamp(min=0) // _BLOCK), end)
     outer = torch.maximum((first + shift + right + 1).clamp(min=0, max=keys) // _BLOCK, inner)
-    listed = torch.arange(math.ceil(keys / _BLOCK), device=device)
-    before = (inner - begin)[:, None]
-    partial = torch.where(listed < before, begin[:, None] + listed, outer[:, None] + listed - before)
-    full = inner[:, None] + listed
+    blocks = (begin[None], end[None], inner[None], outer[None])
+    return _listed(blocks, visible, queries, keys), bounds
+
+
+def _view_of_rows(rows: Rows, window: Window, queries: int, keys: int) -> View:
+    """What rows see of whom something is told. Nothing is read on the host; the mask is made for each call."""
+    first, last = (each.clamp(0, keys) for each in torch.broadcast_tensors(*rows.seen(queries, window)))
+    sees, short = first < last, -queries % _BLOCK
+
+    def of_blocks(numbers: Tensor, beyond: int) -> Tensor:
+        """By block; what stands beyond the last row changes nothing."""
+        blocks: Tensor = torch.nn.functional.pad(numbers, (0, short), value=beyond).unflatten(1, (-1, _BLOCK))
+        return blocks
+
+    # A row that sees no key leaves no block in which all see all.
+    begins, ends = first.where(sees, keys), last.where(sees, 0)
+    begin = of_blocks(begins, keys).amin(-1) // _BLOCK
+    end = torch.maximum(-(-of_blocks(ends, 0).amax(-1) // _BLOCK), begin)
+    inner = torch.minimum(-(-of_blocks(begins, 0).amax(-1) // _BLOCK), end)
+    outer = torch.maximum(of_blocks(ends, keys).amin(-1) // _BLOCK, inner)
+    many = first.size(0) > 1
+    low, high = first.to(torch.int32), last.to(torch.int32)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        sequence = batch if many else query * 0
+        seen: Tensor = (key >= low[sequence, query]) & (key < high[sequence, query])
+        return seen
+
+    origin = rows.position(queries) - window.left
+    return View(_listed((begin, end, inner, outer), visible, queries, keys), origin, rows)
+
+
+def _listed(
+    blocks: tuple[Tensor, Tensor, Tensor, Tensor], visible: Callable[..., Tensor], queries: int, keys: int
+) -> Any:
+    """The library's mask of which blocks of keys each block of queries sees: begin, end, inner, outer, (N or 1, blocks)."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    begin, end, inner, outer = blocks
+
+    listed = torch.arange(math.ceil(keys / _BLOCK), device=begin.device)
+    before = (inner - begin)[..., None]
+    partial = torch.where(listed < before, begin[..., None] + listed, outer[..., None] + listed - before)
+    full = inner[..., None] + listed
 
     def indices(blocks: Tensor) -> Tensor:
-        return blocks.clamp(max=len(listed) - 1).to(torch.int32)[None, None]
+        return blocks.clamp(max=len(listed) - 1).to(torch.int32)[:, None]
 
     def counts(blocks: Tensor) -> Tensor:
-        return blocks.to(torch.int32)[None, None]
+        return blocks.to(torch.int32)[:, None]
 
-    mask = BlockMask.from_kv_blocks(
+    return BlockMask.from_kv_blocks(
         counts(end - begin - (outer - inner)),
         indices(partial),
         counts(outer - inner),
@@ -187,16 +368,30 @@ def _block_mask(left: int, right: int, queries: int, keys: int, device: torch.de
         mask_mod=visible,
         seq_lengths=(queries, keys),
     )
-    return mask, bounds
 
 
-def _adds(bias: Tensor, bounds: Tensor) -> Callable[..., Tensor]:
-    """The score function of a bias (N, H, Lq, W), broadcast: slot c of query i is key ``i + shift - left + c``."""
+def _score_function(bias: Tensor | None, numbers: Tensor, cap: Tensor | None) -> Callable[..., Tensor] | None:
+    """What the library does to each score; None where that is nothing."""
+    add = None if bias is None else _adds(bias, numbers)
+    if cap is None:
+        return add
+
+    def score_function(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        score = cap[0] * torch.tanh(score / cap[0])
+        return score if add is None else add(score, batch, head, query, key)
+
+    return score_function
+
+
+def _adds(bias: Tensor, numbers: Tensor) -> Callable[..., Tensor]:
+    """The score function of a bias (N, H, Lq, W), broadcast: slot c of a row is key ``c`` after that of its slot 0."""
     batch_size, heads, rows, slots = bias.shape
+    of_window, many = numbers.dim() == 1, numbers.size(0) > 1
 
     def add(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        slot = (key - query - bounds[0]).clamp(0, slots - 1)
         zero = query * 0
+        origin = query + numbers[0] if of_window else numbers[batch if many else zero, query]
+        slot = (key - origin).clamp(0, slots - 1)
         added = bias[
             batch if batch_size > 1 else zero,
             head if heads > 1 else zero,
@@ -204,7 +399,7 @@ def _adds(bias: Tensor, bounds: Tensor) -> Callable[..., Tensor]:
             slot,
         ]
         # Hidden whatever the score is; a finite float64 beyond the range of float32 hides nothing.
-        finite = added.clamp(min=torch.finfo(torch.float32).min).to(score.dtype)
+        finite = _finite(added, score.dtype)
         return torch.where(added == -math.inf, -math.inf, score + finite)
 
     return add

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from attnreg import Window, empty_like
 from attnreg.memory import strides_like
+from attnreg_adapters.packed import Sequences, sequences_of
 
 # The libraries load 16 bytes at a time.
 _ACCESS_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tensors of a call look to the FlashAttentions: (N, L, H, E), or (T, H, E) for their varlen entries.
+
+    Attributes:
+        unseen: how many keys come before every window; these are left out.
+        sequences: those of a packed call, of which no key is left out; None for one that is not packed.
+    """
+
+    unseen: int
+    sequences: Sequences | None
+
+    def theirs(self, tensor: Tensor) -> Tensor:
+        """A tensor for the library to read."""
+        tensor = lengths_first(tensor)
+        return tensor if self.sequences is None else tensor[0]
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A key or a value, or the gradient of one, without the keys that are left out."""
+        return tensor[:, :, self.unseen :] if self.unseen else tensor
+
+    def written(self, tensor: Tensor) -> Tensor:
+        """A tensor of ours, for the library to write into as it is."""
+        return tensor.transpose(1, 2) if self.sequences is None else tensor[0].transpose(0, 1)
+
+    def ours(self, result: Tensor) -> Tensor:
+        """A result of the library as (N, H, L, D)."""
+        return result.transpose(1, 2) if self.sequences is None else result.transpose(0, 1)[None]
+
+    def of_rows(self, statistic: Tensor | None) -> Tensor | None:
+        """A statistic of rows (N, H, Lq) as the library has it."""
+        return statistic if self.sequences is None or statistic is None else statistic[0]
+
+
+def layout_of(
+    query: Tensor, key: Tensor, window: Window, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Layout:
+    """The layout of a call."""
+    queries, keys = query.size(2), key.size(2)
+    if cu_seqlens_q is None:
+        return Layout(unseen_keys(queries, keys, window), None)
+    return Layout(0, sequences_of(queries, keys, window, cu_seqlens_q, cu_seqlens_k))
 
 
 def lengths_first(tensor: Tensor) -> Tensor:
