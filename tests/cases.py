@@ -32,6 +32,7 @@ class Case:
     key_lengths: tuple[int, ...] | None = None
     layout: str = "contiguous"
     scale: float | None = None
+    further: dict[str, object] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -75,13 +76,15 @@ class Inputs:
 
 
 def make_inputs(op: str, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-    """Random tensors for one case; the incoming gradient is random too: one of ones would hide a flipped window."""
+    """Random tensors for one case, ``further`` arguments as ``make_case`` takes them; the incoming gradient is random too: one of ones would hide a flipped window."""
     facts = {**case.__dict__}
+    facts.update(facts.pop("further"))
     # The whole case first: its arguments are those of attention, of which an op may lack some.
     whole = make_case(**facts, dtype=dtype, device=device, seed=seed)
     drawn = whole.of(op, dtype, torch.device(device)).draw()
     given = dict(drawn.arguments)
     tensors, key_lengths = dict(drawn.tensors), given.pop("key_lengths", None)
-    if "bias" in given:
-        tensors["bias"] = given.pop("bias")
+    for name in ("bias", "sinks"):
+        if name in given:
+            tensors[name] = given.pop(name)
     return Inputs(tensors, key_lengths, given, drawn.upstream)

@@ -19,9 +19,9 @@ def call(op: str, inputs: Inputs, window: Window, **options: object) -> tuple[Te
     # detach() keeps the strides, which clone() would not: a case's layout must reach the function.
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
     output = function(
-        *(leaves[name] for name in leaves if name != "bias"),
+        *(leaves[name] for name in ROWS[op].tensors),
         window,
-        **({"bias": leaves["bias"]} if "bias" in leaves else {}),
+        **{name: leaf for name, leaf in leaves.items() if name not in ROWS[op].tensors},
         key_lengths=inputs.key_lengths,
         **inputs.options,
         **options,
@@ -35,7 +35,8 @@ def truth(op: str, inputs: Inputs, window: Window) -> tuple[Tensor, dict[str, Te
     row = ROWS[op]
     (result, *_) = row.results
     tensors = {name: inputs.tensors[name] for name in row.tensors}
-    arguments = {"bias": inputs.tensors.get("bias"), "key_lengths": inputs.key_lengths, **inputs.options}
+    arguments = {**inputs.tensors, "key_lengths": inputs.key_lengths, **inputs.options}
+    arguments = {name: given for name, given in arguments.items() if name not in row.tensors}
     found = oracle.truth(row, tensors, window, arguments, {result: inputs.grad})
     return found.results[result], dict(found.gradients)
 

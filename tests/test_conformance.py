@@ -18,6 +18,7 @@ from attnreg.testing import conformance_tests
 from attnreg.testing.cases import SMALL_LENGTHS, small_windows
 from attnreg.testing.conformance import chosen_properties
 from attnreg.testing.oracle import truth as true_of
+from attnreg.testing.subject import find
 
 CASES_OF = {case.name: case for case in CASES}
 NUMBERS = ("gradients", "windows")
@@ -37,10 +38,20 @@ test_flash = pytest.mark.gpu(conformance_tests("flash", device="cuda"))
 test_flash4 = pytest.mark.gpu(conformance_tests("flash4", device="cuda"))
 test_flex = pytest.mark.gpu(conformance_tests("flex", device="cuda"))
 
-COMPOSED = ("gradients", "unequal_lengths", "value_dim", "grouped_heads", "key_lengths", "bias", "uninitialised")
-test_composed_of_torch = conformance_tests(composed("torch"), properties=COMPOSED)
-test_composed_of_torch_block = conformance_tests(composed("torch_block"), properties=COMPOSED)
-_in_parts = conformance_tests(composed("torch_block"), properties=COMPOSED)
+COMPOSED = (
+    *("gradients", "unequal_lengths", "value_dim", "grouped_heads", "key_lengths", "bias", "uninitialised"),
+    *("query_starts", "packed", "softcap", "sinks", "lse_gradients", "dropout", "dropped_weights"),
+)
+
+
+def of_products(name):
+    """That backend without its own attention, with all that it takes."""
+    return composed(name, capability=find(name)[0].capability)
+
+
+test_composed_of_torch = conformance_tests(of_products("torch"), properties=COMPOSED)
+test_composed_of_torch_block = conformance_tests(of_products("torch_block"), properties=COMPOSED)
+_in_parts = conformance_tests(of_products("torch_block"), properties=COMPOSED)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import attnreg
 from attnreg import Window
 from attnreg.cli import app
+from attnreg.op import ATTENTION
 from attnreg.testing import check_case, conform, make_case, shrinking
 from attnreg.testing.cases import TABLE, fitted
 from attnreg.testing.conformance import BROKEN, DOES_NOT_APPLY, HELD, python_of
@@ -143,7 +144,7 @@ def test_a_backend_that_refuses_much_conforms_and_the_report_says_how_much():
 
 
 def in_float64(backend: attnreg.Backend, **functions) -> attnreg.Backend:
-    capability = replace(backend.capability, dtypes={torch.float64}, takes={"bias", "key_lengths"})
+    capability = replace(backend.capability, dtypes={torch.float64}, takes=ATTENTION.optional)
     return replace(backend, capability=capability, **functions)
 
 
@@ -231,7 +232,7 @@ def test_the_number_of_threads_is_the_users_where_it_has_a_part_and_1_elsewhere(
         seen.append(torch.get_num_threads())
         return right().local_attention(*inputs, **given)
 
-    capability = replace(right().capability, takes={"bias", "key_lengths"})
+    capability = replace(right().capability, takes=ATTENTION.optional)
     backend = replace(right(), capability=capability, local_attention=attention)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -281,7 +282,7 @@ def test_a_case_is_made_again_by_the_lines_that_it_prints(row):
         again = names["case"]
         assert again.problem == case.problem
         assert max(map(len, case.lines())) <= 76
-        if case.problem.batch * case.problem.heads < 100:
+        if case.problem.batch * case.problem.heads < 100 and case.problem.window.size < 1000:
             for tensor, other in zip(case.draw().leaves.values(), again.draw().leaves.values()):
                 assert tensor.stride() == other.stride()
                 torch.testing.assert_close(tensor, other, rtol=0, atol=0, equal_nan=True)
@@ -289,7 +290,16 @@ def test_a_case_is_made_again_by_the_lines_that_it_prints(row):
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("left_off_by_one", 2), ("key_lengths_ignored", 1), ("heads_transposed", 1), ("hidden_key_leaks", 1)],
+    [
+        ("left_off_by_one", 2),
+        ("key_lengths_ignored", 1),
+        ("heads_transposed", 1),
+        ("hidden_key_leaks", 2),
+        ("query_starts_ignored", 1),
+        ("window_across_sequences", 1),
+        ("sinks_ignored", 1),
+        ("lse_gradient_dropped", 1),
+    ],
 )
 def test_the_smallest_call_is_small_and_repeats_the_failure(name, most, monkeypatch):
     monkeypatch.setattr(shrinking, "MOST_SECONDS", 60.0)  # a busy machine must not cut the search short
@@ -654,4 +664,5 @@ def test_neither_attnreg_nor_its_oracle_loads_the_kit():
     )
     result = python("-c", code, folder=ROOT)
     loaded = set(result.stdout.split())
-    assert loaded <= {"attnreg.testing.oracle", "attnreg.testing.inputs", *[each for each in loaded if "numpy" in each]}
+    of_oracle = {f"attnreg.testing.{name}" for name in ("oracle", "inputs", "philox", "placing")}
+    assert loaded <= {*of_oracle, *[each for each in loaded if "numpy" in each]}

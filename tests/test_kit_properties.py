@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import threading
 import warnings
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from attnreg import Window
-from attnreg.testing import conform, make_case
+from attnreg.op import ATTENTION, ROWS
+from attnreg.testing import conform, make_case, shrinking
 from attnreg.testing.case import LAYOUTS
 from attnreg.testing.conformance import chosen_properties
 from attnreg.testing.mutants import MUTANTS
@@ -22,17 +25,36 @@ from attnreg.testing.surroundings import as_at_first, left_as_found, state
 
 CPU = torch.device("cpu")
 # What a mutant raises that did not get what it should have.
-OF_ITS_MAKING = ("raised TypeError", "raised KeyError: 'bias'", "raised KeyError: 'key_lengths'")
+OF_ITS_MAKING = ("raised TypeError", *(f"raised KeyError: {name!r}" for op in ROWS.values() for name in op.optional))
 
 
 def right_that_takes_what_it_names():
     """As CONTRIBUTING shows it: its functions name what they take, and its capability does not."""
     (backend, _) = find("torch_block")
-    return replace(backend, name="named", capability=replace(backend.capability, takes=None))
+    functions = {}
+    for op in ROWS.values():
+        arguments = [argument.name for argument in op.arguments]
+        functions[op.name] = naming(getattr(backend, op.name), arguments)
+        of_backward = [*arguments, *(argument.name for argument in op.incoming), "needs_grad"]
+        functions[op.backward] = naming(getattr(backend, op.backward), of_backward)
+    return replace(backend, name="named", capability=replace(backend.capability, takes=None), **functions)
+
+
+def naming(function, names):
+    """The function with a signature that names its arguments."""
+
+    @functools.wraps(function)
+    def call(*inputs, **given):
+        return function(*inputs, **given)
+
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    inputs = inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)
+    call.__signature__ = inspect.Signature([inputs, *keywords])
+    return call
 
 
 def test_a_right_backend_that_names_what_it_takes_breaks_nothing():
-    few = ["values", "gradients", "bias", "key_lengths", "other_numbers", "interleaved"]
+    few = ["values", "gradients", "bias", "key_lengths", "packed", "sinks", "dropout", "other_numbers", "interleaved"]
     assert conform(right_that_takes_what_it_names(), quick=True, properties=few).broken == ()
 
 
@@ -40,7 +62,7 @@ def test_a_right_backend_that_names_what_it_takes_breaks_nothing():
 def test_a_mutant_of_a_backend_that_names_what_it_takes_is_killed_by_its_property_for_its_own_fault(name):
     right = right_that_takes_what_it_names()
     mutant = MUTANTS[name].of(right)
-    assert {"bias", "key_lengths"} <= set(mutant.capability.takes)
+    assert ATTENTION.optional <= set(mutant.capability.takes)
     report = conform(mutant, quick=True, properties=[MUTANTS[name].property], shrink=False)
     assert report.broken == (MUTANTS[name].property,) or report.untried is not None
     faults = [failure.fault for finding in report.findings for failure in finding.failures]
@@ -50,7 +72,7 @@ def test_a_mutant_of_a_backend_that_names_what_it_takes_is_killed_by_its_propert
 def test_a_mutant_that_changes_the_capability_keeps_its_change():
     mutant = MUTANTS["float64_in_float32"].of(right_that_takes_what_it_names())
     assert mutant.capability.dtypes == {torch.float64}
-    assert mutant.capability.takes == {"bias", "key_lengths"}
+    assert mutant.capability.takes == ATTENTION.optional
 
 
 def test_every_kind_that_a_fuzzer_found_has_a_property_and_a_mutant():
@@ -101,6 +123,60 @@ def test_a_bias_is_shifted_and_values_are_scaled():
     large = drawn(dtype=torch.float16, value_magnitude=1e4, needs_grad=False).tensors["value"]
     assert large.isfinite().all()
     assert large.abs().max() > 1e4
+
+
+def test_what_is_given_of_rows_is_drawn_as_it_is_written():
+    given = drawn(
+        key_starts=(3,), query_starts=(-5, 2**40), query_starts_dtype=torch.int64, key_lengths=(99, 4)
+    ).arguments
+    assert {name: each.tolist() for name, each in given.items()} == {
+        "key_lengths": [9, 4],
+        "key_starts": [3, 3],
+        "query_starts": [-5, 2**40],
+    }
+    packed = make_case(query_length=9, cu_seqlens_q=(0, 4, 20), cu_seqlens_q_dtype=torch.int32, cu_seqlens_k=())
+    assert packed.problem.batch == 1
+    offsets = packed.draw().arguments
+    assert offsets["cu_seqlens_q"].tolist() == [0, 4, 9]
+    assert offsets["cu_seqlens_q"].dtype == torch.int32
+    assert (offsets["cu_seqlens_k"].diff() >= 0).all()
+
+
+def test_sinks_are_drawn_as_they_are_written_and_dropout_brings_its_seed():
+    first, second = drawn(sinks=(1.0, -torch.inf), dropout_p=0.1), drawn(sinks=(), dropout_p=0.1, seed=1)
+    assert first.arguments["sinks"].tolist() == [1.0, -torch.inf]
+    assert second.arguments["sinks"].shape == first.arguments["sinks"].shape
+    assert first.arguments["seed"].dtype == torch.int64
+    assert int(first.arguments["seed"]) != int(second.arguments["seed"])
+    assert max(abs(int(each.arguments["seed"])) for each in (first, second)) >= 2**32
+    strided = drawn(sinks=(1.0, 2.0), layout="strided").arguments["sinks"]
+    assert (strided.tolist(), strided.stride()) == ([1.0, 2.0], (2,))
+
+
+def test_an_incoming_gradient_of_the_log_sum_exp_is_there_where_gradients_are():
+    case = make_case(query_length=9, grad_log_sum_exp=True, dtype=torch.bfloat16)
+    (gradient,) = case.draw().incoming.values()
+    assert (gradient.shape, gradient.dtype) == ((2, 2, 9), torch.float32)
+    assert case.changed(needs_grad=False).draw().incoming == {}
+    of_products = case.of("local_dot_product", torch.bfloat16, CPU)
+    assert of_products.problem.given == ()
+    assert of_products.draw().incoming == {}
+
+
+def test_smaller_packs_are_packs():
+    case = make_case(
+        query_length=9, cu_seqlens_q=(0, 4, 4, 7), cu_seqlens_k=(0, 2, 9, 9), sinks=(1.0, 2.0), dropout_p=0.5
+    )
+    smaller = list(shrinking._smaller(case))
+    assert len(smaller) > 20
+    for each in smaller:
+        given = each.draw().arguments
+        assert ("dropout_p" in given) == ("seed" in given)
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            if name in given:
+                assert given[name][0] == 0
+                assert (given[name].diff() >= 0).all()
+                assert len(given[name]) == len(given["cu_seqlens_q"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

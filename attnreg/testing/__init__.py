@@ -1,13 +1,13 @@
 """What is true of a call, how far a result may be from it, and the kit that proves a backend: ``docs/testing.md``.
 
-``oracle`` writes the ops down densely; ``budget`` says which error passes; ``inputs`` makes the tensors of a call; ``checking``
-compares a contender's results; ``stage`` is what contenders for one call share. Tuning, the benchmarks and the tests all judge
-by these.
+``oracle`` writes the ops down densely, with ``placing`` of rows and ``philox`` for dropout; ``budget`` says which error passes;
+``inputs`` makes the tensors of a call; ``checking`` compares a contender's results; ``stage`` is what contenders for one call
+share. Tuning, the benchmarks and the tests all judge by these.
 
 The kit stands on them. A ``case`` is a Problem with a few facts; ``cases`` is the table of them; ``subject`` is a backend under
 test, watched while it is called; a ``property`` is tried with cases that the backend declares (``about_values``,
-``about_memory``, ``about_calls``); ``conformance`` tries them all, ``shrinking`` finds the smallest call that breaks one,
-``with_pytest`` makes tests of them. ``mutants`` are broken backends that the kit must find.
+``about_rows``, ``about_softmax``, ``about_memory``, ``about_calls``); ``conformance`` tries them all, ``shrinking`` finds the
+smallest call that breaks one, ``with_pytest`` makes tests of them. ``mutants`` are broken backends that the kit must find.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from attnreg.backend import BackendError
 from attnreg.memory import strides_like
-from attnreg.op import OPS
+from attnreg.op import OPS, ROWS
 from attnreg.testing.case import Case, make_case
 from attnreg.testing.cases import TABLE, cases_named
 from attnreg.testing.inputs import Inputs, copy_into
 from attnreg.testing.judging import difference, expected, fault_of_outcome
 from attnreg.testing.property import REFUSALS, calls, holds, narrow, one, two
-from attnreg.testing.subject import DTYPES, Outcome, Subject, with_leaves
+from attnreg.testing.subject import DTYPES, Outcome, Subject, outcome_of, with_leaves
 from attnreg.testing.surroundings import SETTINGS, as_at_first, changed, left_as_found, other_random_numbers, state
 from attnreg.window import Window
 
@@ -41,7 +41,8 @@ def _no_autocast(subject: Subject) -> str | None:
     lambda subject, quick: calls(
         subject,
         cases_named(
-            "causal", "key_lengths_with_bias", *([] if quick else ["everything", "grouped_heads", "bias_full"])
+            *("causal", "key_lengths_with_bias"),
+            *([] if quick else ["everything", "grouped_heads", "bias_full", "packed_softmax", "all_padded"]),
         ),
         dtypes=[torch.float32],
     ),
@@ -52,29 +53,28 @@ def autocast(subject: Subject, case: Case) -> str | None:
     device, drawn = subject.device.type, case.draw()
     with left_as_found():
         for dtype in narrow(subject):
-            by_hand = Inputs(
-                {name: tensor.to(dtype) for name, tensor in drawn.tensors.items()},
-                drawn.arguments,
-                drawn.upstream.to(dtype),
+            by_hand = replace(
+                drawn,
+                tensors={name: tensor.to(dtype) for name, tensor in drawn.tensors.items()},
+                upstream=drawn.upstream.to(dtype),
             )
             expected = subject.run(case, by_hand)
             with torch.autocast(device, dtype=dtype):
-                found = subject.run(case, Inputs(drawn.tensors, drawn.arguments, by_hand.upstream))
+                found = subject.run(case, replace(drawn, upstream=by_hand.upstream))
             if found.output.dtype != dtype:
                 return f"output: {found.output.dtype} under autocast to {dtype}"
             cast = {name: gradient.to(found.gradients[name].dtype) for name, gradient in expected.gradients.items()}
-            fault = difference(found, Outcome(expected.output, cast))
+            fault = difference(found, replace(expected, gradients=cast))
             if fault is not None:
                 return f"{fault} under autocast to {dtype}"
         if not case.problem.needs_grad:
             return None
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in drawn.leaves.items()}
-        output = subject.call(case, with_leaves(drawn, leaves))
-        tensors = list(leaves.values())
-        outside = torch.autograd.grad(output, tensors, drawn.upstream, retain_graph=True)
+        results = subject.results(case, with_leaves(drawn, leaves))
+        outside = outcome_of(results, leaves, drawn, retain_graph=True)
         with torch.autocast(device, dtype=narrow(subject)[0]):
-            inside = torch.autograd.grad(output, tensors, drawn.upstream)
-        fault = difference(Outcome(output, dict(zip(leaves, inside))), Outcome(output, dict(zip(leaves, outside))))
+            inside = outcome_of(results, leaves, drawn)
+        fault = difference(inside, outside)
         return None if fault is None else f"{fault} where it is taken under autocast"
 
 
@@ -83,7 +83,10 @@ def autocast(subject: Subject, case: Case) -> str | None:
     "a compiled call is right",
     lambda subject, quick: calls(
         subject,
-        cases_named(*(["causal"] if quick else ["causal", "everything", "transposed", "key_lengths_with_bias"])),
+        cases_named(
+            *("causal", "all_packed"),
+            *([] if quick else ["everything", "transposed", "key_lengths_with_bias"]),
+        ),
         dtypes=one(subject),
         ops=list(reversed(subject.ops))[: 1 if quick else 3],
     ),
@@ -95,18 +98,15 @@ def compiled_call(subject: Subject, case: Case) -> str | None:
     """
     drawn = case.draw()
 
-    def run(function: Callable[..., Tensor]) -> Outcome:
+    def run(function: Callable[..., tuple[Tensor, ...]]) -> Outcome:
         leaves = {
             name: tensor.detach().requires_grad_(case.problem.needs_grad) for name, tensor in drawn.leaves.items()
         }
-        output = function(*leaves.values())
-        if not case.problem.needs_grad:
-            return Outcome(output, {})
-        found = torch.autograd.grad(output, list(leaves.values()), drawn.upstream)
-        return Outcome(output.detach(), dict(zip(leaves, found)))
+        results = function(*leaves.values())
+        return outcome_of(results, leaves, drawn) if case.problem.needs_grad else Outcome(results[0], {})
 
-    def call(*given: Tensor) -> Tensor:
-        return subject.call(case, with_leaves(drawn, dict(zip(drawn.leaves, given))))
+    def call(*given: Tensor) -> tuple[Tensor, ...]:
+        return subject.results(case, with_leaves(drawn, dict(zip(drawn.leaves, given))))
 
     torch._dynamo.reset()
     try:
@@ -281,6 +281,18 @@ def threads(subject: Subject, case: Case) -> str | None:
                     bias="H1W",
                     key_lengths=(4,),
                 ),
+                make_case(
+                    "twice_packed",
+                    heads=1,
+                    query_length=4,
+                    head_dim=1,
+                    window=Window(2, 1),
+                    cu_seqlens_q=(0, 1, 3),
+                    softcap=2.0,
+                    sinks=(),
+                    dropout_p=0.3,
+                    grad_log_sum_exp=True,
+                ),
             ],
             dtypes=[torch.float64],
         )
@@ -300,9 +312,9 @@ def second_derivatives(subject: Subject, case: Case) -> str | None:
     inputs = case.draw()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves.items()}
 
-    def function(*given: Tensor) -> Tensor:
-        output = subject.call(case, with_leaves(inputs, dict(zip(leaves, given))))
-        return output.where(output != -torch.inf, 0.0)
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        found = subject.results(case, with_leaves(inputs, dict(zip(leaves, given))))
+        return tuple(result.where(result != -torch.inf, 0.0) for result in found)
 
     given = tuple(leaves.values())
     if not torch.autograd.gradcheck(function, given, raise_exception=False):
@@ -313,8 +325,8 @@ def second_derivatives(subject: Subject, case: Case) -> str | None:
 
 
 def _all_calls(subject: Subject, quick: bool) -> Iterable[Case]:
-    # Neither a layout nor a magnitude is a matter of what a backend is asked.
-    skipped = ("large", "layout", "magnitude")
+    # Neither a layout nor a magnitude is a matter of what a backend is asked; and no band has so many slots as far rows.
+    skipped = ("large", "layout", "magnitude", "far_rows")
     cases = [row.case for row in TABLE if row.group not in skipped and (row.quick or not quick)]
     for dtype in DTYPES:
         for op in OPS:
@@ -366,11 +378,17 @@ def _no_cuda(subject: Subject) -> str | None:
 @holds(
     "cuda_graph",
     "a captured call replays with other values",
-    lambda subject, quick: calls(subject, cases_named("causal", "everything", "key_lengths_with_bias")),
+    lambda subject, quick: calls(
+        subject,
+        cases_named(
+            *("causal", "everything", "key_lengths_with_bias", "query_starts_far_away"),
+            *("packed_unequal", "packed_softmax", "all_packed", "all_padded"),
+        ),
+    ),
     unless=_no_cuda,
 )
 def cuda_graph(subject: Subject, case: Case) -> str | None:
-    """Forward and backward in one graph; key lengths too are other ones."""
+    """Forward and backward in one graph; lengths, starts, offsets and seeds too are other ones."""
     inputs, static = case.draw(), _with_seed(case, 1).draw()
     for given in static.arguments.values():
         if isinstance(given, Tensor) and not given.is_floating_point():
@@ -417,23 +435,34 @@ def side_stream(subject: Subject, case: Case) -> str | None:
 
 @holds(
     "unchecked_lengths",
-    "key lengths out of range, which nobody can check, are clamped",
-    lambda subject, quick: calls(subject, cases_named("key_lengths", "key_lengths_int32"), dtypes=one(subject)),
+    "lengths, starts of keys and offsets out of range, which nobody can check, are clamped",
+    lambda subject, quick: calls(
+        subject,
+        cases_named("key_lengths", "key_lengths_int32", "key_starts_int32", "packed_int32", "packed_unequal"),
+        dtypes=one(subject),
+    ),
     unless=_no_cuda,
 )
 def unchecked_lengths(subject: Subject, case: Case) -> str | None:
     """Read as ``min(max(length, 0), Lk)``."""
-    inputs, most = case.draw(), case.problem.key_length
-    lengths = inputs.arguments["key_lengths"]
-    wild, clamped = lengths.clone(), lengths.clone()
-    wild[0], clamped[0] = 2**31 - 1, most
-    wild[-1], clamped[-1] = -5, 0
-    outcomes = [
-        subject.run(case, Inputs(inputs.tensors, {**inputs.arguments, "key_lengths": given}, inputs.upstream))
-        for given in (wild, clamped)
-    ]
-    fault = difference(*outcomes)
-    return None if fault is None else f"{fault} where lengths are out of range"
+    inputs = case.draw()
+    for argument in ROWS[case.problem.op].arguments:
+        given = inputs.arguments.get(argument.name)
+        if given is None or argument.at_most is None:
+            continue
+        wild, clamped = given.clone(), given.clone()
+        # Offsets ascend even so.
+        low, high = (0, -1) if argument.ascends else (-1, 0)
+        wild[high], clamped[high] = 2**31 - 1, case.problem.size(argument.at_most)
+        wild[low], clamped[low] = -5, 0
+        outcomes = [
+            subject.run(case, replace(inputs, arguments={**inputs.arguments, argument.name: each}))
+            for each in (wild, clamped)
+        ]
+        fault = difference(*outcomes)
+        if fault is not None:
+            return f"{fault} where {argument.name} are out of range"
+    return None
 
 
 def _with_seed(case: Case, seed: int) -> Case:

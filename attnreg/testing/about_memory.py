@@ -22,7 +22,7 @@ from attnreg.testing.cases import cases_named, rows_of
 from attnreg.testing.inputs import Inputs, copy_into
 from attnreg.testing.judging import difference, expected_of, fault_of_outcome, truth_in
 from attnreg.testing.property import calls, holds, of_run, one, two
-from attnreg.testing.subject import Outcome, Seen, Subject, with_leaves
+from attnreg.testing.subject import Outcome, Seen, Subject, outcome_of, with_leaves
 from attnreg.testing.visibility import spoil, visibility
 from attnreg.window import Window
 
@@ -61,7 +61,10 @@ def hidden(subject: Subject, case: Case) -> str | None:
     "a NaN in what is seen shows in every row that sees it",
     lambda subject, quick: calls(
         subject,
-        cases_named("causal", "key_lengths", *([] if quick else ["over_a_tile", "everything", "grouped_heads"])),
+        cases_named(
+            *("causal", "key_lengths"),
+            *([] if quick else ["over_a_tile", "everything", "grouped_heads", "packed_unequal", "query_starts"]),
+        ),
         gradients=False,
     ),
 )
@@ -70,10 +73,10 @@ def visible_nan(subject: Subject, case: Case) -> str | None:
     inputs = case.draw()
     sight = visibility(case, inputs)
     for name, dims in ROWS[case.problem.op].tensors.items():
-        seen = sight.slots if "W" in dims else sight.seeing if "Q" in dims else sight.seen
+        seen = sight.of(dims)
         spoilt = inputs.tensors[name].clone()
         spoilt[tuple(seen.nonzero()[int(seen.sum()) // 2])] = math.nan
-        dirty = Inputs({**inputs.tensors, name: spoilt}, inputs.arguments, inputs.upstream)
+        dirty = replace(inputs, tensors={**inputs.tensors, name: spoilt})
         found = subject.run(case, dirty).output
         wanted = next(iter(truth_in(case, dirty, torch.float64).results.values())).isnan()
         if bool((wanted & ~found.isnan()).any()):
@@ -109,9 +112,12 @@ def _in_all(subject: Subject, cases: Sequence[Case], few: Sequence[Case], quick:
     "results are written in full: no uninitialised memory shows",
     lambda subject, quick: _in_all(
         subject,
-        rows_of("window", "lengths", "grouped", "key_lengths", "bias", quick=True)
+        rows_of("window", "lengths", "grouped", "key_lengths", "bias", "combined", quick=True)
         if quick
-        else rows_of("window", "lengths", "grouped", "key_lengths", "bias", "hidden"),
+        else [
+            *rows_of("window", "lengths", "grouped", "key_lengths", "bias", "hidden", "combined"),
+            *rows_of("packed", "query_starts", quick=True),
+        ],
         cases_named("hidden_by_lengths"),
         quick,
     ),
@@ -126,6 +132,7 @@ def _few(subject: Subject, quick: bool) -> Sequence[Case]:
     names = ["causal", "window_of_one", "grouped_heads", "bias_full", "key_lengths", "transposed", "strided"]
     if not quick:
         names += ["everything", "over_a_tile", "tile_sized", "decode_step", "bias_over_batch", "packed", "expanded"]
+        names += ["all_padded", "packed_softmax", "packed_unequal"]
     return cases_named(*names)
 
 
@@ -145,6 +152,7 @@ def inputs_unchanged(subject: Subject, case: Case) -> str | None:
         **inputs.tensors,
         **{name: given for name, given in inputs.arguments.items() if isinstance(given, Tensor)},
         "incoming gradient": inputs.upstream,
+        **{f"incoming gradient of {name}": gradient for name, gradient in inputs.incoming.items()},
     }
     before = {name: _memory(tensor).clone() for name, tensor in held.items()}
     if not case.problem.needs_grad:
@@ -152,10 +160,10 @@ def inputs_unchanged(subject: Subject, case: Case) -> str | None:
     else:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves.items()}
         with subject.watched() as seen:
-            output = subject.call(case, with_leaves(inputs, leaves))
+            given = subject.results(case, with_leaves(inputs, leaves))
             results = [result.detach() for call in seen for result in _results(call)]
         copies = [result.clone() for result in results]
-        torch.autograd.grad(output, list(leaves.values()), inputs.upstream)
+        outcome_of(given, leaves, inputs)
         if not all(_same(result, copy) for result, copy in zip(results, copies)):
             return "a result of the forward: changed by the backward"
     for name, tensor in held.items():
@@ -193,7 +201,7 @@ def nothing_aliased(subject: Subject, case: Case) -> str | None:
     "results have the shapes, dtypes and device of the contract",
     lambda subject, quick: calls(
         subject,
-        [*_few(subject, quick), *rows_of("bias_dtype", "value_dim", quick=quick)],
+        [*_few(subject, quick), *rows_of("bias_dtype", "value_dim", "combined", quick=quick)],
         dtypes=of_run(subject, quick),
     ),
 )
@@ -220,7 +228,7 @@ def _last_gradient(subject: Subject, case: Case) -> None:
     inputs = case.draw()
     *_, name = inputs.leaves
     leaves = {each: tensor.detach().requires_grad_(each == name) for each, tensor in inputs.leaves.items()}
-    torch.autograd.grad(subject.call(case, with_leaves(inputs, leaves)), leaves[name], inputs.upstream)
+    outcome_of(subject.results(case, with_leaves(inputs, leaves)), {name: leaves[name]}, inputs)
 
 
 @holds(
@@ -267,9 +275,9 @@ def memory_order(subject: Subject, case: Case) -> str | None:
     "the same call gives the same bits",
     lambda subject, quick: _in_all(
         subject,
-        cases_named("causal", "key_lengths_with_bias", "grouped_heads")
+        cases_named("causal", "key_lengths_with_bias", "grouped_heads", "all_packed")
         if quick
-        else rows_of("everything", "window", "grouped", "bias"),
+        else rows_of("everything", "window", "grouped", "bias", "combined"),
         cases_named("causal"),
         quick,
     ),
@@ -298,7 +306,10 @@ def repeatable(subject: Subject, case: Case) -> str | None:
         subject,
         [
             make_case("twice", query_length=23, window=Window(4, 1), bias="NHLW", hidden=0.3, key_lengths=(19, 6)),
-            *cases_named("causal", *([] if quick else ["everything", "grouped_heads", "bias_full"])),
+            *cases_named(
+                *("causal", "all_padded", "all_packed", "packed_softmax"),
+                *([] if quick else ["everything", "grouped_heads", "bias_full", "packed_unequal", "query_starts"]),
+            ),
         ],
         dtypes=one(subject),
     ),
@@ -312,18 +323,23 @@ def other_numbers(subject: Subject, case: Case) -> str | None:
     if fault is not None:
         return f"{fault} after a call of the same shapes"
     copy_into(first, other)
-    same_tensors = Inputs(first.tensors, {**other.arguments, **_tensors(first)}, first.upstream)
+    same_tensors = replace(first, arguments={**other.arguments, **_tensors(first)})
     fault = fault_of_outcome(subject.run(case, same_tensors), wanted)
     return None if fault is None else f"{fault} where new numbers were copied into the tensors of an earlier call"
 
 
 def _other(case: Case) -> Inputs:
     drawn = replace(case, seed=case.seed + 1).draw()
-    arguments = {
-        name: given * 1.5 if not isinstance(given, Tensor) else given if given.is_floating_point() else given.flip(0)
-        for name, given in drawn.arguments.items()
-    }
-    return Inputs(drawn.tensors, arguments, drawn.upstream)
+
+    def changed(name: str, given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given * 1.5
+        if given.is_floating_point():
+            return given
+        # Of offsets, those of the same sequences in reverse.
+        return given[-1] - given.flip(0) if name.startswith("cu_") else given.flip(0)
+
+    return replace(drawn, arguments={name: changed(name, given) for name, given in drawn.arguments.items()})
 
 
 def _tensors(inputs: Inputs) -> dict[str, Tensor]:
@@ -335,7 +351,10 @@ def _tensors(inputs: Inputs) -> dict[str, Tensor]:
     "two calls whose forwards come before their backwards give the bits that each gives alone",
     lambda subject, quick: calls(
         subject,
-        cases_named("causal", "key_lengths_with_bias", *([] if quick else ["everything", "grouped_heads"])),
+        cases_named(
+            *("causal", "key_lengths_with_bias", "all_packed"),
+            *([] if quick else ["everything", "grouped_heads", "all_padded"]),
+        ),
         dtypes=one(subject) if quick else two(subject),
         gradients=True,
     ),
@@ -345,10 +364,9 @@ def interleaved(subject: Subject, case: Case) -> str | None:
     both = [case.draw(), replace(case, seed=case.seed + 1).draw()]
     alone = [subject.run(case, inputs) for inputs in both]
     leaves = [{name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves.items()} for inputs in both]
-    outputs = [subject.call(case, with_leaves(inputs, own)) for inputs, own in zip(both, leaves)]
-    for inputs, own, output, wanted in zip(both, leaves, outputs, alone):
-        found = torch.autograd.grad(output, list(own.values()), inputs.upstream)
-        fault = difference(Outcome(output.detach(), dict(zip(own, found))), wanted)
+    results = [subject.results(case, with_leaves(inputs, own)) for inputs, own in zip(both, leaves)]
+    for inputs, own, found, wanted in zip(both, leaves, results, alone):
+        fault = difference(outcome_of(found, own, inputs), wanted)
         if fault is not None:
             return f"{fault}, where another forward of the same shapes came between"
     return None

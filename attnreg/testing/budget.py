@@ -9,7 +9,8 @@ relative error of exp(s): with scores of 200, the truth and a right result both 
 float32 is off by 2**29 times as much.
 
 A softmax over one key is constant, and any ignores what is added to a whole row: some gradients vanish, as a difference of equal
-terms. These may keep a few rounding steps of the call's largest gradient.
+terms. These may keep a few rounding steps of the call's largest gradient. A gradient that is a sum over all rows may keep a few
+of what its terms would add up to if their signs were random: how far they cancel is luck.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ STEPS_OF_NOTHING = 8
 # How many rounding steps a result in float64 may be off by, and how many for each 1 in the largest score: the truth has one of
 # these, and the result another.
 STEPS_OF_TRUTH, STEPS_OF_SCORES = 16, 2
+# How many rounding steps of its terms a sum over rows may be off by, in a wide dtype and in one of 16 bits.
+STEPS_OF_TERMS_WIDE, STEPS_OF_TERMS_NARROW = 8, 2
 # The norms in which an error is measured, and how much of the budget each is given.
 NORMS = ((2.0, 1.0), (math.inf, 4.0))
 
@@ -73,7 +76,13 @@ class Budget:
 
 
 def budget(
-    true: Tensor, naive: Tensor, dtype: torch.dtype, gradients: Iterable[Tensor] = (), *, largest_score: float = 0.0
+    true: Tensor,
+    naive: Tensor,
+    dtype: torch.dtype,
+    gradients: Iterable[Tensor] = (),
+    *,
+    largest_score: float = 0.0,
+    terms: Tensor | None = None,
 ) -> Budget:
     """The budget of one result.
 
@@ -83,6 +92,7 @@ def budget(
         dtype: that of the inputs and the result.
         gradients: where the result is a gradient, the true ones of the whole call.
         largest_score: of those that a softmax is taken of, in size; it counts in float64 alone.
+        terms: where the result is a sum over rows, how large their terms are, as ``oracle.Truth`` has it.
     """
     step = torch.finfo(dtype).eps
     least = 0.0
@@ -99,6 +109,9 @@ def budget(
         if size < step * largest:
             size, limit = largest, max(limit, STEPS_OF_NOTHING * step * largest)
         limit = max(limit, least * size)
+        if terms is not None:
+            steps = STEPS_OF_TERMS_WIDE if dtype.itemsize > 2 else STEPS_OF_TERMS_NARROW
+            limit = max(limit, steps * step * _norm(_finite(terms), order))
         if dtype == torch.float64:
             limit = max(limit, max(STEPS_OF_TRUTH, STEPS_OF_SCORES * largest_score) * step * max(size, largest))
         sizes.append(size)

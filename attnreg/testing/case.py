@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from attnreg.measuring.sizes import result_shape, tensor_shapes
 from attnreg.op import ROWS, Argument
 from attnreg.problem import Given, Problem, dtype_name
-from attnreg.testing.inputs import Inputs
+from attnreg.testing.inputs import Inputs, incoming_shapes, random_integers
 from attnreg.window import Window
 
 # The letters of a bias as tests write them, "NHLW", and as an op's row has them.
@@ -31,7 +31,8 @@ class Case:
     Attributes:
         name: what reports call it.
         problem: the call; ``needs_grad`` says whether gradients are asked for.
-        values: of the arguments that have chosen ones, by name: numbers, and of integer tensors their elements, cut to the batch.
+        values: of the arguments that have chosen ones, by name: numbers, and of tensors of one dimension their elements, from the
+            first again where there are more.
         dims: of the arguments that broadcast, by name, how many dimensions are written; all where it is not here.
         dtypes: of the arguments that have a dtype of their own, by name; the others have that of the tensors.
         layout: how the floating-point tensors lie in memory, a name of ``LAYOUTS``.
@@ -41,7 +42,7 @@ class Case:
         magnitude: what the first tensor is multiplied by, as far as its dtype allows.
         value_magnitude: what values are multiplied by, likewise.
         one_sign: whether the tensors of scores have no negative number: the scores of a row are near each other then.
-        seed: of the random numbers.
+        seed: of the random numbers, among them the seed of dropout.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Case:
         """The same case for another op, without what that does not have."""
         row, problem = ROWS[op], self.problem
         letters = "".join(row.tensors.values())
-        names = {argument.name for argument in row.arguments}
+        names = {argument.name for argument in (row.extras if needs_grad else row.arguments)}
 
         def is_floating(name: str) -> bool:
             argument = _argument(op, name)
@@ -99,10 +100,13 @@ class Case:
 
     def changed(self, **facts: Any) -> Case:
         """The case with another problem: ``facts`` of it are changed, and the arguments that are given have its sizes."""
-        rows = {argument.name: argument for argument in ROWS[self.problem.op].arguments}
+        row = ROWS[self.problem.op]
         changed = replace(self.problem, **facts)
+        rows = {argument.name: argument for argument in (row.extras if changed.needs_grad else row.arguments)}
         given = tuple(
-            (name, replace(each, shape=_resized(rows[name], each.shape, changed))) for name, each in changed.given
+            (name, replace(each, shape=_resized(rows[name], each.shape, changed)))
+            for name, each in changed.given
+            if name in rows
         )
         return replace(self, problem=replace(changed, given=given))
 
@@ -134,32 +138,49 @@ class Case:
             if argument.dims is None:
                 if value is not None:
                     arguments[argument.name] = value
-            elif given is not None and given.dtype is not None:
-                if argument.kind == "integer":
-                    arguments[argument.name] = self._integers(argument, given, generator)
-                    continue
-                drawn = random(argument.name, given.shape, given.dtype)
-                if self.shift:
-                    drawn = _laid(self.layout, argument.name, drawn + self.shift)
-                if self.hidden:
-                    kept = torch.rand(given.shape, generator=generator) >= self.hidden
-                    fill = torch.finfo(given.dtype).min if self.lowest else -math.inf
-                    drawn = _laid(self.layout, argument.name, drawn.masked_fill(~kept.to(problem.device), fill))
-                written = dict(self.dims).get(argument.name, len(given.shape))
-                for _ in range(len(given.shape) - written):
-                    drawn = drawn[0]
-                arguments[argument.name] = drawn
-        return Inputs(tensors, arguments, upstream)
+            elif given is None or given.dtype is None:
+                continue
+            elif argument.kind == "integer":
+                arguments[argument.name] = self._integers(argument, given, generator)
+            elif argument.broadcasts:
+                arguments[argument.name] = self._bias(
+                    argument, random(argument.name, given.shape, given.dtype), generator
+                )
+            else:
+                numbers = torch.randn(given.shape, generator=generator)
+                if value is not None:
+                    numbers = _repeated(value, given.shape)
+                drawn = numbers.to(given.dtype).to(problem.device)
+                arguments[argument.name] = _with_gaps(drawn) if self.layout == "strided" else drawn
+        incoming = {
+            name: torch.randn(shape, generator=generator).to(dtype).to(problem.device)
+            for name, (shape, dtype) in incoming_shapes(problem).items()
+        }
+        return Inputs(tensors, arguments, upstream, incoming)
+
+    def _bias(self, argument: Argument, drawn: Tensor, generator: torch.Generator) -> Tensor:
+        if self.shift:
+            drawn = _laid(self.layout, argument.name, drawn + self.shift)
+        if self.hidden:
+            kept = torch.rand(drawn.shape, generator=generator) >= self.hidden
+            fill = torch.finfo(drawn.dtype).min if self.lowest else -math.inf
+            drawn = _laid(self.layout, argument.name, drawn.masked_fill(~kept.to(drawn.device), fill))
+        written = dict(self.dims).get(argument.name, drawn.dim())
+        for _ in range(drawn.dim() - written):
+            drawn = drawn[0]
+        return drawn
 
     def _integers(self, argument: Argument, given: Given, generator: torch.Generator) -> Tensor:
-        assert argument.at_most is not None
-        most, chosen = self.problem.size(argument.at_most), dict(self.values).get(argument.name)
-        if chosen is None:
+        chosen = dict(self.values).get(argument.name)
+        if chosen is None and argument.dims == "N" and argument.at_most is not None:
+            most = self.problem.size(argument.at_most)
             numbers = torch.randint(most + 1, given.shape, generator=generator)
+        elif chosen is None:
+            numbers = random_integers(self.problem, argument, given, generator)
         else:
-            count = math.prod(given.shape)
-            repeated = (list(chosen) * count)[:count] if chosen else [most] * count
-            numbers = torch.tensor(repeated).clamp(max=most).view(given.shape)
+            numbers = _repeated(chosen, (len(chosen),) if argument.ascends else given.shape)
+            if argument.at_most is not None:
+                numbers = numbers.clamp(max=self.problem.size(argument.at_most))
         return numbers.to(given.dtype).to(self.problem.device)
 
     def lines(self) -> list[str]:
@@ -167,11 +188,15 @@ class Case:
         facts = {**_written(self.problem), **dict(self.values)}
         for name, each in self.problem.given:
             argument = _argument(self.problem.op, name)
-            if argument.broadcasts:
+            if argument in ROWS[self.problem.op].incoming:
+                facts[name] = True
+            elif name == "seed":
+                continue  # that of dropout comes with the share that is dropped
+            elif argument.broadcasts:
                 facts[name] = self._letters(argument, each)
             elif name not in facts:
                 facts[name] = ()
-            elif argument.kind == "integer":
+            elif argument.dims is not None and not argument.ascends:
                 # As many as there are.
                 facts[name] = tuple(facts[name])[: max(math.prod(each.shape), 1)]
             if name in dict(self.dtypes):
@@ -190,11 +215,13 @@ class Case:
                 facts[field] = getattr(self, field)
         lines, line = ["case = make_case("], "   "
         for name, fact in facts.items():
-            written = f" {name}={fact!r},"
-            if len(line) + len(written) > 72:
-                lines.append(line)
-                line = "   "
-            line += written
+            written = f" {name}={_source(fact)},"
+            # A long one goes over several lines.
+            for part in [written] if len(written) <= 72 - len("   ") else _split(written):
+                if len(line) + len(part) > 72:
+                    lines.append(line)
+                    line = "   "
+                line += part
         return [*lines, line, ")"]
 
     def _letters(self, argument: Argument, given: Given) -> str:
@@ -255,7 +282,9 @@ def make_case(
         one_sign: likewise.
         seed: likewise.
         arguments: optional arguments of the op: of one that broadcasts its sizes in letters, "NHLW", "H1W", "1"; of a
-            tensor of integers its elements, () for random ones; else a number. ``NAME_dtype`` gives a tensor's dtype.
+            tensor of one dimension its elements, () for random ones; else a number. ``NAME_dtype`` gives a tensor's dtype. A
+            share that is dropped, ``dropout_p``, brings a random ``seed`` along. ``grad_log_sum_exp=True`` asks for the
+            log-sum-exp too, which then has an incoming gradient. Offsets of sequences make the batch size 1.
 
     Raises:
         ValueError: the op, an argument or the layout is unknown.
@@ -267,6 +296,12 @@ def make_case(
     window = Window.causal(8) if window is None else window
     letters = "".join(ROWS[op].tensors.values())
     value_dim = head_dim if value_dim is None else value_dim
+    wanted = {key: value for key, value in arguments.items() if value is not None}
+    if "dropout_p" in wanted:
+        wanted["seed"] = ()
+    for argument in ROWS[op].arguments:
+        if argument.name in wanted:
+            batch = argument.sizes.get("N", batch)
     problem = Problem(
         op=op,
         device=torch.device(device),
@@ -282,7 +317,6 @@ def make_case(
         needs_grad=needs_grad,
     )
     given, values, dims, dtypes = [], [], [], []
-    wanted = {key: value for key, value in arguments.items() if value is not None}
     for argument in ROWS[op].arguments:
         dtype_of = wanted.pop(f"{argument.name}_dtype", None)
         if argument.name not in wanted:
@@ -294,7 +328,7 @@ def make_case(
             values.append((argument.name, value))
             if not argument.for_all:
                 given.append((argument.name, Given()))
-        elif argument.broadcasts:
+        elif argument.broadcasts and argument.kind == "floating":
             written = value.translate(_AS_IN_ROWS)
             whole = written.rjust(len(argument.dims), "1")
             shape = tuple(1 if letter == "1" else problem.size(letter) for letter in whole)
@@ -302,11 +336,15 @@ def make_case(
             if len(written) < len(argument.dims):
                 dims.append((argument.name, len(written)))
         else:
-            shape = tuple(problem.size(letter) for letter in argument.dims)
-            is_integer = argument.kind == "integer"
-            given.append((argument.name, Given(shape, dtype_of or (torch.int64 if is_integer else dtype))))
-            if is_integer and value:
+            # The number of sequences is no fact of a problem.
+            shape = tuple(1 if letter == "1" else problem.size(letter) for letter in argument.dims if letter != "S")
+            its = torch.int64 if argument.kind == "integer" else dtype
+            given.append((argument.name, Given(shape, dtype_of or its)))
+            if value:
                 values.append((argument.name, tuple(value)))
+    for argument in ROWS[op].incoming:
+        if wanted.pop(argument.name, False) and needs_grad:
+            given.append((argument.name, Given()))
     if wanted:
         raise ValueError(f"{op} has no argument {', '.join(sorted(wanted))}")
     return Case(
@@ -327,7 +365,31 @@ def make_case(
 
 
 def _argument(op: str, name: str) -> Argument:
-    return next(argument for argument in ROWS[op].arguments if argument.name == name)
+    return next(argument for argument in ROWS[op].extras if argument.name == name)
+
+
+def _repeated(numbers: Sequence[float], shape: tuple[int, ...]) -> Tensor:
+    """Numbers, again from the first where a shape has room for more."""
+    count = math.prod(shape)
+    return torch.tensor((list(numbers) * (count // len(numbers) + 1))[:count]).view(shape)
+
+
+def _with_gaps(tensor: Tensor) -> Tensor:
+    """Every second element of something with NaN between them."""
+    return torch.stack([tensor, torch.full_like(tensor, math.nan)], -1)[..., 0]
+
+
+def _split(written: str) -> list[str]:
+    return [f" {part}" for part in written.split(" ")[1:]]
+
+
+def _source(fact: Any) -> str:
+    """What makes a fact, with ``torch`` imported."""
+    if isinstance(fact, tuple):
+        return f"({', '.join(map(_source, fact))}{',' if len(fact) == 1 else ''})"
+    if isinstance(fact, float) and not math.isfinite(fact):
+        return f"{'-' if fact < 0 else ''}torch.inf"
+    return repr(fact)
 
 
 def _resized(argument: Argument, shape: tuple[int, ...], problem: Problem) -> tuple[int, ...]:

@@ -6,9 +6,10 @@ backend takes certain head dims or windows alone, a case gets the nearest of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice, product
 from typing import Any
 
 import torch
@@ -36,6 +37,31 @@ class Row:
     case: Case
     quick: bool = False
 
+
+# One call of many tiny sequences, of every number of queries and keys up to 4; an off-by-one has nowhere to hide.
+_SIZES = list(product(range(5), repeat=2))
+_PACKED_OF_ALL_SIZES = {
+    "heads": 1,
+    "head_dim": 4,
+    "query_length": sum(queries for queries, _ in _SIZES) + 1,
+    "key_length": sum(keys for _, keys in _SIZES) + 2,
+    "cu_seqlens_q": (0, *accumulate(queries for queries, _ in _SIZES)),
+    "cu_seqlens_k": (0, *accumulate(keys for _, keys in _SIZES)),
+    "window": Window(1, 2),
+}
+# Likewise of rows that stand anywhere around a few keys, of which any may be the first and the last.
+_PLACES = list(product(range(-6, 8, 2), (0, 2, 4), (5, 3, 1)))
+_ROWS_OF_ALL_KINDS = {
+    "batch": len(_PLACES),
+    "heads": 1,
+    "head_dim": 4,
+    "query_length": 4,
+    "key_length": 5,
+    "query_starts": tuple(start for start, _, _ in _PLACES),
+    "key_starts": tuple(low for _, low, _ in _PLACES),
+    "key_lengths": tuple(high for _, _, high in _PLACES),
+    "window": Window(1, 2),
+}
 
 TABLE: Sequence[Row] = (
     *_over(
@@ -210,6 +236,243 @@ TABLE: Sequence[Row] = (
             "scale": 0.3,
         },
     ),
+    # Left padding, chunks of queries in the middle of the keys, and what lies far outside of them.
+    *_over(
+        "key_starts",
+        quick=("key_starts", "starts_and_lengths_around_tiles"),
+        key_starts={"key_starts": (5, 23)},
+        key_starts_int32={
+            "key_starts": (3, 30),
+            "key_starts_dtype": torch.int32,
+            "key_lengths": (33, 29),
+            "window": Window(6, 5),
+        },
+        starts_and_lengths_around_tiles={
+            "batch": 4,
+            "heads": 1,
+            "head_dim": 8,
+            "key_starts": (63, 64, 65, 1),
+            "key_lengths": (150, 129, 65, 64),
+            "query_length": 150,
+            "window": Window(70, 11),
+        },
+    ),
+    *_over(
+        "query_starts",
+        quick=("query_starts", "rows_of_all_kinds"),
+        query_starts={"query_starts": (30, 61), "query_length": 5, "key_length": 70, "window": Window.causal(16)},
+        query_starts_int32={
+            "query_starts": (-4, 7),
+            "query_starts_dtype": torch.int32,
+            "bias": "NHLW",
+            "hidden": 0.2,
+            "query_length": 21,
+            "key_length": 30,
+            "heads": 4,
+            "kv_heads": 2,
+            "key_starts": (2, 0),
+            "key_lengths": (9, 30),
+            "window": Window(5, 2),
+        },
+        query_starts_far_away={
+            "batch": 7,
+            "heads": 1,
+            "query_starts": (-3, 17, 40, 2**31, 2**40, -(2**40), 2**32 + 4),
+            "query_length": 6,
+            "key_length": 20,
+            "window": Window(4, 3),
+        },
+        query_starts_around_tiles={
+            "batch": 3,
+            "heads": 1,
+            "head_dim": 8,
+            "query_starts": (1, 63, 200),
+            "query_length": 150,
+            "key_length": 270,
+            "window": Window(70, 11),
+        },
+        rows_of_all_kinds=_ROWS_OF_ALL_KINDS,
+    ),
+    # Positions past 32 bits that see keys all the same: no band has so many slots.
+    *_over(
+        "far_rows",
+        quick=("rows_past_32_bits",),
+        rows_past_32_bits={
+            "batch": 5,
+            "heads": 1,
+            "query_starts": (2**31 + 5, 2**32 + 7, 2**40, -(2**31) - 9, -(2**40)),
+            "query_length": 9,
+            "key_length": 20,
+            "window": Window(2**32 + 3, 2**31 + 1),
+        },
+    ),
+    *_over(
+        "packed",
+        quick=("packed_sequences", "packed_unequal", "packed_of_all_sizes"),
+        packed_sequences={"cu_seqlens_q": (0, 1, 1, 9, 30, 37)},
+        packed_int32={
+            "cu_seqlens_q": (0, 10, 12, 30, 30, 30),
+            "cu_seqlens_q_dtype": torch.int32,
+            "window": Window(6, 5),
+        },
+        packed_alone={"cu_seqlens_q": (0, 37), "window": Window(3, 4)},
+        packed_around_tiles={
+            "heads": 1,
+            "head_dim": 8,
+            "cu_seqlens_q": (0, 1, 64, 65, 129, 150),
+            "query_length": 150,
+            "window": Window(70, 11),
+        },
+        # Keys without queries, more queries than keys, queries without keys, and rows and keys of no sequence.
+        packed_unequal={
+            "cu_seqlens_q": (0, 3, 3, 20, 24, 24),
+            "cu_seqlens_q_dtype": torch.int32,
+            "cu_seqlens_k": (0, 9, 12, 16, 16, 30),
+            "query_length": 26,
+            "key_length": 33,
+            "window": Window(6, 2),
+        },
+        packed_with_bias={
+            "cu_seqlens_q": (0, 3, 11, 20, 24),
+            "cu_seqlens_k": (0, 9, 12, 26, 30),
+            "cu_seqlens_k_dtype": torch.int32,
+            "query_length": 26,
+            "key_length": 33,
+            "heads": 6,
+            "kv_heads": 2,
+            "value_dim": 24,
+            "bias": "NHLW",
+            "hidden": 0.3,
+            "scale": 0.3,
+            "layout": "transposed",
+            "window": Window(6, 2),
+        },
+        packed_decode={
+            "cu_seqlens_q": (0, 1, 2, 3),
+            "cu_seqlens_k": (0, 5, 5, 37),
+            "query_length": 3,
+            "key_length": 37,
+        },
+        packed_of_all_sizes=_PACKED_OF_ALL_SIZES,
+    ),
+    # What lies between the two products.
+    *_over(
+        "softcap",
+        quick=("softcap_with_bias",),
+        softcap_large={"softcap": 30.0, "magnitude": 8.0, "query_length": 19},
+        softcap_with_bias={"softcap": 0.8, "bias": "H1W", "window": Window(5, 2)},
+        softcap_of_negative_scores={"softcap": 2.0, "scale": -1.5, "grad_log_sum_exp": True, "query_length": 19},
+    ),
+    *_over(
+        "sinks",
+        quick=("sinks", "sinks_of_all_sizes"),
+        sinks={"sinks": (), "heads": 4, "kv_heads": 2, "layout": "strided"},
+        sinks_of_all_sizes={
+            "sinks": (2.0, -math.inf, 30.0, -40.0, 0.0),
+            "sinks_dtype": torch.float32,
+            "heads": 5,
+            "key_lengths": (30, 0),
+            "window": Window(5, 2),
+        },
+        sinks_in_bfloat16={
+            "sinks": (1.0, -2.0),
+            "sinks_dtype": torch.bfloat16,
+            "query_length": 150,
+            "batch": 1,
+            "head_dim": 8,
+        },
+        sinks_with_bias={"sinks": (), "heads": 3, "bias": "NHLW", "hidden": 0.4, "query_length": 21},
+        sinks_alone={"sinks": (3.0, 1.0), "query_length": 12, "key_length": 5, "window": Window(0, 0)},
+    ),
+    *_over(
+        "lse_gradients",
+        quick=("lse_gradients", "lse_gradients_with_sinks"),
+        lse_gradients={"grad_log_sum_exp": True},
+        lse_gradients_with_sinks={
+            "grad_log_sum_exp": True,
+            "sinks": (),
+            "heads": 4,
+            "kv_heads": 2,
+            "query_length": 40,
+            "key_length": 33,
+            "key_lengths": (20, 0),
+            "window": Window(5, 4),
+        },
+        lse_gradients_around_tiles={
+            "grad_log_sum_exp": True,
+            "batch": 1,
+            "heads": 1,
+            "head_dim": 8,
+            "query_length": 150,
+            "bias": "H1W",
+            "window": Window(70, 11),
+        },
+    ),
+    *_over(
+        "dropout",
+        quick=("dropout_of_a_half",),
+        dropout_of_a_tenth={"dropout_p": 0.1, "heads": 4, "kv_heads": 2, "query_length": 70, "key_length": 90},
+        dropout_of_a_half={"dropout_p": 0.5, "query_length": 70, "window": Window(20, 9)},
+        dropout_of_one_key={"dropout_p": 0.5, "window": Window(0, 0)},
+        dropout_with_sinks={
+            "dropout_p": 0.3,
+            "sinks": (),
+            "bias": "H1W",
+            "softcap": 3.0,
+            "query_length": 70,
+            "window": Window(20, 9),
+        },
+    ),
+    # All that goes together.
+    *_over(
+        "combined",
+        quick=("all_padded", "all_packed"),
+        all_padded={
+            "heads": 6,
+            "kv_heads": 3,
+            "query_length": 70,
+            "key_length": 90,
+            "head_dim": 24,
+            "value_dim": 17,
+            "window": Window(20, 9),
+            "bias": "NHLW",
+            "hidden": 0.1,
+            "key_starts": (9, 30),
+            "key_lengths": (90, 71),
+            "query_starts": (20, 1),
+            "layout": "transposed",
+            "scale": 0.3,
+            "softcap": 4.0,
+            "sinks": (),
+            "sinks_dtype": torch.float32,
+            "dropout_p": 0.2,
+            "grad_log_sum_exp": True,
+        },
+        all_packed={
+            "heads": 4,
+            "kv_heads": 2,
+            "query_length": 70,
+            "window": Window(20, 9),
+            "bias": "H1W",
+            "cu_seqlens_q": (0, 7, 7, 8, 50, 68),
+            "layout": "transposed",
+            "softcap": 4.0,
+            "sinks": (),
+            "dropout_p": 0.2,
+            "grad_log_sum_exp": True,
+        },
+        packed_softmax={
+            "query_length": 40,
+            "key_length": 50,
+            "window": Window(9, 3),
+            "cu_seqlens_q": (0, 7, 7, 20, 38),
+            "cu_seqlens_q_dtype": torch.int32,
+            "cu_seqlens_k": (0, 4, 9, 30, 48),
+            "cu_seqlens_k_dtype": torch.int32,
+            "sinks": (),
+            "grad_log_sum_exp": True,
+        },
+    ),
     # Every way to broadcast a bias.
     *_over(
         "broadcast",
@@ -244,7 +507,14 @@ TABLE: Sequence[Row] = (
     # Whatever can hide a row, a key or a slot.
     *_over(
         "hidden",
-        quick=("hidden_none", "hidden_by_lengths", "hidden_by_bias", "rows_before_the_keys"),
+        quick=(
+            "hidden_none",
+            "hidden_by_lengths",
+            "hidden_by_bias",
+            "rows_before_the_keys",
+            "hidden_around_packs",
+            "hidden_in_softmax",
+        ),
         hidden_none={"query_length": 20, "window": Window(5, 4)},
         one_row_before_the_keys={"batch": 1, "heads": 1, "query_length": 3, "key_length": 2, "window": Window(0, 0)},
         rows_before_the_keys={"query_length": 75, "key_length": 40, "window": Window(6, 2)},
@@ -256,6 +526,39 @@ TABLE: Sequence[Row] = (
         hidden_columns={"bias": "H1W", "hidden": 0.5, "query_length": 70, "window": Window(9, 3)},
         hidden_rows={"bias": "N1L1", "hidden": 0.5, "query_length": 40},
         all_hidden={"bias": "1", "hidden": 1.0, "query_length": 20},
+        hidden_before_starts={
+            "query_length": 40,
+            "window": Window(5, 4),
+            "key_starts": (9, 40),
+            "key_lengths": (30, 40),
+        },
+        hidden_before_the_queries={
+            "query_length": 12,
+            "key_length": 40,
+            "window": Window(5, 4),
+            "query_starts": (-9, 35),
+            "grad_log_sum_exp": True,
+            "sinks": (),
+        },
+        hidden_around_packs={
+            "cu_seqlens_q": (0, 3, 3, 20, 24, 24),
+            "cu_seqlens_k": (0, 9, 12, 16, 16, 30),
+            "query_length": 30,
+            "key_length": 40,
+            "window": Window(6, 2),
+            "softcap": 3.0,
+            "grad_log_sum_exp": True,
+        },
+        no_sequence={"cu_seqlens_q": (0,), "query_length": 9, "grad_log_sum_exp": True, "sinks": ()},
+        hidden_in_softmax={
+            "query_length": 40,
+            "window": Window(5, 4),
+            "key_lengths": (20, 0),
+            "softcap": 3.0,
+            "sinks": (),
+            "dropout_p": 0.3,
+            "grad_log_sum_exp": True,
+        },
         hidden_by_all={
             "bias": "NHLW",
             "hidden": 0.6,
@@ -404,11 +707,15 @@ TABLE: Sequence[Row] = (
         },
     ),
 )
+# What every right backend is told of a call: neither large numbers nor sizes, nor what few take.
 CASES: Sequence[Case] = tuple(
     row.case
     for row in TABLE
     if row.group
-    not in ("broadcast", "hidden", "magnitude", "large", "sizes", "wide_bias", "large_bias", "past_float16")
+    in (
+        *("window", "scale", "lengths", "value_dim", "grouped", "key_lengths", "bias", "bias_dtype", "everything"),
+        "layout",
+    )
 )
 
 SMALL_LENGTHS = ((1, 1), (1, 3), (3, 1), (2, 2), (3, 4), (4, 3), (5, 2), (5, 5))

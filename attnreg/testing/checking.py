@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnreg.measuring.sizes import result_shape
-from attnreg.op import ATTENTION, DOT_PRODUCT
+from attnreg.op import ATTENTION
 from attnreg.problem import Problem
 from attnreg.testing.budget import Budget, budget
 from attnreg.testing.inputs import Calls, Inputs
-from attnreg.testing.oracle import Strip, parts_of, strips, truth_of
+from attnreg.testing.oracle import Strip, parts_of, scores_of, strips, truth_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +49,20 @@ class Verdict:
 def expectations(problem: Problem, inputs: Inputs) -> tuple[Expected, ...]:
     """The truth on every strip, with the error budget."""
     expected = []
-    for strip in strips(problem):
-        truth = truth_of(problem, strip, inputs, torch.float64)
-        naive = truth_of(problem, strip, inputs, problem.dtype)
+    for strip in strips(problem, inputs):
+        truth, terms = truth_of(problem, strip, inputs, torch.float64)
+        naive, _ = truth_of(problem, strip, inputs, problem.dtype)
         gradients = [part for name, part in truth.items() if name != "output"]
         score = largest_score(problem, strip, inputs)
         budgets = {
-            name: budget(part, naive[name], problem.dtype, () if name == "output" else gradients, largest_score=score)
+            name: budget(
+                part,
+                naive[name],
+                problem.dtype,
+                () if name == "output" else gradients,
+                largest_score=score,
+                terms=terms.get(name),
+            )
             for name, part in truth.items()
         }
         expected.append(Expected(strip, truth, budgets))
@@ -70,10 +77,13 @@ def largest_score(problem: Problem, strip: Strip, inputs: Inputs) -> float:
     """
     if problem.op != ATTENTION.name or problem.dtype != torch.float64:
         return 0.0
-    products = replace(problem, op=DOT_PRODUCT.name, value_dim=0)
-    nothing = inputs.upstream.new_zeros(1).expand(result_shape(products))
-    operands = Inputs({name: inputs.tensors[name] for name in DOT_PRODUCT.tensors}, inputs.arguments, nothing)
-    scores = truth_of(products, strip, operands, torch.float64)["output"]
+    scores = scores_of(problem, strip, inputs)
+    sinks = inputs.arguments.get("sinks")
+    if sinks is not None:
+        # One more number that a row's exponentials are a sum of.
+        group = problem.heads // problem.kv_heads
+        of_strip = sinks[strip.kv_heads.start * group : strip.kv_heads.stop * group]
+        scores = torch.cat([scores, of_strip.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
     if not scores.numel():
         return 0.0
     step = torch.finfo(torch.float64).eps

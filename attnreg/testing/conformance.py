@@ -16,14 +16,14 @@ from attnreg.op import OPS, ROWS
 from attnreg.packages import own_version
 from attnreg.problem import Problem
 from attnreg.request import did_you_mean
-from attnreg.testing import about_calls, about_memory, about_values
+from attnreg.testing import about_calls, about_memory, about_rows, about_softmax, about_values
 from attnreg.testing.case import Case
 from attnreg.testing.property import PROPERTIES, REFUSALS, Failure, Property, Selection, examine, select
 from attnreg.testing.shrinking import smallest
-from attnreg.testing.subject import Subject, under_test
+from attnreg.testing.subject import WITH_ALL_RESULTS, Subject, under_test
 
 # The modules whose properties are tried, in this order.
-MODULES = (about_values, about_memory, about_calls)
+MODULES = (about_values, about_rows, about_softmax, about_memory, about_calls)
 # A property is given up after so many cases that break it.
 MOST_FAILURES = 3
 # So many reasons for refusing what a capability declares are told in one remark.
@@ -269,6 +269,7 @@ def chosen_properties(names: Iterable[str] | None) -> tuple[Property, ...]:
 def python_of(failure: Failure, backend: str) -> list[str]:
     """Lines of Python that repeat a failure."""
     problem = failure.case.problem
+    further = any(problem.gives(argument.name) is not None for argument in ROWS[problem.op].incoming)
     return [
         "import torch",
         "import attnreg",
@@ -277,7 +278,7 @@ def python_of(failure: Failure, backend: str) -> list[str]:
         "",
         *failure.case.lines(),
         "inputs = case.draw()",
-        f"attnreg.{problem.op}(",
+        f"attnreg.{WITH_ALL_RESULTS if further else problem.op}(",
         "    *inputs.tensors.values(),",
         "    case.problem.window,",
         "    **inputs.arguments,",

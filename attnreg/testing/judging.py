@@ -31,7 +31,8 @@ def truth_in(case: Case, inputs: Inputs, dtype: torch.dtype) -> Truth:
         for name, given in inputs.arguments.items()
     }
     tensors = {name: cast(tensor) for name, tensor in inputs.tensors.items()}
-    upstream = {next(iter(row.results)): cast(inputs.upstream)}
+    # A gradient of a statistic of rows has the statistic's own dtype.
+    upstream = {next(iter(row.results)): cast(inputs.upstream), **inputs.incoming}
     with one_thread():
         return truth(row, tensors, case.problem.window, arguments, upstream)
 
@@ -55,12 +56,17 @@ def expected_of(case: Case, inputs: Inputs) -> Mapping[str, tuple[Tensor, Budget
     name = next(iter(ROWS[problem.op].results))
     allowed = budget(true.results[name], naive.results[name], dtype, largest_score=score)
     parts = {"output": (true.results[name], allowed)}
+    for further in inputs.incoming:
+        # As exact as the products of the tensors' dtype let it be, however the result itself is kept.
+        allowed = budget(true.results[further], naive.results[further], dtype, largest_score=score)
+        parts[further] = (true.results[further], allowed)
     others = list(true.gradients.values())
     for name, gradient in true.gradients.items():
         own = inputs.leaves[name].dtype
         # A gradient is rounded to its own tensor's dtype, whichever is the coarser.
         coarser = own if torch.finfo(own).eps > torch.finfo(dtype).eps else dtype
-        allowed = budget(gradient, naive.gradients[name], coarser, others, largest_score=score)
+        terms = true.terms.get(name)
+        allowed = budget(gradient, naive.gradients[name], coarser, others, largest_score=score, terms=terms)
         parts[f"gradient of {name}"] = (gradient, allowed)
     return parts
 

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnreg.backend import Backend, Function
+from attnreg.op import ATTENTION
+from attnreg.testing.placing import OF_ROWS, Placing, placing
 from attnreg.window import Window
 
 Changes = Mapping[str, Any]
@@ -78,11 +81,16 @@ def of_log_sum_exp(right: Backend, change: Callable[[Tensor], Tensor]) -> Change
 
     def local_attention_backward(grad: Tensor, *inputs: Any, **given: Any) -> Any:
         query, key, value, _, _, window = inputs
-        needs_grad = given.pop("needs_grad")
-        output, log_sum_exp = attention(query, key, value, window, **given)
-        return backward(grad, query, key, value, output, log_sum_exp, window, needs_grad=needs_grad, **given)
+        output, log_sum_exp = attention(query, key, value, window, **of_forward(given))
+        return backward(grad, query, key, value, output, log_sum_exp, window, **given)
 
     return {"local_attention": local_attention, "local_attention_backward": local_attention_backward}
+
+
+def of_forward(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What attention gets of that which its backward does."""
+    names = {argument.name for argument in ATTENTION.arguments}
+    return {name: each for name, each in given.items() if name in names}
 
 
 def of_inputs(right: Backend, change: Callable[..., tuple[Any, ...]]) -> Changes:
@@ -132,10 +140,50 @@ def function_of(right: Backend, name: str) -> Function:
 
 def of_lengths(right: Backend, change: Callable[[Tensor, int], Tensor | None]) -> Changes:
     """Attention with ``change(key_lengths, Lk)`` where lengths are given."""
+    return of_argument(right, "key_lengths", lambda lengths, key: change(lengths, key.shape[2]))
+
+
+def of_argument(right: Backend, name: str, change: Callable[[Any, Tensor], Any]) -> Changes:
+    """Attention with ``change(argument, key)`` where an argument of this name is given."""
 
     def changed(query: Tensor, key: Tensor, value: Tensor, window: Window, given: dict[str, Any]) -> tuple[Any, ...]:
-        lengths = given["key_lengths"]
-        lengths = None if lengths is None else change(lengths, key.shape[2])
-        return query, key, value, window, {**given, "key_lengths": lengths}
+        argument = given.get(name)
+        return query, key, value, window, given if argument is None else {**given, name: change(argument, key)}
 
     return of_inputs(right, changed)
+
+
+def of_backward(right: Backend, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Changes:
+    """Attention whose backward is given ``change(given)``, by name."""
+    backward = function_of(right, "local_attention_backward")
+
+    def local_attention_backward(*inputs: Any, **given: Any) -> Any:
+        return backward(*inputs, **change(given))
+
+    return {"local_attention_backward": local_attention_backward}
+
+
+def of_weights(right: Backend, change: Callable[[Tensor, Tensor, Placing, Mapping[str, Any]], Tensor]) -> Changes:
+    """Attention whose output is the average by ``change(weights, scores, place, given)``.
+
+    Weights are those before dropout, in float32 or wider; scores have no bias, ``place`` says where the rows stand.
+    """
+    dot, average = function_of(right, "local_dot_product"), function_of(right, "local_weighted_average")
+
+    def changed(
+        output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, window: Window, given: Any
+    ) -> Tensor:
+        rows = {name: given[name] for name in OF_ROWS if name in given}
+        place = placing(query.shape[2], key.shape[2], window, rows, query.device)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        operands = query.to(wide), key.to(wide), window
+        plain = dot(*operands, **rows, bias=None, scale=given["scale"])
+        cap = given.get("softcap")
+        scores = plain if cap is None else (cap * (plain / cap).tanh()).where(plain != -torch.inf, -torch.inf)
+        if given.get("bias") is not None:
+            scores = scores + given["bias"].to(wide)
+        weights = (scores - lse[..., None]).exp().where(scores != -torch.inf, 0)
+        found: Tensor = average(change(weights, plain, place, given), value.to(wide), window, **rows)
+        return found.to(output.dtype)
+
+    return of_output(right, changed)

@@ -12,6 +12,7 @@ from attnreg.testing.mutant import (
     Changes,
     function_of,
     mutant,
+    of_forward,
     of_gradient,
 )
 
@@ -36,8 +37,7 @@ def _softmax_gradient_without_its_sum(right: Backend) -> Changes:
     def change(gradient: Tensor, inputs: Any, given: Any) -> Tensor:
         grad, query, key, _, output, _, window = inputs
         product = (grad.float() * output.float()).sum(-1, keepdim=True)
-        forward = {name: each for name, each in given.items() if name != "needs_grad"}
-        average = function_of(right, "local_attention")(query, key, key, window, **forward)[0]
+        average = function_of(right, "local_attention")(query, key, key, window, **of_forward(given))[0]
         missing: Tensor = given["scale"] * product * average
         return gradient + missing.to(gradient.dtype)
 

@@ -13,6 +13,7 @@ from attnreg.testing.mutant import (
     Changes,
     function_of,
     mutant,
+    of_argument,
     of_gradient,
     of_inputs,
     of_lengths,
@@ -279,6 +280,149 @@ def _bias_in_float64_raises(right: Backend) -> Changes:
 @mutant("wide_bias", "a bias is rounded to the dtype of the queries")
 def _bias_rounded(right: Backend) -> Changes:
     return _of_bias(right, lambda bias, query, key: bias.to(query.dtype))
+
+
+# Starts and packs
+
+
+@mutant("key_starts", "starts of keys are ignored")
+def _key_starts_ignored(right: Backend) -> Changes:
+    return of_argument(right, "key_starts", lambda starts, key: None)
+
+
+@mutant("key_starts", "the key at a sequence's start is invisible")
+def _key_starts_off_by_one(right: Backend) -> Changes:
+    return of_argument(right, "key_starts", lambda starts, key: (starts + 1).clamp(max=key.shape[2]))
+
+
+@mutant("key_starts", "the key before a sequence's start is seen")
+def _key_starts_too_early(right: Backend) -> Changes:
+    return of_argument(right, "key_starts", lambda starts, key: (starts - 1).clamp(min=0))
+
+
+@mutant("key_starts", "all sequences start where the first does")
+def _one_key_start(right: Backend) -> Changes:
+    return of_argument(right, "key_starts", lambda starts, key: starts[:1].expand(starts.shape).contiguous())
+
+
+@mutant("query_starts", "starts of queries are ignored")
+def _query_starts_ignored(right: Backend) -> Changes:
+    return of_argument(right, "query_starts", lambda starts, key: None)
+
+
+@mutant("query_starts", "a sequence's first query stands one key further")
+def _query_starts_off_by_one(right: Backend) -> Changes:
+    return of_argument(right, "query_starts", lambda starts, key: starts + 1)
+
+
+@mutant("query_starts", "starts of queries are read in 32 bits")
+def _query_starts_in_32_bits(right: Backend) -> Changes:
+    return of_argument(right, "query_starts", lambda starts, key: starts.int().to(starts.dtype))
+
+
+@mutant("query_starts", "starts of queries are cut to where keys are")
+def _query_starts_cut(right: Backend) -> Changes:
+    return of_argument(right, "query_starts", lambda starts, key: starts.clamp(0, key.shape[2]))
+
+
+def _of_offsets(right: Backend, change: Callable[[Tensor, Tensor, int, int], tuple[Any, ...]]) -> Changes:
+    """Attention with ``change(offsets of queries, offsets of keys, Lq, Lk)`` for the offsets of packed sequences."""
+
+    def changed(query: Tensor, key: Tensor, value: Tensor, window: Window, given: dict[str, Any]) -> tuple[Any, ...]:
+        of_queries, of_keys = given.get("cu_seqlens_q"), given.get("cu_seqlens_k")
+        if of_queries is not None:
+            of_keys = of_queries if of_keys is None else of_keys
+            both = change(of_queries, of_keys, query.shape[2], key.shape[2])
+            given = {**given, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), both))}
+        return query, key, value, window, given
+
+    return of_inputs(right, changed)
+
+
+@mutant("packed", "a window crosses the bounds of packed sequences")
+def _window_across_sequences(right: Backend) -> Changes:
+    return _of_offsets(right, lambda of_queries, of_keys, rows, keys: (None, None))
+
+
+@mutant("packed", "the offsets of keys are taken for those of queries")
+def _offsets_of_queries_for_keys(right: Backend) -> Changes:
+    return _of_offsets(right, lambda of_queries, of_keys, rows, keys: (of_queries, None))
+
+
+@mutant("packed", "rows past the last offset belong to the last sequence")
+def _last_sequence_to_the_end(right: Backend) -> Changes:
+    def with_end(offsets: Tensor, end: int) -> Tensor:
+        return torch.cat([offsets[:-1], torch.full_like(offsets[-1:], end)])
+
+    return _of_offsets(
+        right, lambda of_queries, of_keys, rows, keys: (with_end(of_queries, rows), with_end(of_keys, keys))
+    )
+
+
+@mutant("packed", "each sequence but the first begins a row too late")
+def _sequences_off_by_one(right: Backend) -> Changes:
+    def change(of_queries: Tensor, of_keys: Tensor, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+        later = of_queries.clone()
+        later[1:-1] = (later[1:-1] + 1).minimum(later[2:])
+        return later, of_keys
+
+    return _of_offsets(right, change)
+
+
+@mutant("packed", "the starts of packed sequences are aligned, not the ends")
+def _starts_of_packed_aligned(right: Backend) -> Changes:
+    attention = function_of(right, "local_attention")
+
+    def change(
+        output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, window: Window, given: Any
+    ) -> Tensor:
+        of_queries = given.get("cu_seqlens_q")
+        of_keys = given.get("cu_seqlens_k")
+        if of_queries is None or of_keys is None or given["bias"] is not None:
+            return output
+        alone = {**given, "cu_seqlens_q": None, "cu_seqlens_k": None, "query_starts": of_queries.new_zeros(1)}
+        rows, keys = of_queries.tolist(), of_keys.tolist()
+        for sequence in range(len(rows) - 1):
+            of_rows = slice(rows[sequence], rows[sequence + 1])
+            seen = slice(keys[sequence], keys[sequence + 1])
+            if of_rows.start < of_rows.stop and seen.start < seen.stop:
+                parts = query[:, :, of_rows], key[:, :, seen], value[:, :, seen]
+                output[:, :, of_rows] = attention(*parts, window, **alone)[0]
+        return output
+
+    return of_output(right, change)
+
+
+@mutant("hidden", "keys of a packed sequence that no row sees are multiplied by 0")
+def _unseen_keys_of_packs_leak(right: Backend) -> Changes:
+    def change(
+        output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, window: Window, given: Any
+    ) -> Tensor:
+        return output + 0 * value.sum() if given.get("cu_seqlens_q") is not None else output
+
+    return of_output(right, change)
+
+
+@mutant("other_numbers", "the offsets of the first call are kept for all of its length")
+def _stale_offsets(right: Backend) -> Changes:
+    first: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def change(of_queries: Tensor, of_keys: Tensor, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+        return first.setdefault((rows, keys, len(of_queries)), (of_queries.clone(), of_keys.clone()))
+
+    return _of_offsets(right, change)
+
+
+@mutant("other_numbers", "the offsets in a tensor are read once")
+def _offsets_read_once(right: Backend) -> Changes:
+    # The tensors are kept, too: no other one gets their memory.
+    first: dict[int, tuple[Tensor, ...]] = {}
+
+    def change(of_queries: Tensor, of_keys: Tensor, rows: int, keys: int) -> tuple[Tensor, ...]:
+        kept = (of_queries.clone(), of_keys.clone(), of_queries)
+        return first.setdefault(of_queries.data_ptr(), kept)[:2]
+
+    return _of_offsets(right, change)
 
 
 # Sizes

@@ -196,6 +196,11 @@ def narrow(subject: Subject) -> Sequence[torch.dtype]:
     return [dtype for dtype in NARROW if dtype in subject.dtypes]
 
 
+def takes(name: str, subject: Subject) -> str | None:
+    """Why nothing that gives this argument can be tried; None where some op of the backend takes it."""
+    return None if any(name in subject.backend.taken[op] for op in subject.ops) else f"it does not take {name}"
+
+
 @dataclass(frozen=True, eq=False)
 class Failure:
     """A case in which a property is broken.

@@ -44,7 +44,7 @@ def _smaller(case: Case) -> Iterator[Case]:
     problem, window = case.problem, case.problem.window
     if case.layout != "contiguous":
         yield replace(case, layout="contiguous")
-    for argument in ROWS[problem.op].arguments:
+    for argument in ROWS[problem.op].extras:
         name = argument.name
         if problem.gives(name) is not None or name in dict(case.values):
             yield _without(case, name)
@@ -66,11 +66,17 @@ def _smaller(case: Case) -> Iterator[Case]:
         yield case.changed(window=Window(size, window.right))
     for size in _below(window.right, least=0):
         yield case.changed(window=Window(window.left, size))
+    offsets = {argument.name for argument in ROWS[problem.op].arguments if argument.ascends}
+    yield from _with_fewer_sequences(case, offsets)
     for name, value in case.values:
-        if isinstance(value, tuple):
-            for place, number in enumerate(value[: problem.batch]):
-                for size in _below(min(number, problem.key_length), least=0):
-                    yield _with_value(case, name, (*value[:place], size, *value[place + 1 :]))
+        if not isinstance(value, tuple):
+            continue
+        for place, number in enumerate(value if name in offsets else value[: problem.batch]):
+            # Offsets begin with 0 and ascend.
+            least = value[max(place - 1, 0)] if name in offsets else 0
+            most = number if name in offsets else min(number, problem.key_length)
+            for size in _below(most, least) if isinstance(number, int) else ():
+                yield _with_value(case, name, (*value[:place], size, *value[place + 1 :]))
     for name, given in problem.given:
         for place, size in enumerate(given.shape):
             if size > 1 and next(row for row in ROWS[problem.op].arguments if row.name == name).broadcasts:
@@ -86,14 +92,32 @@ def _below(size: int, least: int = 1) -> list[int]:
     return [each for each in dict.fromkeys((least, size // 2, size - 1)) if least <= each < size]
 
 
+def _with_fewer_sequences(case: Case, offsets: set[str]) -> Iterator[Case]:
+    """Packs that lack a sequence: without its end, it is one with the next."""
+    chosen = {name: value for name, value in case.values if name in offsets}
+    for place in range(1, max(map(len, chosen.values()), default=0)):
+        yield replace(
+            case,
+            values=tuple(
+                (name, (*value[:place], *value[place + 1 :]) if name in chosen else value)
+                for name, value in case.values
+            ),
+        )
+
+
 def _without(case: Case, name: str) -> Case:
-    given = tuple((each, its) for each, its in case.problem.given if each != name)
+    """Without an argument, and those that need it."""
+    dropped = {name, *(argument.name for argument in ROWS[case.problem.op].arguments if argument.needs == name)}
+    if name == "dropout_p":
+        dropped.add("seed")  # alone it says nothing
     return replace(
         case,
-        problem=replace(case.problem, given=given),
-        values=tuple((each, value) for each, value in case.values if each != name),
-        dims=tuple((each, count) for each, count in case.dims if each != name),
-        dtypes=tuple((each, its) for each, its in case.dtypes if each != name),
+        problem=replace(
+            case.problem, given=tuple((each, its) for each, its in case.problem.given if each not in dropped)
+        ),
+        values=tuple((each, value) for each, value in case.values if each not in dropped),
+        dims=tuple((each, count) for each, count in case.dims if each not in dropped),
+        dtypes=tuple((each, its) for each, its in case.dtypes if each not in dropped),
         hidden=0.0 if name == "bias" else case.hidden,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from attnreg.problem import Problem
 from attnreg.registry import register, registry
 from attnreg.request import did_you_mean, parse_request
 from attnreg.testing.case import Case
-from attnreg.testing.inputs import Inputs
+from attnreg.testing.inputs import Inputs, gradients_of
 
 # What a backend is called while it is under test: its own name stays that of the registered one.
 SUFFIX = "-under-test"
+# The public function that gives all results of attention.
+WITH_ALL_RESULTS = "local_attention_with_lse"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -60,14 +62,17 @@ class Outcome:
     Attributes:
         output: the result.
         gradients: of all that has one, by name; empty where none was asked for.
+        further: the further results that were asked for, by name.
     """
 
     output: Tensor
     gradients: Mapping[str, Tensor]
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Tensor]:
         """All of it, by name."""
-        return {"output": self.output, **{f"gradient of {name}": each for name, each in self.gradients.items()}}
+        gradients = {f"gradient of {name}": each for name, each in self.gradients.items()}
+        return {"output": self.output, **self.further, **gradients}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +110,17 @@ class Subject:
 
     def call(self, case: Case, inputs: Inputs, **changes: Any) -> Tensor:
         """The result of a case's call with these tensors; ``changes`` are to what is given by keyword."""
-        function = getattr(functional, case.problem.op)
-        result: Tensor = function(
+        return self.results(case, inputs, **changes)[0]
+
+    def results(self, case: Case, inputs: Inputs, **changes: Any) -> tuple[Tensor, ...]:
+        """Likewise, with a result for each further gradient that comes in."""
+        function = getattr(functional, WITH_ALL_RESULTS if inputs.incoming else case.problem.op)
+        found = function(
             *inputs.tensors.values(),
             case.problem.window,
             **{**inputs.arguments, "backend": self.backend.name, **changes},
         )
-        return result
+        return found if isinstance(found, tuple) else (found,)
 
     def run(self, case: Case, inputs: Inputs) -> Outcome:
         """The result and, where the problem asks for them, all gradients."""
@@ -119,9 +128,8 @@ class Subject:
             with torch.no_grad():
                 return Outcome(self.call(case, inputs), {})
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves.items()}
-        output = self.call(case, with_leaves(inputs, leaves))
-        gradients = torch.autograd.grad(output, list(leaves.values()), inputs.upstream)
-        return Outcome(output.detach(), dict(zip(leaves, gradients)))
+        results = self.results(case, with_leaves(inputs, leaves))
+        return outcome_of(results, leaves, inputs)
 
     @contextmanager
     def watched(self) -> Iterator[list[Seen]]:
@@ -134,12 +142,21 @@ class Subject:
             self._watchers.remove(seen)
 
 
+def outcome_of(
+    results: tuple[Tensor, ...], leaves: Mapping[str, Tensor], inputs: Inputs, *, retain_graph: bool = False
+) -> Outcome:
+    """What a call gave that can be differentiated, and the gradients of its leaves, or of some of them."""
+    gradients = gradients_of(results, list(leaves.values()), inputs, retain_graph=retain_graph)
+    output, *further = [result.detach() for result in results]
+    return Outcome(output, dict(zip(leaves, gradients)), dict(zip(inputs.incoming, further)))
+
+
 def with_leaves(inputs: Inputs, leaves: Mapping[str, Tensor]) -> Inputs:
     """The same call of other tensors."""
-    return Inputs(
-        {name: leaves[name] for name in inputs.tensors},
-        {name: leaves.get(name, given) for name, given in inputs.arguments.items()},
-        inputs.upstream,
+    return replace(
+        inputs,
+        tensors={name: leaves[name] for name in inputs.tensors},
+        arguments={name: leaves.get(name, given) for name, given in inputs.arguments.items()},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def of_one_sign(case: Case) -> Inputs:
         first = torch.arange(case.problem.key_length, device=case.problem.device)[:, None] == 0
         tensors["key"] = tensors["key"].where(first, -tensors["key"])
         tensors["value"] = (8 + tensors["value"]).where(first, 0)
-    return Inputs(tensors, drawn.arguments, drawn.upstream.abs())
+    return replace(drawn, tensors=tensors, upstream=drawn.upstream.abs())
 
 
 def fault_of_sum(name: str, found: Tensor, true: Tensor, step: float) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from attnreg.op import ROWS
 from attnreg.problem import Problem
 from attnreg.testing.case import Case
 from attnreg.testing.inputs import Inputs
+from attnreg.testing.placing import placing
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +21,12 @@ class Visibility:
 
     Attributes:
         keys: (N, H, Lq, Lk), which keys a row sees.
-        slots: (N, H, Lq, W), which slots of its window hold a key that it sees.
+        slots: (N, H, Lq, W), which slots of its window hold a key that it sees; None where nothing of the call has slots.
         problem: the call.
     """
 
     keys: Tensor
-    slots: Tensor
+    slots: Tensor | None
     problem: Problem
 
     @property
@@ -40,24 +41,33 @@ class Visibility:
         groups = (problem.batch, problem.kv_heads, problem.heads // problem.kv_heads, -1)
         return self.keys.any(2).view(groups).any(2)
 
+    def of(self, dims: str) -> Tensor:
+        """What is seen of a tensor with these sizes, of all but its last one where that holds what is seen or not as a whole."""
+        if "W" in dims:
+            assert self.slots is not None
+            return self.slots
+        return self.seeing if "Q" in dims else self.seen
+
 
 def visibility(case: Case, inputs: Inputs) -> Visibility:
     """What is seen in a case with these tensors. No size of it may be 0."""
     problem = case.problem
+    window, cpu = problem.window, torch.device("cpu")
     shape = (problem.batch, problem.heads, problem.query_length, problem.key_length)
-    position = torch.arange(problem.query_length)[:, None] + problem.key_length - problem.query_length
-    slot = torch.arange(problem.key_length) - position + problem.window.left
-    keys = ((slot >= 0) & (slot < problem.window.size)).expand(shape)
-    lengths = inputs.arguments.get("key_lengths")
-    if lengths is not None:
-        keys = keys & (torch.arange(problem.key_length) < lengths.cpu().view(-1, 1, 1, 1))
+    place = placing(problem.query_length, problem.key_length, window, inputs.arguments, cpu)
+    keys = place.visible.expand(shape)
     bias = inputs.arguments.get("bias")
     if bias is not None:
-        band = bias.detach().double().cpu().expand(*shape[:3], problem.window.size)
-        keys = keys & (band.gather(-1, slot.clamp(0, problem.window.size - 1).expand(shape)) != -math.inf)
-    key = position - problem.window.left + torch.arange(problem.window.size)
-    there = (key >= 0) & (key < problem.key_length)
-    slots = keys.gather(-1, key.clamp(0, problem.key_length - 1).expand(*shape[:3], -1)) & there
+        band = bias.detach().double().cpu()
+        if bias.shape[-1] > 1:
+            slot = place.slot_of_key.clamp(0, window.size - 1).expand(shape)
+            band = band.expand(*shape[:3], window.size).gather(-1, slot)
+        keys = keys & (band != -math.inf)
+    slots = None
+    if ROWS[problem.op].has_slots or (bias is not None and bias.shape[-1] > 1):
+        key = place.key_of_slot
+        there = (key >= 0) & (key < problem.key_length)
+        slots = keys.gather(-1, key.clamp(0, problem.key_length - 1).expand(*shape[:3], -1)) & there
     return Visibility(keys, slots, problem)
 
 
@@ -66,15 +76,14 @@ def spoil(case: Case, inputs: Inputs, bad: float) -> Inputs:
     seen = visibility(case, inputs)
     device = inputs.upstream.device
 
-    def spoilt(tensor: Tensor, kept: Tensor) -> Tensor:
-        kept = kept.to(device)
+    def spoilt(tensor: Tensor, dims: str) -> Tensor:
+        kept = seen.of(dims).to(device)
         return tensor.where(kept if kept.dim() == tensor.dim() else kept[..., None], bad)
 
     row = ROWS[case.problem.op]
-    tensors = {}
-    for name, dims in row.tensors.items():
-        kept = seen.slots if "W" in dims else seen.seeing if "Q" in dims else seen.seen
-        tensors[name] = spoilt(inputs.tensors[name], kept)
-    result = next(iter(row.results.values()))
-    upstream = spoilt(inputs.upstream, seen.slots if "W" in result.dims else seen.seeing)
-    return Inputs(tensors, inputs.arguments, upstream)
+    return replace(
+        inputs,
+        tensors={name: spoilt(inputs.tensors[name], dims) for name, dims in row.tensors.items()},
+        upstream=spoilt(inputs.upstream, next(iter(row.results.values())).dims),
+        incoming={name: spoilt(gradient, row.results[name].dims) for name, gradient in inputs.incoming.items()},
+    )
