@@ -1,7 +1,8 @@
-"""``local_attention``: ``O = softmax(scale * Q K^T + bias) V`` in one pass over the keys in each window.
+"""``local_attention``: ``O = softmax(scale * Q K^T + bias) V`` in one pass over the keys that rows see.
 
 The softmax is computed online: the maximum m of a row and the sum of its exponentials are carried along, and what was
-accumulated under an older maximum is rescaled. The log-sum-exp ``m + log(sum)`` is kept for the backward.
+accumulated under an older maximum is rescaled. The log-sum-exp ``m + log(sum)`` is kept for the backward. With a softcap the
+scores are ``softcap * tanh(scale * Q K^T / softcap) + bias``. A sink is one more score of every row that sees a key, added last.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -17,15 +18,14 @@ from attnreg_triton import tiles as tile_table
 from attnreg_triton.band import (
     clear_unseen,
     finite,
-    in_window,
-    keys_of_rows,
+    key_of_first_slot,
     load_bias,
     load_rows,
     locate_program,
     nothing_left,
     store_rows,
-    visible_length,
 )
+from attnreg_triton.dropout import dropping, group_begin, kept, seed_words
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
 from attnreg_triton.launch import (
@@ -36,11 +36,13 @@ from attnreg_triton.launch import (
     flags,
     interleaved,
     launch,
-    origin,
     padded,
     strides,
 )
 from attnreg_triton.products import attention_precision, rows_by_keys, short_sum_precision, weights_by_rows
+from attnreg_triton.rows import keys_of_rows, place, used_keys
+from attnreg_triton.sinks import load_sink
+from attnreg_triton.softcap import capping, tanh
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Instead of 0: small enough to make any difference of scores nothing, but -inf - x stays -inf.
@@ -54,20 +56,30 @@ def local_attention(
     window: Window,
     *,
     bias: Tensor | None,
-    key_lengths: Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float | None = None,
+    seed: Tensor | None = None,
+    **rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output (N, H, Lq, D) and the natural log-sum-exp of each row's visible scores (N, H, Lq)."""
+    """The output (N, H, Lq, D) and the natural log-sum-exp of each row's visible scores, and its sink, (N, H, Lq)."""
     batch, heads, len_q, head_dim = query.shape
     _, kv_heads, len_k, value_dim = value.shape
-    window = clip_window(window, bias, len_q, len_k)
-    if hopper.serves(query, key, value, bias=bias, scale=scale):
+    window = clip_window(window, bias, len_q, len_k, rows.get("query_starts"))
+    here = place(len_q, len_k, window, **rows)
+    sinks = None if sinks is None else sinks.contiguous()
+    if hopper.serves(query, key, value, bias=bias, scale=scale, dropout_p=dropout_p or None):
         from attnreg_triton.hopper import attention
 
-        return attention.local_attention(query, key, value, window, key_lengths=key_lengths, scale=scale)
+        return attention.local_attention(
+            query, key, value, window, rows=here, scale=scale, softcap=softcap, sinks=sinks
+        )
+    ratio, unit = capping(scale, softcap)
     output = empty_like(query, value_dim)
     log_sum_exp = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
-    tiles = tile_table.attention(query.dtype, head_dim, value_dim, window)
+    dropout = dropping(dropout_p, seed)
+    tiles = tile_table.attention(query.dtype, head_dim, value_dim, window, dropout.seed is not None)
     row_tiles = ceil_div(len_q, tiles.rows)
     programs = batch * heads * row_tiles
     unfinished = None if bias is None else flags(programs, query.device)
@@ -81,10 +93,12 @@ def local_attention(
             key,
             value,
             bias,
-            key_lengths,
+            here.rows,
+            sinks,
             output,
             log_sum_exp,
             unfinished,
+            *dropout,
             programs,
             strides(query),
             strides(key),
@@ -96,15 +110,18 @@ def local_attention(
             row_tiles,
             len_q,
             len_k,
-            origin(window, len_q, len_k),
-            window.size,
-            scale,
+            here.origin,
+            here.width,
+            unit,
+            ratio,
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
             BLOCK_HEAD=padded(head_dim),
             BLOCK_VALUE=padded(value_dim),
             PRECISION=attention_precision(query.dtype),
-            NEGATIVE=scale < 0,
+            NEGATIVE=unit < 0,
+            CAPPED=softcap is not None,
+            GAPS=here.gaps,
             CLEAR=clear,
             CHUNK=chunk,
             INTERLEAVED=interleaved(query),
@@ -115,6 +132,8 @@ def local_attention(
 
 @triton.jit(
     do_not_specialize=[
+        "threshold",
+        "factor",
         "programs",
         "bias_stride_n",
         "bias_stride_h",
@@ -127,6 +146,7 @@ def local_attention(
         "origin",
         "width",
         "scale",
+        "ratio",
     ]
 )
 def _attention(
@@ -134,10 +154,14 @@ def _attention(
     key,
     value,
     bias,
-    key_lengths,
+    rows,
+    sinks,
     output,
     log_sum_exp,
     unfinished,
+    seed,
+    threshold,
+    factor,
     programs,
     query_strides,
     key_strides,
@@ -155,12 +179,15 @@ def _attention(
     origin,
     width,
     scale,
+    ratio,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
     NEGATIVE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GAPS: tl.constexpr,
     CLEAR: tl.constexpr,
     CHUNK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -182,7 +209,14 @@ def _attention(
             i_end = tl.minimum(i_begin + BLOCK_M, len_q)
             i_tile = i_begin + tl.arange(0, BLOCK_M)
             i = i_tile[:, None]
-            begin, end = keys_of_rows(i_begin, i_end, visible_length(key_lengths, n, len_k), origin, width)
+            first, last, begin, end = keys_of_rows(rows, n, i_tile, i_begin, i_end, origin, width, len_q, len_k)
+            if HAS_BIAS:
+                offset = key_of_first_slot(rows, n, i_tile, i_tile < i_end, origin, width, len_q, len_k, GAPS)
+            used_from = None
+            if seed is not None:
+                words = seed_words(seed)
+                used_from = begin
+                begin = group_begin(begin)
 
             q = load_rows(query, query_strides, n, h, i_tile, i_tile < i_end, HEAD_DIM, BLOCK_HEAD)
             # The scores are ``unit * s``, and ``exp(unit * x) = 2^(step * x)``. Without a bias they are scaled only after the
@@ -201,12 +235,15 @@ def _attention(
             for j_begin in span(begin, end, BLOCK_N):
                 j_tile = j_begin + tl.arange(0, BLOCK_N)
                 j = j_tile[None, :]
-                k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
-                visible = (j < end) & in_window(i, j, origin, width)
+                used = used_keys(rows, j_tile, used_from, end, len_k, GAPS)
+                k = load_rows(key, key_strides, n, h_kv, j_tile, used, HEAD_DIM, BLOCK_HEAD)
+                visible = (j >= first[:, None]) & (j < last[:, None])
                 if HAS_BIAS:
-                    b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible & (i < i_end))
+                    b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, offset, visible)
                     visible = b != float("-inf")
                 s = rows_by_keys(q, k, short_sum_precision(PRECISION, HEAD_DIM))
+                if CAPPED:
+                    s = tanh(s * ratio, q.dtype == tl.float32)
                 if HAS_BIAS:
                     s = tl.fma(s, scale, b)
                 s = tl.where(visible, s, float("-inf"))
@@ -218,7 +255,9 @@ def _attention(
                 rescale = tl.exp2((m - shift) * step)
                 m = m_new
                 total = total * rescale + tl.sum(p, 1)
-                v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
+                if seed is not None:
+                    p = tl.where(kept(words, threshold, n, h, i_tile, j_begin, BLOCK_N), p, 0.0)
+                v = load_rows(value, value_strides, n, h_kv, j_tile, used, VALUE_DIM, BLOCK_VALUE)
                 if CLEAR:
                     v = clear_unseen(v, visible)
                 acc = weights_by_rows(cast(p, v.dtype), v, acc * rescale[:, None], PRECISION)
@@ -226,7 +265,18 @@ def _attention(
                 tl.store(unfinished + program, tl.where(finite(acc), 0, 1))
 
             # A row without a visible key has a total of 0 and acc = 0: O = 0 and a log-sum-exp of -inf.
-            acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            empty = total == 0.0
+            top = m * unit
+            if sinks is not None:
+                sink = load_sink(sinks, h)
+                of_keys = tl.where(empty, 0.0, top)
+                top = tl.maximum(of_keys, sink)
+                rescale = tl.exp2((of_keys - top) * _LOG2E)
+                total = tl.where(empty, 0.0, total * rescale + tl.exp2((sink - top) * _LOG2E))
+                acc *= rescale[:, None]
+            acc = acc / tl.where(empty, 1.0, total)[:, None]
+            if seed is not None:
+                acc *= factor
             store_rows(output, output_strides, n, h, i_tile, i_tile < i_end, acc, VALUE_DIM, BLOCK_VALUE)
-            lse = tl.where(total == 0.0, float("-inf"), m * unit + tl.log(total))
+            lse = tl.where(empty, float("-inf"), top + tl.log(total))
             tl.store(log_sum_exp + (n * heads + h) * len_q + i_tile, lse, mask=i_tile < i_end)

@@ -1,9 +1,12 @@
 """The gradients of ``local_attention``, with the probabilities recomputed from the log-sum-exp.
 
-With ``D = rowsum(dO * O)``, ``dP = dO V^T`` and ``dS = P * (dP - D)``:
+With ``D = rowsum(dO * O) - dL``, L the log-sum-exp, ``dP = dO V^T`` and ``dS = P * (dP - D)``:
 
     dQ = scale * dS K        dbias = dS        by programs that own a tile of rows
     dK = scale * dS^T Q      dV = P^T dO       by programs that own a tile of keys, over the rows that see them
+
+A softcap multiplies dS by ``1 - tanh^2`` in dQ and dK. Dropout multiplies P in dV, and dP, by 0 or ``1 / (1 - p)``. A sink is a
+key of every row that sees one, with a share of P and a dP of 0; its gradient is the sum of ``-share * D``.
 
 Each program recomputes the scores that it needs, and no two write the same element: no atomics, and the same bits each
 time.
@@ -13,10 +16,10 @@ its own row sum, which the programs of the rows find and write for those of the 
 of S.
 
 A row that one key dominates makes dP - D a difference of equal numbers. In 16 bits D is therefore the diagonal of ``dO O^T``,
-which has the same bits as dP where O is that key's value. In fp32 D is corrected to rowsum(P * dP), by ``rowsum(P * (dP - D))``:
-again exactly dP where P is 1. That sum is known only after dS, unless a single step holds all keys of the rows. Programs in which
-it is more than a rounding error of dS run again in a second launch, which goes through the rows twice; so does the first where
-it writes dbias, for which P must be divided at once.
+which has the same bits as dP where O is that key's value. In fp32, and with dropout, where O is rounded after it is multiplied,
+D is corrected to rowsum(P * dP), by ``rowsum(P * (dP - D))``: again exactly dP where P is 1. That sum is known only after dS,
+unless a single step holds all keys of the rows. Programs in which it is more than a rounding error of dS run again in a second
+launch, which goes through the rows twice; so does the first where it writes dbias, for which P must be divided at once.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator"
 
@@ -34,24 +37,24 @@ from attnreg_triton.band import (
     clear_unseen,
     fill_band,
     finite,
-    in_window,
+    key_of_first_slot,
     load_bias,
     load_rows,
     locate_program,
     nothing_left,
-    rows_of_keys,
     store_band,
     store_rows,
-    visible_length,
 )
 from attnreg_triton.bias_gradient import (
     clear_columns,
+    clear_slots_outside,
     empty_partials,
     reduce_partials,
     reduction,
     store_column_sums,
     store_columns,
 )
+from attnreg_triton.dropout import dropping, group_begin, kept, seed_words
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
 from attnreg_triton.launch import (
@@ -62,7 +65,6 @@ from attnreg_triton.launch import (
     flags,
     interleaved,
     launch,
-    origin,
     padded,
     strides,
 )
@@ -73,9 +75,18 @@ from attnreg_triton.products import (
     short_sum_precision,
     weights_by_rows,
 )
+from attnreg_triton.rows import keys_of_rows, place, rows_of_keys, used_keys
+from attnreg_triton.sinks import empty_partials as empty_sink_partials
+from attnreg_triton.sinks import load_sink
+from attnreg_triton.sinks import reduce_partials as reduce_sink_partials
+from attnreg_triton.softcap import capping, tanh
 from attnreg_triton.tiles import attention_backward_by_keys, attention_backward_by_rows
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+# How much of the sum of |dS| a correction of D may be before a row's dQ is computed anew: about what rounding P makes of it.
+_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-8, torch.float32: 2**-20}
+_TF32_TOLERANCE = 2**-10
 
 
 def local_attention_backward(
@@ -88,16 +99,24 @@ def local_attention_backward(
     window: Window,
     *,
     bias: Tensor | None,
-    key_lengths: Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float | None = None,
+    seed: Tensor | None = None,
+    grad_log_sum_exp: Tensor | None = None,
     needs_grad: frozenset[str],
+    **rows: Tensor | None,
 ) -> dict[str, Tensor]:
-    """dQ, dK, dV and dbias, those that are wanted."""
+    """dQ, dK, dV, dbias and dsinks, those that are wanted."""
     batch, heads, len_q, head_dim = query.shape
     _, kv_heads, len_k, value_dim = value.shape
-    window = clip_window(window, bias, len_q, len_k)
+    window = clip_window(window, bias, len_q, len_k, rows.get("query_starts"))
+    here = place(len_q, len_k, window, by_key=not needs_grad.isdisjoint({"key", "value"}), **rows)
     log_sum_exp = log_sum_exp.contiguous()
-    if hopper.serves(grad_output, query, key, value, output, bias=bias, scale=scale):
+    sinks = None if sinks is None else sinks.contiguous()
+    grad_log_sum_exp = None if grad_log_sum_exp is None else grad_log_sum_exp.contiguous()
+    if hopper.serves(grad_output, query, key, value, output, bias=bias, scale=scale, dropout_p=dropout_p or None):
         from attnreg_triton.hopper import attention_backward
 
         return attention_backward.local_attention_backward(
@@ -108,8 +127,11 @@ def local_attention_backward(
             output,
             log_sum_exp,
             window,
-            key_lengths=key_lengths,
+            rows=here,
             scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            grad_log_sum_exp=grad_log_sum_exp,
             needs_grad=needs_grad,
         )
 
@@ -121,13 +143,17 @@ def local_attention_backward(
         torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device) if wanted else None
         for wanted in (grad_key is not None, grad_key is not None or grad_value is not None)
     )
-    shape = (len_q, len_k, origin(window, len_q, len_k), window.size, scale)
+    ratio, unit = capping(scale, softcap)
+    dropout = dropping(dropout_p, seed)
+    shape = (len_q, len_k, here.origin, here.width, unit, ratio)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_HEAD": padded(head_dim),
         "BLOCK_VALUE": padded(value_dim),
         "PRECISION": attention_precision(query.dtype),
+        "CAPPED": softcap is not None,
+        "GAPS": here.gaps,
         "device": query.device,
     }
 
@@ -136,14 +162,22 @@ def local_attention_backward(
     programs = batch * heads * row_tiles
     grad_bias = None
     if "bias" in needs_grad and bias is not None:
-        grad_bias = empty_partials(bias, (batch, heads, len_q, window.size), row_tiles)
-    one_step = window.size + tiles.rows - 1 <= tiles.keys
-    # With a bias because of what is hidden, in fp32 because of D. All that the first try writes but dQ is right.
-    again = grad_query is not None and (bias is not None or (query.dtype == torch.float32 and not one_step))
+        grad_bias = empty_partials(bias, (batch, heads, len_q, window.size), row_tiles, here.gaps)
+    grad_sinks = None
+    if "sinks" in needs_grad and sinks is not None:
+        grad_sinks = empty_sink_partials(batch, heads, row_tiles, query.device)
+    corrected = query.dtype == torch.float32 or dropout.seed is not None
+    most_keys = window.size + tiles.rows - 1 + (0 if dropout.seed is None else 3)
+    one_step = most_keys <= tiles.keys and not here.gaps
+    # With a bias because of what is hidden, else because of D. All that the first try writes but dQ is right.
+    again = grad_query is not None and (bias is not None or (corrected and not one_step))
+    tolerance = _TF32_TOLERANCE if query.dtype == torch.float32 and allow_tf32() else _TOLERANCE[query.dtype]
     unfinished = flags(programs, query.device) if again else None
     for second in (False, True) if again else (False,):
         chunk = CHUNK if second else 1
-        written = (None, None, grad_query, None) if second else (row_dot, row_rescale, grad_query, grad_bias)
+        written = (row_dot, row_rescale, grad_query, grad_bias, grad_sinks)
+        if second:
+            written = (None, None, grad_query, None, None)
         launch(
             _attention_backward_rows,
             ceil_div(programs, chunk),
@@ -154,10 +188,13 @@ def local_attention_backward(
             value,
             output,
             log_sum_exp,
+            grad_log_sum_exp,
             bias,
-            key_lengths,
+            here.rows,
+            sinks,
             *written,
             unfinished,
+            *dropout,
             programs,
             strides(grad_output),
             strides(query),
@@ -171,9 +208,10 @@ def local_attention_backward(
             heads // kv_heads,
             row_tiles,
             *shape,
-            REDUCTION=None if written[3] is None or bias is None else reduction(bias),
+            REDUCTION=None if written[3] is None or bias is None else reduction(bias, here.gaps),
             ONE_STEP=one_step,
-            TOLERANCE=2**-10 if allow_tf32() else 2**-20,
+            CORRECTED=corrected,
+            TOLERANCE=tolerance,
             AGAIN=second,
             CHUNK=chunk,
             INTERLEAVED=interleaved(query),
@@ -181,6 +219,8 @@ def local_attention_backward(
         )
     if grad_bias is not None and bias is not None:
         gradients["bias"] = reduce_partials(grad_bias, bias)
+    if grad_sinks is not None and sinks is not None:
+        gradients["sinks"] = reduce_sink_partials(grad_sinks, sinks)
     if row_rescale is not None:
         tiles = attention_backward_by_keys(query.dtype, head_dim, value_dim, window)
         key_tiles = ceil_div(len_k, tiles.keys)
@@ -200,10 +240,11 @@ def local_attention_backward(
                 row_dot,
                 row_rescale,
                 bias,
-                key_lengths,
+                here.rows,
                 grad_key,
                 grad_value,
                 unfinished,
+                *dropout,
                 programs,
                 strides(grad_output),
                 strides(query),
@@ -237,8 +278,17 @@ def damping(lse):
 
 
 @triton.jit
+def sink_share(sink, lse):
+    """Of each row, the probability that its sink has, undivided by the row sum; 0 of a row that sees no key."""
+    share = tl.exp2((sink - lse) * (_LOG2E * damping(lse)))
+    return tl.where(lse == float("-inf"), 0.0, share)
+
+
+@triton.jit
 def probabilities(qk, b, lse, scale, HAS_BIAS: tl.constexpr):
     """``exp(scale * qk + b - lse)``, undivided by its row sum; ``lse`` has the shape of a row or a column of ``qk``.
+
+    With a softcap ``qk`` is the tanh, and ``scale`` the softcap.
 
     Fused on purpose, not left to the compiler, so that every kernel computes the same bits. A bias must not be multiplied by
     log2(e) before the log-sum-exp is taken off: the most negative finite number, as many masks have it, would become -inf.
@@ -251,6 +301,8 @@ def probabilities(qk, b, lse, scale, HAS_BIAS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
+        "threshold",
+        "factor",
         "programs",
         "bias_stride_n",
         "bias_stride_h",
@@ -266,6 +318,7 @@ def probabilities(qk, b, lse, scale, HAS_BIAS: tl.constexpr):
         "origin",
         "width",
         "scale",
+        "ratio",
     ]
 )
 def _attention_backward_rows(
@@ -275,13 +328,19 @@ def _attention_backward_rows(
     value,
     output,
     log_sum_exp,
+    grad_log_sum_exp,
     bias,
-    key_lengths,
+    rows,
+    sinks,
     row_dot,
     row_rescale,
     grad_query,
     grad_bias,
+    grad_sinks,
     unfinished,
+    seed,
+    threshold,
+    factor,
     programs,
     grad_output_strides,
     query_strides,
@@ -304,14 +363,18 @@ def _attention_backward_rows(
     origin,
     width,
     scale,
+    ratio,
     REDUCTION: tl.constexpr,
     ONE_STEP: tl.constexpr,
+    CORRECTED: tl.constexpr,
     TOLERANCE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GAPS: tl.constexpr,
     AGAIN: tl.constexpr,
     CHUNK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -321,11 +384,11 @@ def _attention_backward_rows(
     grad_bias_strides = (grad_bias_stride_n, grad_bias_stride_h, grad_bias_stride_i)
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     HAS_BIAS: tl.constexpr = bias is not None
-    CORRECTED: tl.constexpr = query.dtype.element_ty == tl.float32
+    FP32: tl.constexpr = query.dtype.element_ty == tl.float32
     NEEDS_SCORES: tl.constexpr = grad_query is not None or grad_bias is not None
-    NEEDS_DOT: tl.constexpr = NEEDS_SCORES or row_dot is not None
+    NEEDS_DOT: tl.constexpr = NEEDS_SCORES or row_dot is not None or grad_sinks is not None
     # dbias is stored as it comes, and so needs the row sums and D before. In fp32 dQ has the same bits without it.
-    DIVIDED: tl.constexpr = grad_bias is not None or (HAS_BIAS and CORRECTED)
+    DIVIDED: tl.constexpr = grad_bias is not None or (HAS_BIAS and FP32)
     TWICE: tl.constexpr = not NEEDS_SCORES or (not ONE_STEP and (DIVIDED or (CORRECTED and AGAIN)))
     ONCE: tl.constexpr = CORRECTED and not ONE_STEP and not TWICE
     SCORE_PRECISION: tl.constexpr = short_sum_precision(PRECISION, HEAD_DIM)
@@ -344,13 +407,23 @@ def _attention_backward_rows(
             i_tile = i_begin + tl.arange(0, BLOCK_M)
             i = i_tile[:, None]
             row = (n * heads + h) * len_q + i_tile
-            # A softmax over one key is constant: dQ = 0.
-            lone = tl.minimum(i_tile + origin + width, len_k) - tl.maximum(i_tile + origin, 0) == 1
-
-            # The slots of these rows belong to keys [first, last), of which [begin, end) may be visible.
-            first, last = i_begin + origin, i_end + origin + width - 1
-            begin = tl.minimum(tl.maximum(first, 0), last)
-            end = tl.minimum(tl.maximum(visible_length(key_lengths, n, len_k), begin), last)
+            first, last, begin, end = keys_of_rows(rows, n, i_tile, i_begin, i_end, origin, width, len_q, len_k)
+            # A softmax over one key is constant: dQ = 0. It is not where the log-sum-exp has a gradient, or a sink its share.
+            lone = last - first == 1
+            if grad_log_sum_exp is not None or sinks is not None:
+                lone = tl.zeros((BLOCK_M,), tl.int1)
+            if HAS_BIAS:
+                offset = key_of_first_slot(rows, n, i_tile, i_tile < i_end, origin, width, len_q, len_k, GAPS)
+            if REDUCTION == "column sums" or (REDUCTION == "none" and not GAPS):
+                # The slots of these rows belong to keys [slots_begin, slots_end), of which [begin, end) may be visible.
+                slots_begin, slots_end = i_begin + offset, i_end - 1 + offset + width
+                begin = tl.minimum(tl.maximum(begin, slots_begin), slots_end)
+                end = tl.minimum(tl.maximum(end, begin), slots_end)
+            used_from = None
+            if seed is not None:
+                words = seed_words(seed)
+                used_from = begin
+                begin = group_begin(begin)
 
             q = load_rows(query, query_strides, n, h, i_tile, i_tile < i_end, HEAD_DIM, BLOCK_HEAD)
             lse = tl.load(log_sum_exp + row, mask=i_tile < i_end, other=float("-inf"))
@@ -362,36 +435,88 @@ def _attention_backward_rows(
                 else:
                     r = tl.arange(0, BLOCK_M)
                     d = tl.sum(tl.where(r[:, None] == r[None, :], rows_by_keys(do, o, PRECISION), 0.0), 1)
+                sees = lse != float("-inf")
+                if grad_log_sum_exp is not None:
+                    grad_lse = tl.load(grad_log_sum_exp + row, mask=sees, other=0.0)
+                    d -= grad_lse
+                if grad_log_sum_exp is not None or sinks is not None:
+                    # A row that sees no key may have NaN in dO.
+                    d = tl.where(sees, d, 0.0)
             total = tl.zeros((BLOCK_M,), tl.float32)
+            if sinks is not None:
+                share = sink_share(load_sink(sinks, h), lse)
+                total = share
             rescale = total
 
             if TWICE:
-                correction = total
+                correction = tl.zeros((BLOCK_M,), tl.float32)
                 for j_begin in span(begin, end, BLOCK_N):
                     j_tile = j_begin + tl.arange(0, BLOCK_N)
                     j = j_tile[None, :]
-                    k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
-                    visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
+                    used = used_keys(rows, j_tile, used_from, end, len_k, GAPS)
+                    k = load_rows(key, key_strides, n, h_kv, j_tile, used, HEAD_DIM, BLOCK_HEAD)
+                    visible = (j >= first[:, None]) & (j < last[:, None])
                     b = 0.0
                     if HAS_BIAS:
-                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, offset, visible)
                         visible = b != float("-inf")
-                    p = probabilities(rows_by_keys(q, k, SCORE_PRECISION), b, lse[:, None], scale, HAS_BIAS)
+                    s = rows_by_keys(q, k, SCORE_PRECISION)
+                    if CAPPED:
+                        s = tanh(s * ratio, FP32)
+                    p = probabilities(s, b, lse[:, None], scale, HAS_BIAS)
                     total += tl.sum(tl.where(visible, p, 0.0), 1)
                     if CORRECTED and NEEDS_DOT:
-                        v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
+                        v = load_rows(value, value_strides, n, h_kv, j_tile, used, VALUE_DIM, BLOCK_VALUE)
                         dp = rows_by_keys(do, v, DP_PRECISION)
+                        if seed is not None:
+                            dp = tl.where(kept(words, threshold, n, h, i_tile, j_begin, BLOCK_N), dp * factor, 0.0)
                         correction += tl.sum(tl.where(visible, p * (dp - d[:, None]), 0.0), 1)
                 rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
                 if CORRECTED and NEEDS_DOT:
-                    d += correction * rescale
+                    if sinks is not None:
+                        correction -= share * d
+                    correction *= rescale
+                    if grad_log_sum_exp is not None:
+                        correction -= grad_lse
+                    d += correction
 
             if NEEDS_SCORES:
                 num_tiles = tl.cdiv(end - begin, BLOCK_N)
                 if REDUCTION == "none":
                     computed = begin + num_tiles * BLOCK_N
-                    fill_band(grad_bias, grad_bias_strides, n, h, i, first, begin, origin, width, len_q, 0.0, BLOCK_N)
-                    fill_band(grad_bias, grad_bias_strides, n, h, i, computed, last, origin, width, len_q, 0.0, BLOCK_N)
+                    if GAPS:
+                        clear_slots_outside(
+                            grad_bias, grad_bias_strides, n, h, i, offset, begin, computed, width, len_q, BLOCK_N
+                        )
+                    else:
+                        fill_band(
+                            grad_bias,
+                            grad_bias_strides,
+                            n,
+                            h,
+                            i,
+                            slots_begin,
+                            begin,
+                            offset,
+                            width,
+                            len_q,
+                            0.0,
+                            BLOCK_N,
+                        )
+                        fill_band(
+                            grad_bias,
+                            grad_bias_strides,
+                            n,
+                            h,
+                            i,
+                            computed,
+                            slots_end,
+                            offset,
+                            width,
+                            len_q,
+                            0.0,
+                            BLOCK_N,
+                        )
                 row_sums = tl.zeros((BLOCK_M,), tl.float32)
                 column_sums = tl.zeros((BLOCK_N,), tl.float32)
                 dq = tl.zeros((BLOCK_M, BLOCK_HEAD), tl.float32)
@@ -401,18 +526,24 @@ def _attention_backward_rows(
                 for j_begin in span(begin, end, BLOCK_N):
                     j_tile = j_begin + tl.arange(0, BLOCK_N)
                     j = j_tile[None, :]
-                    k = load_rows(key, key_strides, n, h_kv, j_tile, j_tile < end, HEAD_DIM, BLOCK_HEAD)
-                    v = load_rows(value, value_strides, n, h_kv, j_tile, j_tile < end, VALUE_DIM, BLOCK_VALUE)
-                    visible = (j < end) & in_window(i, j, origin, width) & (i < i_end)
+                    used = used_keys(rows, j_tile, used_from, end, len_k, GAPS)
+                    k = load_rows(key, key_strides, n, h_kv, j_tile, used, HEAD_DIM, BLOCK_HEAD)
+                    v = load_rows(value, value_strides, n, h_kv, j_tile, used, VALUE_DIM, BLOCK_VALUE)
+                    visible = (j >= first[:, None]) & (j < last[:, None])
                     b = 0.0
                     if HAS_BIAS:
-                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, offset, visible)
                         visible = b != float("-inf")
                     if AGAIN and HAS_BIAS:
                         k = clear_unseen(k, visible)
-                    p = probabilities(rows_by_keys(q, k, SCORE_PRECISION), b, lse[:, None], scale, HAS_BIAS)
+                    s = rows_by_keys(q, k, SCORE_PRECISION)
+                    if CAPPED:
+                        s = tanh(s * ratio, FP32)
+                    p = probabilities(s, b, lse[:, None], scale, HAS_BIAS)
                     p = tl.where(visible, p, 0.0)
                     dp = rows_by_keys(do, v, DP_PRECISION)
+                    if seed is not None:
+                        dp = tl.where(kept(words, threshold, n, h, i_tile, j_begin, BLOCK_N), dp * factor, 0.0)
                     ds = p * (dp - d[:, None])
                     if HAS_BIAS:
                         ds = tl.where(visible, ds, 0.0)
@@ -424,15 +555,23 @@ def _attention_backward_rows(
                     elif ONE_STEP:
                         rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
                         if CORRECTED:
-                            correction = tl.sum(ds, 1) * rescale
+                            correction = tl.sum(ds, 1)
+                            if sinks is not None:
+                                correction -= share * d
+                            correction *= rescale
+                            if grad_log_sum_exp is not None:
+                                correction -= grad_lse
                             d += correction
                             ds -= p * correction[:, None]
                     if DIVIDED:
                         ds *= rescale[:, None]
                     if grad_query is not None:
-                        dq, up = large_weights_by_rows(ds, k, dq, up, PRECISION)
+                        weights = ds
+                        if CAPPED:
+                            weights *= tl.fma(-s, s, 1.0)
+                        dq, up = large_weights_by_rows(weights, k, dq, up, PRECISION)
                     if REDUCTION == "none":
-                        store_band(grad_bias, grad_bias_strides, n, h, i, j, origin, width, len_q, ds)
+                        store_band(grad_bias, grad_bias_strides, n, h, i, j, offset, width, len_q, ds)
                     elif REDUCTION == "row sums":
                         row_sums += tl.sum(ds, 1)
                     elif REDUCTION == "column sums":
@@ -444,7 +583,7 @@ def _attention_backward_rows(
                             tile,
                             ds,
                             column_sums,
-                            j_begin - first,
+                            j_begin - slots_begin,
                             width,
                             BLOCK_M,
                             BLOCK_N,
@@ -452,6 +591,11 @@ def _attention_backward_rows(
                 rescale = tl.where(total > 0.0, 1.0 / total, 0.0)
                 wrong = 0
                 if ONCE:
+                    if sinks is not None:
+                        correction -= share * d
+                        size += tl.abs(share * d)
+                    if grad_log_sum_exp is not None:
+                        correction -= grad_lse * total
                     d += correction * rescale
                     wrong = tl.max(tl.where((tl.abs(correction) > TOLERANCE * size) & ~lone, 1, 0))
                 if HAS_BIAS:
@@ -459,7 +603,7 @@ def _attention_backward_rows(
                 if unfinished is not None and not AGAIN:
                     tl.store(unfinished + program, wrong)
 
-                unit = scale / up
+                unit = scale * ratio / up
                 if not DIVIDED:
                     unit *= rescale
                 if grad_query is not None:
@@ -476,7 +620,7 @@ def _attention_backward_rows(
                     tl.store(pointers, cast(row_sums, grad_bias.dtype.element_ty), mask=i_tile < i_end)
                 if REDUCTION == "column sums":
                     # The tiles started in columns ``column``, ``column`` + BLOCK_N, ... up to ``column_end``.
-                    column = begin - first
+                    column = begin - slots_begin
                     column_end = column + num_tiles * BLOCK_N
                     clear_columns(grad_bias, grad_bias_strides, n, h, tile, 0, column - BLOCK_N, BLOCK_N)
                     store_columns(
@@ -485,12 +629,17 @@ def _attention_backward_rows(
                     clear_columns(grad_bias, grad_bias_strides, n, h, tile, column_end, width, BLOCK_N)
             if row_rescale is not None:
                 tl.store(row_rescale + row, rescale, mask=i_tile < i_end)
+            if grad_sinks is not None:
+                lost = tl.where(total == 0.0, 0.0, share * rescale * d)
+                tl.store(grad_sinks + (n * heads + h) * row_tiles + tile, -tl.sum(lost, 0))
             if row_dot is not None:
                 tl.store(row_dot + row, d, mask=i_tile < i_end)
 
 
 @triton.jit(
     do_not_specialize=[
+        "threshold",
+        "factor",
         "programs",
         "bias_stride_n",
         "bias_stride_h",
@@ -503,6 +652,7 @@ def _attention_backward_rows(
         "origin",
         "width",
         "scale",
+        "ratio",
     ]
 )
 def _attention_backward_keys(
@@ -514,10 +664,13 @@ def _attention_backward_keys(
     row_dot,
     row_rescale,
     bias,
-    key_lengths,
+    rows,
     grad_key,
     grad_value,
     unfinished,
+    seed,
+    threshold,
+    factor,
     programs,
     grad_output_strides,
     query_strides,
@@ -537,11 +690,14 @@ def _attention_backward_keys(
     origin,
     width,
     scale,
+    ratio,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GAPS: tl.constexpr,
     CLEAR: tl.constexpr,
     CHUNK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -562,13 +718,16 @@ def _attention_backward_keys(
             wanted = tl.load(unfinished + program, mask=program < programs, other=0) != 0
         if wanted:
             n, _, h_kv, tile = locate_program(program, kv_heads, 1, key_tiles, INTERLEAVED)
-            j_tile = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            j_begin = tile * BLOCK_N
+            j_end = tl.minimum(j_begin + BLOCK_N, len_k)
+            j_tile = j_begin + tl.arange(0, BLOCK_N)
             j = j_tile[:, None]
-            j_end = tl.minimum((tile + 1) * BLOCK_N, visible_length(key_lengths, n, len_k))
-            begin, end = rows_of_keys(tile * BLOCK_N, j_end, len_q, origin, width)
+            first, last, begin, end = rows_of_keys(rows, n, j_tile, j_begin, j_end, origin, width, len_q, len_k)
+            if seed is not None:
+                words = seed_words(seed)
 
-            # A key that no row has a slot for may be NaN, which its own gradients must not be.
-            seen = (j_tile < j_end) & (j_tile >= origin) & (j_tile < len_q + origin + width - 1)
+            # A key that no row sees may be NaN, which its own gradients must not be.
+            seen = first < last
             k = load_rows(key, key_strides, n, h_kv, j_tile, seen, HEAD_DIM, BLOCK_HEAD)
             v = load_rows(value, value_strides, n, h_kv, j_tile, seen, VALUE_DIM, BLOCK_VALUE)
             dk = tl.zeros((BLOCK_N, BLOCK_HEAD), tl.float32)
@@ -581,26 +740,39 @@ def _attention_backward_keys(
                     i = i_tile[None, :]
                     row = (n * kv_heads * group + h) * len_q + i_tile
                     lse = tl.load(log_sum_exp + row, mask=i_tile < end, other=float("-inf"))
-                    # A row from which the bias hides every key may have anything in Q and dO.
-                    seeing = lse != float("-inf") if CLEAR else i_tile < end
+                    # A row that sees no key, as the bias hides all of them or in a gap, may have anything in Q and dO.
+                    seeing = lse != float("-inf") if CLEAR or GAPS else i_tile < end
                     q = load_rows(query, query_strides, n, h, i_tile, seeing, HEAD_DIM, BLOCK_HEAD)
                     do = load_rows(grad_output, grad_output_strides, n, h, i_tile, seeing, VALUE_DIM, BLOCK_VALUE)
-                    visible = (j < j_end) & (i < end) & in_window(i, j, origin, width)
+                    visible = (i >= first[:, None]) & (i < last[:, None])
                     b = 0.0
                     if HAS_BIAS:
-                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+                        offset = key_of_first_slot(rows, n, i_tile, i_tile < end, origin, width, len_q, len_k, GAPS)
+                        if GAPS:
+                            offset = tl.trans(offset)
+                        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, offset, visible)
                         visible = b != float("-inf")
-                    p = probabilities(
-                        rows_by_keys(k, q, SCORE_PRECISION, TRANSPOSED=True), b, lse[None, :], scale, HAS_BIAS
-                    )
+                    s = rows_by_keys(k, q, SCORE_PRECISION, TRANSPOSED=True)
+                    if CAPPED:
+                        s = tanh(s * ratio, q.dtype == tl.float32)
+                    p = probabilities(s, b, lse[None, :], scale, HAS_BIAS)
                     p *= tl.load(row_rescale + row, mask=seeing, other=0.0)[None, :]
                     p = tl.where(visible, p, 0.0)
+                    if seed is not None:
+                        keep = kept(words, threshold, n, h, i_tile, j_begin, BLOCK_N, KEYS_FIRST=True)
                     if grad_value is not None:
-                        dv = weights_by_rows(cast(p, do.dtype), do, dv, PRECISION)
+                        weights = p
+                        if seed is not None:
+                            weights = tl.where(keep, p, 0.0)
+                        dv = weights_by_rows(cast(weights, do.dtype), do, dv, PRECISION)
                     if grad_key is not None:
                         d = tl.load(row_dot + row, mask=seeing, other=0.0)
                         dp = rows_by_keys(v, do, DP_PRECISION, TRANSPOSED=True)
+                        if seed is not None:
+                            dp = tl.where(keep, dp * factor, 0.0)
                         ds = p * (dp - d[None, :])
+                        if CAPPED:
+                            ds *= tl.fma(-s, s, 1.0)
                         if CLEAR:
                             ds = tl.where(visible, ds, 0.0)
                         dk, up = large_weights_by_rows(ds, q, dk, up, PRECISION)
@@ -608,7 +780,9 @@ def _attention_backward_keys(
                 tl.store(unfinished + program, tl.where(finite(dk) & finite(dv), 0, 1))
 
             if grad_key is not None:
-                dk *= (scale / up)[:, None]
+                dk *= (scale * ratio / up)[:, None]
                 store_rows(grad_key, grad_key_strides, n, h_kv, j_tile, j_tile < len_k, dk, HEAD_DIM, BLOCK_HEAD)
             if grad_value is not None:
+                if seed is not None:
+                    dv *= factor
                 store_rows(grad_value, grad_value_strides, n, h_kv, j_tile, j_tile < len_k, dv, VALUE_DIM, BLOCK_VALUE)

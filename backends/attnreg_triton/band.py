@@ -1,9 +1,9 @@
 """Geometry of the band, and the loads and stores that all kernels share.
 
-Key j is in slot c = j - i - origin of row i, with origin = Lk - Lq - left. A kernel works on tiles of BLOCK_M rows by
-BLOCK_N keys, through which the columns of a band run skewed. With row stride s the element (i, c) lies at
-``i * s + c = i * (s - 1) + (j - origin)``: the sum of a part by row and a part by key, so a skewed tile is addressed as
-cheaply as a straight one.
+Key j is in slot c = j - i - origin of row i, with origin = Lk - Lq - left where nothing else is said of rows (see ``rows``).
+A kernel works on tiles of BLOCK_M rows by BLOCK_N keys, through which the columns of a band run skewed. With row stride s the
+element (i, c) lies at ``i * s + c = i * (s - 1) + (j - origin)``: the sum of a part by row and a part by key, so a skewed
+tile is addressed as cheaply as a straight one.
 
 Positions are 32-bit. Offsets are 64-bit, since a tensor may have more than 2**31 elements.
 """
@@ -15,9 +15,13 @@ import triton
 import triton.language as tl
 
 from attnreg_triton.interpreter import cast, span
+from attnreg_triton.rows import bounds, keys_of_rows, slot_origin
 
 # The largest finite number of fp32.
 _LARGEST = tl.constexpr(3.4028234663852886e38)
+
+# A position that no sequence has.
+_NOWHERE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -44,35 +48,72 @@ def locate_program(program, heads, group, tiles, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def visible_length(key_lengths, n, len_k):
-    """How many keys of sequence n are visible at all, clamped to 0..Lk."""
-    length = len_k
-    if key_lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(key_lengths + n), 0), len_k).to(tl.int32)
-    return length
-
-
-@triton.jit
-def keys_of_rows(i_begin, i_end, length, origin, width):
-    """[begin, end): the keys in 0..length that rows [i_begin, i_end) see. Never reversed, if empty."""
-    begin = tl.maximum(i_begin + origin, 0)
-    end = tl.minimum(i_end + origin + width - 1, length)
-    return begin, tl.maximum(begin, end)
-
-
-@triton.jit
-def rows_of_keys(j_begin, j_end, len_q, origin, width):
-    """[begin, end): the rows in 0..Lq that see one of the keys [j_begin, j_end). Never reversed, if empty."""
-    begin = tl.maximum(j_begin - origin - width + 1, 0)
-    end = tl.minimum(j_end - origin, len_q)
-    return begin, tl.where(j_end > j_begin, tl.maximum(begin, end), begin)
-
-
-@triton.jit
 def in_window(i, j, origin, width):
     """Whether row i has a slot for key j."""
     column = j - i - origin
     return (column >= 0) & (column < width)
+
+
+@triton.jit
+def key_of_first_slot(place, n, i, valid, origin, width, len_q, len_k, GAPS: tl.constexpr):
+    """The key of slot 0 of row i, less i: a number, as it is the same for all rows; or (M, 1) where there are GAPS."""
+    if GAPS:
+        offset = slot_origin(place, n, i, valid, origin, width, len_q, len_k)[:, None]
+    elif place[3] is not None:
+        offset = origin
+    else:
+        offset = slot_origin(place, n, i, valid, origin, width, len_q, len_k)
+    return offset
+
+
+@triton.jit
+def visible_slots(place, n, i, i_begin, i_end, origin, width, len_q, len_k):
+    """``(first, last)``: of the keys that row i has slots for it sees [first, last). Numbers, or (M, 1) of a packed call."""
+    if place[3] is not None:
+        first, last, _, _ = keys_of_rows(place, n, i, i_begin, i_end, origin, width, len_q, len_k)
+        first = first[:, None]
+        last = last[:, None]
+    else:
+        first, last = bounds(place, n, len_k)
+        if place[1] is not None:
+            last = tl.maximum(first, last)
+    return first, last
+
+
+@triton.jit
+def all_visible(first, last, begin, width, len_k):
+    """``(from, to)``: of keys in [from, to) each row sees all that it has slots for, from key ``begin`` on."""
+    return tl.max(tl.where(first > begin, first, 0)), tl.min(tl.where(last < begin + width, last, len_k))
+
+
+@triton.jit
+def next_inside(position, first, last):
+    """The least number from ``position`` on that is in one of the intervals [first, last); ``_NOWHERE`` if there is none."""
+    ahead = (first < last) & (position < last)
+    return tl.min(tl.where(ahead, tl.maximum(first, position), _NOWHERE))
+
+
+@triton.jit
+def steps_inside(first, last, STEP: tl.constexpr):
+    """``(begin, steps)``: where a walk over the intervals [first, last) begins, and its number of steps.
+
+    The next step begins at ``next_inside(position + STEP, first, last)``: whatever is in an interval is met once, and long gaps
+    between intervals are not met at all.
+    """
+    begin = next_inside(-_NOWHERE, first, last)
+    steps = 0
+    position = begin
+    while position < _NOWHERE:
+        steps += 1
+        position = next_inside(position + STEP, first, last)
+    return begin, steps
+
+
+@triton.jit
+def used(table, position, length):
+    """Which rows see some key, or which keys some row sees: those whose interval in ``table`` (2 or 3, length) is not empty."""
+    first = tl.load(table + position, mask=position < length, other=0)
+    return first < tl.load(table + length + position, mask=position < length, other=0)
 
 
 @triton.jit
@@ -171,6 +212,12 @@ def store_rows(tensor, tensor_strides, n, h, position, valid, values, DIM: tl.co
 def below(position, limit):
     """``0 <= position < limit`` in one comparison; ``limit`` is not negative."""
     return position.to(tl.uint32, bitcast=True) < limit
+
+
+@triton.jit
+def within(position, first, last):
+    """``first <= position < last``, where first <= last."""
+    return below(position - first, last - first)
 
 
 @triton.jit

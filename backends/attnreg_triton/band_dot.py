@@ -12,13 +12,18 @@ from torch import Tensor
 
 from attnreg import Window, empty_like
 from attnreg_triton.band import (
+    all_visible,
     below,
+    key_of_first_slot,
     load_bias,
     load_clamped_rows,
     load_rows,
     locate_program,
+    next_inside,
     skewed_pointers,
-    visible_length,
+    steps_inside,
+    visible_slots,
+    within,
 )
 from attnreg_triton.hopper import service as hopper
 from attnreg_triton.interpreter import cast, span
@@ -29,11 +34,11 @@ from attnreg_triton.launch import (
     launch,
     long_offsets,
     lowest,
-    origin,
     padded,
     strides,
 )
 from attnreg_triton.products import dot_precision, rows_by_keys
+from attnreg_triton.rows import Place
 from attnreg_triton.tiles import dot_by_rows
 
 
@@ -41,10 +46,10 @@ def band_dot(
     rows: Tensor,
     keys: Tensor,
     window: Window,
+    place: Place,
     *,
     like: Tensor,
     bias: Tensor | None = None,
-    key_lengths: Tensor | None,
     scale: float = 1.0,
     fill: float,
 ) -> Tensor:
@@ -52,10 +57,10 @@ def band_dot(
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
     band = empty_like(like, window.size)
-    if hopper.serves_band_dot(rows, keys, band, window, bias=bias):
+    if hopper.serves_band_dot(rows, keys, band, window, place, bias=bias):
         from attnreg_triton.hopper import band_dot as on_hopper
 
-        on_hopper.band_dot(rows, keys, band, window, key_lengths=key_lengths, scale=scale, fill=fill)
+        on_hopper.band_dot(rows, keys, band, place, scale=scale, fill=fill)
         return band
     tiles = dot_by_rows(rows.dtype, head_dim, window)
     row_tiles = ceil_div(len_q, tiles.rows)
@@ -66,7 +71,7 @@ def band_dot(
         rows,
         keys,
         bias,
-        key_lengths,
+        place.rows,
         band,
         strides(rows),
         strides(keys),
@@ -77,11 +82,12 @@ def band_dot(
         row_tiles,
         len_q,
         len_k,
-        origin(window, len_q, len_k),
-        window.size,
+        place.origin,
+        place.width,
         scale,
         FILL=fill,
         LOWEST=lowest(band, fill),
+        GAPS=place.gaps,
         DIM=head_dim,
         BLOCK_DIM=padded(head_dim),
         PRECISION=dot_precision(rows.dtype, head_dim, window),
@@ -113,7 +119,7 @@ def _band_dot(
     rows,
     keys,
     bias,
-    key_lengths,
+    place,
     band,
     rows_strides,
     keys_strides,
@@ -134,6 +140,7 @@ def _band_dot(
     scale,
     FILL: tl.constexpr,
     LOWEST: tl.constexpr,
+    GAPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -149,28 +156,50 @@ def _band_dot(
     i_tile = i_begin + tl.arange(0, BLOCK_M)
     i = i_tile[:, None]
 
-    # Everything is counted from the first row, i_begin, and the key of its slot 0.
-    j_origin = i_begin + origin
-    length = visible_length(key_lengths, n, len_k)
+    # Everything is counted from the first row, i_begin, and the key of its slot 0, or of each row's if there are gaps.
+    offset = key_of_first_slot(place, n, i_tile, i_tile < i_end, origin, width, len_q, len_k, GAPS)
+    j_origin = i_begin + offset
+    first, last = visible_slots(place, n, i_tile, i_begin, i_end, origin, width, len_q, len_k)
+    if place[3] is not None:
+        all_from, all_to = all_visible(first, last, i + offset, width, len_k)
+    else:
+        all_from, all_to = first, last
     count = i_end - i_begin
     r = tl.arange(0, BLOCK_M)
     slots = tl.where(r < count, width, 0)[:, None]
     x = load_rows(rows, rows_strides, n, h, i_tile, i_tile < i_end, DIM, BLOCK_DIM)
     keys += n * keys_strides[0] + h_kv * keys_strides[1]
     band += n * band_stride_n + h * band_stride_h + i_begin.to(tl.int64) * band_stride_i
-    for q_begin in span(0, count + width - 1, BLOCK_N):
-        q = q_begin + tl.arange(0, BLOCK_N)
-        j_begin = j_origin + q_begin
-        y = load_clamped_rows(keys, keys_strides[2], j_origin + q, 0, len_k - 1, DIM, BLOCK_DIM)
+    q_end = count + width - 1
+    position = 0
+    if GAPS:
+        # The keys of some row's slots are not all of those between the first and the last.
+        begin = i + offset
+        end = tl.where(i < i_end, begin + width, begin)
+        position, steps = steps_inside(begin, end, BLOCK_N)
+        q_end = steps * BLOCK_N
+    for q_begin in span(0, q_end, BLOCK_N):
+        k = tl.arange(0, BLOCK_N)
+        if GAPS:
+            j_begin = position
+            j_tile = j_begin + k
+            q = j_tile[None, :] - j_origin
+            position = next_inside(position + BLOCK_N, begin, end)
+        else:
+            j_begin = j_origin + q_begin
+            j_tile = j_origin + (q_begin + k)
+            q = (q_begin + k)[None, :]
+        j = j_tile[None, :]
+        y = load_clamped_rows(keys, keys_strides[2], j_tile, 0, len_k - 1, DIM, BLOCK_DIM)
         s = rows_by_keys(x, y, PRECISION) * scale
         # A visible slot is never -inf, which would hide it.
         s = tl.where(s < LOWEST, LOWEST, s)
-        slot = below(q[None, :] - r[:, None], slots)
+        slot = below(q - r[:, None], slots)
         if bias is not None:
-            j = (j_origin + q)[None, :]
-            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, slot & (j >= 0) & (j < length))
+            visible = slot & within(j, first, last)
+            b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, offset, visible)
             s = tl.where(b != float("-inf"), tl.where(s + b < LOWEST, LOWEST, s + b), FILL)
-        elif (j_begin < 0) | (j_begin + BLOCK_N > length):
-            s = tl.where(below(j_origin + q, length)[None, :], s, FILL)
-        pointers = skewed_pointers(band, band_stride_i, r[:, None], q[None, :], LONG)
+        elif (j_begin < all_from) | (j_begin + BLOCK_N > all_to):
+            s = tl.where(within(j, first, last), s, FILL)
+        pointers = skewed_pointers(band, band_stride_i, r[:, None], q, LONG)
         tl.store(pointers, cast(s, band.dtype.element_ty), mask=slot)

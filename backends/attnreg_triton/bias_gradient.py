@@ -14,29 +14,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnreg import Window, empty_like
-from attnreg_triton.band import load_bias, locate_program, visible_length
+from attnreg import empty_like
+from attnreg_triton.band import key_of_first_slot, load_bias, locate_program, visible_slots, within
 from attnreg_triton.interpreter import cast, span
-from attnreg_triton.launch import bias_strides, ceil_div, launch, origin, strides
+from attnreg_triton.launch import bias_strides, ceil_div, launch, strides
+from attnreg_triton.rows import Place
 from attnreg_triton.tiles import BAND_SUM
 
 Reduction = Literal["none", "row sums", "column sums"]
 
 
-def reduction(bias: Tensor) -> Reduction:
-    """What a kernel writes for this bias: dS itself, its sum per row, or its sums per column and tile of rows."""
+def reduction(bias: Tensor, gaps: bool = False) -> Reduction:
+    """What a kernel writes for this bias: dS itself, its sum per row, or its sums per column and tile of rows.
+
+    With gaps, where the slots of a tile do not run along its diagonals, ``store_column_sums`` cannot add them up.
+    """
     if bias.shape[3] == 1:
         return "row sums"
-    return "column sums" if bias.shape[2] == 1 else "none"
+    return "column sums" if bias.shape[2] == 1 and not gaps else "none"
 
 
-def empty_partials(bias: Tensor, band_shape: tuple[int, int, int, int], row_tiles: int) -> Tensor:
+def empty_partials(bias: Tensor, band_shape: tuple[int, int, int, int], row_tiles: int, gaps: bool = False) -> Tensor:
     """Where the kernel writes; the gradient itself if nothing remains to be summed."""
     if bias.shape == band_shape:
         return empty_like(bias)
     batch, heads, len_q, width = band_shape
     shapes = {"none": (len_q, width), "row sums": (len_q, 1), "column sums": (row_tiles, width)}
-    rows, columns = shapes[reduction(bias)]
+    rows, columns = shapes[reduction(bias, gaps)]
     return torch.empty((batch, heads, rows, columns), dtype=torch.float32, device=bias.device)
 
 
@@ -48,7 +52,7 @@ def reduce_partials(partials: Tensor, bias: Tensor) -> Tensor:
     return partials.to(bias.dtype)
 
 
-def band_sum(grad_scores: Tensor, window: Window, *, bias: Tensor, key_lengths: Tensor | None, len_k: int) -> Tensor:
+def band_sum(grad_scores: Tensor, place: Place, *, bias: Tensor, len_k: int) -> Tensor:
     """The gradient of the bias from dS given as a band."""
     batch, heads, len_q, width = grad_scores.shape
     tiles = BAND_SUM
@@ -60,7 +64,7 @@ def band_sum(grad_scores: Tensor, window: Window, *, bias: Tensor, key_lengths: 
         tiles,
         grad_scores,
         bias,
-        key_lengths,
+        place.rows,
         partials,
         *strides(grad_scores),
         *bias_strides(bias),
@@ -69,8 +73,9 @@ def band_sum(grad_scores: Tensor, window: Window, *, bias: Tensor, key_lengths: 
         row_tiles,
         len_q,
         len_k,
-        origin(window, len_q, len_k),
+        place.origin,
         width,
+        GAPS=place.gaps,
         REDUCTION=reduction(bias),
         device=bias.device,
     )
@@ -99,7 +104,7 @@ def band_sum(grad_scores: Tensor, window: Window, *, bias: Tensor, key_lengths: 
 def _band_sum(
     band,
     bias,
-    key_lengths,
+    place,
     partials,
     band_stride_n,
     band_stride_h,
@@ -117,6 +122,7 @@ def _band_sum(
     len_k,
     origin,
     width,
+    GAPS: tl.constexpr,
     REDUCTION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,19 +131,22 @@ def _band_sum(
     bias_strides = (bias_stride_n, bias_stride_h, bias_stride_i)
     band_strides = (band_stride_n, band_stride_h, band_stride_i)
     n, h, _, tile = locate_program(tl.program_id(0), heads, 1, row_tiles, False)
-    length = visible_length(key_lengths, n, len_k)
-    i_tile = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_begin = tile * BLOCK_M
+    i_end = tl.minimum(i_begin + BLOCK_M, len_q)
+    i_tile = i_begin + tl.arange(0, BLOCK_M)
     i = i_tile[:, None]
+    offset = key_of_first_slot(place, n, i_tile, i_tile < i_end, origin, width, len_q, len_k, GAPS)
+    first, last = visible_slots(place, n, i_tile, i_begin, i_end, origin, width, len_q, len_k)
     partials += n * partials_strides[0] + h * partials_strides[1]
     row_sums = tl.zeros((BLOCK_M,), tl.float32)
     # Nothing is multiplied here, so tiles run straight along the columns.
     for c_begin in span(0, width, BLOCK_N):
         c_tile = c_begin + tl.arange(0, BLOCK_N)
         c = c_tile[None, :]
-        j = i + origin + c
+        j = i + offset + c
         slot = (i < len_q) & (c < width)
-        visible = slot & (j >= 0) & (j < length)
-        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, origin, visible)
+        visible = slot & within(j, first, last)
+        b = load_bias(bias, bias_strides, bias_stride_c, n, h, i, j, offset, visible)
         pointers = band + n * band_strides[0] + h * band_strides[1] + i.to(tl.int64) * band_strides[2] + c
         ds = tl.load(pointers, mask=b != float("-inf"), other=0.0).to(tl.float32)
         if REDUCTION == "none":
@@ -189,3 +198,14 @@ def clear_columns(partials, partials_strides, n, h, tile, c_begin, c_end, BLOCK_
     zeros = tl.zeros((BLOCK_N,), tl.float32)
     for column in span(c_begin, c_end, BLOCK_N):
         store_columns(partials, partials_strides, n, h, tile, zeros, column, c_begin, c_end, BLOCK_N)
+
+
+@triton.jit
+def clear_slots_outside(partials, partials_strides, n, h, i, offset, begin, end, width, len_q, BLOCK_N: tl.constexpr):
+    """Write 0 to the slots of rows ``i`` (M, 1) whose keys are not of [begin, end). Row i's slot c is key ``i + offset + c``."""
+    pointers = partials + n * partials_strides[0] + h * partials_strides[1] + i.to(tl.int64) * partials_strides[2]
+    for c_begin in span(0, width, BLOCK_N):
+        c = c_begin + tl.arange(0, BLOCK_N)[None, :]
+        j = i + offset + c
+        outside = (j < begin) | (j >= end)
+        tl.store(pointers + c, 0.0, mask=outside & (c < width) & (i < len_q))

@@ -82,12 +82,14 @@ def origin(window: Window, query_length: int, key_length: int) -> int:
     return key_length - query_length - window.left
 
 
-def clip_window(window: Window, bias: Tensor | None, query_length: int, key_length: int) -> Window:
+def clip_window(
+    window: Window, bias: Tensor | None, query_length: int, key_length: int, query_starts: Tensor | None
+) -> Window:
     """A window with the same keys that reaches no further than the sequences, so that positions fit 32 bits.
 
-    Only where no tensor has a column per slot.
+    Only where no tensor has a column per slot, and where rows stand within reach of the keys.
     """
-    if bias is not None and bias.shape[3] != 1:
+    if query_starts is not None or (bias is not None and bias.shape[3] != 1):
         return window
     reach = query_length + key_length
     return Window(min(window.left, reach), min(window.right, reach))

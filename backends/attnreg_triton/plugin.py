@@ -54,7 +54,10 @@ def attnreg_backends() -> Iterator[Backend]:
             devices=DEVICES,
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
             head_dims=range(1, 257),
-            takes={"bias", "key_lengths"},
+            takes=(
+                *("bias", "key_lengths", "key_starts", "query_starts", "cu_seqlens_q", "cu_seqlens_k"),
+                *("softcap", "sinks", "dropout_p", "seed", "grad_log_sum_exp"),
+            ),
         ),
         local_dot_product=_deferred("dot_product", "local_dot_product"),
         local_dot_product_backward=_deferred("dot_product", "local_dot_product_backward"),

@@ -100,9 +100,13 @@ def average_by_keys(dtype: torch.dtype, dim: int, window: Window) -> Tiles:
     return replace(tiles, rows=tiles.keys, keys=tiles.rows)
 
 
-def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window) -> Tiles:
+def attention(dtype: torch.dtype, head_dim: int, value_dim: int, window: Window, has_dropout: bool = False) -> Tiles:
     """For the fused attention, whose programs own rows."""
-    return _fit(_attention_entry(_ATTENTION, dtype, max(head_dim, value_dim), window), window)
+    tiles = _fit(_attention_entry(_ATTENTION, dtype, max(head_dim, value_dim), window), window)
+    if has_dropout and dtype != torch.float32 and max(head_dim, value_dim) <= 128:
+        # Three programs to a multiprocessor, as without; the generator's words would take the registers of one.
+        tiles = replace(tiles, max_registers=168)
+    return tiles
 
 
 def attention_backward_by_rows(

@@ -4,6 +4,10 @@ Rows first: ``D = rowsum(dO * O)`` and ``dQ = scale * dS K``; then keys: ``dV = 
 with ``P = exp(S - log-sum-exp)`` computed anew in both and ``dS = P * (dP - D)``, ``dP = dO V^T``. No program writes what another
 does, so there are no atomics and no accumulator in memory.
 
+The incoming gradient dL of the log-sum-exp L has its part in dS too: as if D were D - dL. With a softcap, S is ``softcap * u``,
+u a tanh, and dS is passed on times 1 - u^2. A sink is a key of its own score and of value 0: P of it is its share
+``exp(sink - L)`` of a row, and its gradient the sum of ``share * (dL - D)`` over rows.
+
 Where the log-sum-exp is large it has lost digits of P, which is then divided by its row sum. O, too, is then not the very value
 of a key that dominates its row, but a rounding step beside it, which large queries and keys make much of; so D is corrected
 to rowsum(P * dP), by ``rowsum(P * (dP - D))``. And in fp16 dS may be too large. All of that is rare and costs a multiple of the
@@ -27,27 +31,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attnreg import Window, empty_like
 from attnreg_triton import tiles as tile_table
 from attnreg_triton.hopper.factors import fp16_shrinkage
+from attnreg_triton.hopper.rows import clear_unused, keys_of_rows, rows_of_keys, unused
+from attnreg_triton.hopper.softcap import capped
 from attnreg_triton.hopper.tile import (
     advance,
     barriers,
-    clear_rows_from,
     describe,
     fetch,
     finish_stores,
     hide,
+    load_sink,
     locate_program,
     matrix,
     product_layout,
     rows_layout,
     store_tile,
     synchronize,
-    visible_length,
 )
-from attnreg_triton.launch import ceil_div, interleaved, launch, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch
+from attnreg_triton.rows import Place
+from attnreg_triton.sinks import empty_partials, reduce_partials
+from attnreg_triton.softcap import capping
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 # Below it, P is as good as a log-sum-exp in fp32 makes it: to 2^-14, a quarter of a rounding step of fp16.
 _LARGE = gl.constexpr(256.0)
+# A tangent of which P is 0, and the square finite.
+_HIDDEN = gl.constexpr(-(2.0**60))
+_LEAST_UNIT = 2.0**-40
 
 
 def local_attention_backward(
@@ -59,11 +70,17 @@ def local_attention_backward(
     log_sum_exp: Tensor,
     window: Window,
     *,
-    key_lengths: Tensor | None,
+    rows: Place,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    grad_log_sum_exp: Tensor | None = None,
     needs_grad: frozenset[str],
 ) -> dict[str, Tensor]:
-    """dQ, dK and dV, those that are wanted, of a call that ``serves`` accepts."""
+    """dQ, dK, dV and those of the sinks, as far as wanted, of a call that ``serves`` accepts.
+
+    ``rows`` has the table ``by_key`` where gradients of keys are wanted or there may be gaps.
+    """
     batch, heads, len_q, _ = query.shape
     _, kv_heads, len_k, _ = key.shape
     tensors = {"query": query, "key": key, "value": value}
@@ -72,10 +89,16 @@ def local_attention_backward(
     # For the programs of the keys: -log2(e) times the log-sum-exp beside D, and what P is to be multiplied by.
     row_pairs = torch.empty((batch, heads, len_q, 2), dtype=torch.float32, device=query.device)
     row_rescale = torch.empty((batch, heads, len_q), dtype=torch.float32, device=query.device)
-    sizes = (len_q, len_k, origin(window, len_q, len_k), window.size, scale)
+    ratio, unit = capping(scale, softcap)
+    # Scores within a softcap as small make no difference, but they have to be told from hidden ones.
+    unit = unit if softcap is None else max(unit, _LEAST_UNIT)
+    sizes = (len_q, len_k, rows.origin, rows.width, scale, None if softcap is None else ratio, unit)
 
     tiles = tile_table.hopper_attention_backward_by_rows(query.shape[3], value.shape[3], window)
     row_tiles = ceil_div(len_q, tiles.rows)
+    sink_parts = None
+    if sinks is not None and "sinks" in needs_grad:
+        sink_parts = empty_partials(batch, heads, row_tiles, query.device)
     launch(
         _attention_backward_rows,
         batch * heads * row_tiles,
@@ -86,18 +109,24 @@ def local_attention_backward(
         describe(value, tiles.keys),
         describe(output, tiles.rows),
         log_sum_exp,
-        key_lengths,
+        grad_log_sum_exp,
+        rows.rows,
+        sinks,
         row_pairs,
         row_rescale,
+        sink_parts,
         None if grad_query is None else describe(grad_query, tiles.rows),
         kv_heads,
         heads // kv_heads,
         row_tiles,
         *sizes,
+        UNUSED=unused(rows),
         STAGES=tiles.num_stages,
         INTERLEAVED=interleaved(query),
         device=query.device,
     )
+    if sinks is not None and sink_parts is not None:
+        gradients["sinks"] = reduce_partials(sink_parts, sinks)
     if grad_key is not None or grad_value is not None:
         tiles = tile_table.hopper_attention_backward_by_keys(window)
         key_tiles = ceil_div(len_k, tiles.keys)
@@ -112,13 +141,14 @@ def local_attention_backward(
             log_sum_exp,
             row_pairs,
             row_rescale,
-            key_lengths,
+            rows.rows,
             None if grad_key is None else describe(grad_key, tiles.keys),
             None if grad_value is None else describe(grad_value, tiles.keys),
             kv_heads,
             heads // kv_heads,
             key_tiles,
             *sizes,
+            UNUSED=unused(rows),
             STAGES=tiles.num_stages,
             INTERLEAVED=interleaved(key),
             device=query.device,
@@ -127,14 +157,24 @@ def local_attention_backward(
 
 
 @gluon.jit
-def _exponents(lse, scale):
-    """``(factor, shift)`` of rows, by which ``P = 2^(factor * s - shift)`` of an unscaled score.
+def _exponents(lse, unit):
+    """``(factor, shift)`` of rows, by which ``P = 2^(factor * s - shift)`` of a score ``unit * s``.
 
-    Both are log2(e) times scale and log-sum-exp, and damped as in ``attnreg_triton.attention_backward.damping``.
+    Both are log2(e) times unit and log-sum-exp, and damped as in ``attnreg_triton.attention_backward.damping``.
     """
     exponent = (lse.to(gl.int32, bitcast=True) >> 23) & 0xFF
-    unit = ((281 - gl.maximum(exponent, 154)) << 23).to(gl.float32, bitcast=True) * _LOG2E
-    return scale * unit, lse * unit
+    damping = ((281 - gl.maximum(exponent, 154)) << 23).to(gl.float32, bitcast=True) * _LOG2E
+    return unit * damping, lse * damping
+
+
+@gluon.jit
+def _sink_share(sinks, h, lse):
+    """``exp(sink - log-sum-exp)`` of rows, 0 of those that see no key."""
+    share = gl.zeros_like(lse)
+    if sinks is not None:
+        factor, shift = _exponents(lse, load_sink(sinks, h))
+        share = gl.where(lse == float("-inf"), 0.0, gl.exp2(factor - shift))
+    return share
 
 
 @gluon.jit
@@ -161,15 +201,18 @@ def _fetch_keys(key, value, n, h_kv, begin, steps, ready, first_ready, k_tiles, 
 def _query_gradient(
     key,
     value,
-    key_lengths,
+    rows,
     place,
     interval,
     lse,
     d,
-    scale,
+    share,
+    ratio,
+    unit,
     ready,
     first_ready,
     tiles,
+    UNUSED: gl.constexpr,
     STAGES: gl.constexpr,
     CAREFUL: gl.constexpr,
     SUMS: gl.constexpr = False,
@@ -177,9 +220,9 @@ def _query_gradient(
     """``(up * dS K, total, up)`` with P undivided by its row sums ``total``, after ``_fetch_keys``.
 
     CAREFUL computes what is 1 otherwise: ``total``, which is off where the log-sum-exp is large, and ``up``, that brings dS
-    into fp16's range. SUMS computes ``(0, total, rowsum(dS))`` alone.
+    into fp16's range. SUMS computes ``(0, total, rowsum(dS))`` alone. Both sums include a sink, of which P is ``share``.
     """
-    n, h_kv, begin, steps, length = place
+    n, h_kv, begin, steps, used_to, len_k = place
     first, last, all_from, all_to = interval
     q_tile, do_tile, k_tiles, v_tiles = tiles
     WARPS: gl.constexpr = gl.num_warps()
@@ -197,13 +240,13 @@ def _query_gradient(
     STEP_BYTES: gl.constexpr = key.block_type.nbytes + value.block_type.nbytes
 
     if CAREFUL:
-        factor, shift = _exponents(lse, scale)
+        factor, shift = _exponents(lse, unit)
         factor = factor[:, None]
-        total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
+        total = share
     else:
-        factor, shift = scale * _LOG2E, lse * _LOG2E
+        factor, shift = unit * _LOG2E, lse * _LOG2E
         total = gl.where(lse == float("-inf"), 0.0, 1.0)
-    up = gl.full([BLOCK_M], 0.0 if SUMS else 1.0, gl.float32, gl.SliceLayout(1, s_layout))
+    up = -share * d if SUMS else gl.full([BLOCK_M], 1.0, gl.float32, gl.SliceLayout(1, s_layout))
     dq = gl.zeros([BLOCK_M, BLOCK_HEAD], gl.float32, q_layout)
     if not (SHRINK or SUMS):
         dq = warpgroup_mma_init(dq)
@@ -213,9 +256,9 @@ def _query_gradient(
     phase = 0
     for step in range(steps):
         mbarrier.wait(ready.index(first_ready + stage), phase)
-        if key_lengths is not None:
-            clear_rows_from(length - j_begin, k_tiles.index(stage), k_layout)
-            clear_rows_from(length - j_begin, v_tiles.index(stage), v_layout)
+        if UNUSED is not None:
+            clear_unused(rows[4], len_k, used_to, j_begin, k_tiles.index(stage), k_layout, UNUSED)
+            clear_unused(rows[4], len_k, used_to, j_begin, v_tiles.index(stage), v_layout, UNUSED)
         k = matrix(k_tiles.index(stage))
         v = matrix(v_tiles.index(stage))
         s = warpgroup_mma(matrix(q_tile), k.permute((1, 0)), empty, use_acc=False, is_async=True)
@@ -233,10 +276,13 @@ def _query_gradient(
         fetch(key, n, h_kv, begin + ahead * BLOCK_N, bar, k_tiles.index(before), wanted)
         fetch(value, n, h_kv, begin + ahead * BLOCK_N, bar, v_tiles.index(before), wanted)
 
+        s = capped(s, ratio)
         p = gl.exp2(gl.fma(s, factor, -shift[:, None]))
         p = hide(p, j_begin, first, last, all_from, all_to, 0.0, s_layout)
         if CAREFUL:
             total += gl.sum(p, 1)
+        if ratio is not None and not SUMS:
+            p *= 1.0 - s * s
         dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
         ds = p * (dp - d[:, None])
         if SHRINK:
@@ -258,7 +304,7 @@ def _query_gradient(
     return dq, total, up
 
 
-@gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale"])
+@gluon.jit(do_not_specialize=["kv_heads", "row_tiles", "len_q", "len_k", "origin", "width", "scale", "unit"])
 def _attention_backward_rows(
     grad_output,
     query,
@@ -266,9 +312,12 @@ def _attention_backward_rows(
     value,
     output,
     log_sum_exp,
-    key_lengths,
+    grad_log_sum_exp,
+    rows,
+    sinks,
     row_pairs,
     row_rescale,
+    sink_parts,
     grad_query,
     kv_heads,
     group,
@@ -278,6 +327,9 @@ def _attention_backward_rows(
     origin,
     width,
     scale,
+    ratio,
+    unit,
+    UNUSED: gl.constexpr,
     STAGES: gl.constexpr,
     INTERLEAVED: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -291,20 +343,6 @@ def _attention_backward_rows(
     q_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
     d_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
 
-    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
-    length = visible_length(key_lengths, n, len_k)
-    i_begin = tile * BLOCK_M
-    i_end = gl.minimum(i_begin + BLOCK_M, len_q)
-    i = i_begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
-    # Row i sees keys [first, last). Keys [begin, end) are seen by some row, [all_from, all_to) by all rows.
-    first = gl.maximum(i + origin, 0)
-    last = gl.minimum(i + origin + width, length)
-    begin = gl.maximum(i_begin + origin, 0)
-    end = gl.maximum(gl.minimum(i_end - 1 + origin + width, length), begin)
-    all_from = gl.maximum(i_end - 1 + origin, 0)
-    all_to = gl.minimum(i_begin + origin + width, length)
-    steps = (end - begin + BLOCK_N - 1) // BLOCK_N
-
     q_tile = gl.allocate_shared_memory(dtype, query.block_type.shape, query.layout)
     do_tile = gl.allocate_shared_memory(dtype, grad_output.block_type.shape, grad_output.layout)
     o_tile = gl.allocate_shared_memory(dtype, output.block_type.shape, output.layout)
@@ -313,10 +351,19 @@ def _attention_backward_rows(
     rows_ready = barriers(1).index(0)
     ready = barriers(STAGES)
     again = barriers(2 * STAGES)
+    n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
+    i_begin = tile * BLOCK_M
     mbarrier.expect(rows_ready, query.block_type.nbytes + grad_output.block_type.nbytes + output.block_type.nbytes)
     fetch(grad_output, n, h, i_begin, rows_ready, do_tile)
     fetch(output, n, h, i_begin, rows_ready, o_tile)
     fetch(query, n, h, i_begin, rows_ready, q_tile)
+
+    i_end = gl.minimum(i_begin + BLOCK_M, len_q)
+    i = i_begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
+    first, last, begin, end, all_from, all_to, used_to = keys_of_rows(
+        rows, n, i, i_begin, i_end, origin, width, len_q, len_k, UNUSED
+    )
+    steps = (end - begin + BLOCK_N - 1) // BLOCK_N
     _fetch_keys(key, value, n, h_kv, begin, steps, ready, 0, k_tiles, v_tiles, STAGES)
 
     row = (n * kv_heads * group + h).to(gl.int64) * len_q + i
@@ -333,15 +380,34 @@ def _attention_backward_rows(
 
     sees = lse != float("-inf")
     large = sees & ~(gl.abs(lse) < _LARGE)
+    grad_lse = gl.zeros_like(lse)
+    if grad_log_sum_exp is not None:
+        grad_lse = gl.load(grad_log_sum_exp + row, mask=i < i_end, other=0.0)
+    share = _sink_share(sinks, h, lse)
     # A row that sees no key may have NaN in dO.
     gl.store(row_pairs + 2 * row, gl.where(large, float("nan"), gl.where(sees, lse * -_LOG2E, 0.0)), mask=i < i_end)
-    gl.store(row_pairs + 2 * row + 1, gl.where(sees, d, 0.0), mask=i < i_end)
+    gl.store(row_pairs + 2 * row + 1, gl.where(sees, d - grad_lse, 0.0), mask=i < i_end)
 
-    place = (n, h_kv, begin, steps, length)
+    place = (n, h_kv, begin, steps, used_to, len_k)
     interval = (first, last, all_from, all_to)
     tiles = (q_tile, do_tile, k_tiles, v_tiles)
     dq, total, up = _query_gradient(
-        key, value, key_lengths, place, interval, lse, d, scale, ready, 0, tiles, STAGES, False
+        key,
+        value,
+        rows,
+        place,
+        interval,
+        lse,
+        d - grad_lse,
+        share,
+        ratio,
+        unit,
+        ready,
+        0,
+        tiles,
+        UNUSED,
+        STAGES,
+        False,
     )
     careful = gl.max(gl.where(large, 1, 0), 0) > 0
     if dtype == gl.float16:
@@ -349,23 +415,57 @@ def _attention_backward_rows(
     if careful:
         _fetch_keys(key, value, n, h_kv, begin, steps, again, 0, k_tiles, v_tiles, STAGES)
         _, total, surplus = _query_gradient(
-            key, value, key_lengths, place, interval, lse, d, scale, again, 0, tiles, STAGES, True, True
+            key,
+            value,
+            rows,
+            place,
+            interval,
+            lse,
+            d,
+            share,
+            ratio,
+            unit,
+            again,
+            0,
+            tiles,
+            UNUSED,
+            STAGES,
+            True,
+            True,
         )
         d += gl.where(total > 0.0, surplus / total, 0.0)
-        gl.store(row_pairs + 2 * row + 1, gl.where(sees, d, 0.0), mask=i < i_end)
+        gl.store(row_pairs + 2 * row + 1, gl.where(sees, d - grad_lse, 0.0), mask=i < i_end)
         # The tiles are free to be written once all warps have read them.
         synchronize()
         _fetch_keys(key, value, n, h_kv, begin, steps, again, STAGES, k_tiles, v_tiles, STAGES)
         dq, total, up = _query_gradient(
-            key, value, key_lengths, place, interval, lse, d, scale, again, STAGES, tiles, STAGES, True
+            key,
+            value,
+            rows,
+            place,
+            interval,
+            lse,
+            d - grad_lse,
+            share,
+            ratio,
+            unit,
+            again,
+            STAGES,
+            tiles,
+            UNUSED,
+            STAGES,
+            True,
         )
 
     gl.store(row_rescale + row, 1.0 / total, mask=i < i_end)
+    if sink_parts is not None:
+        part = gl.sum(gl.where(sees, share / total * (grad_lse - d), 0.0), 0)
+        gl.store(sink_parts + (n * kv_heads * group + h) * row_tiles + tile, part)
     if grad_query is not None:
         # P was left undivided. A row that sees no key may have NaN in dO, and then in dQ too.
-        unit = gl.where(total == 0.0, 0.0, scale / (total * up))
-        unit = gl.convert_layout(unit, gl.SliceLayout(1, q_layout))[:, None]
-        store_tile(grad_query, n, h, i_begin, gl.where(unit == 0.0, 0.0, dq * unit), q_tile)
+        factor = gl.where(total == 0.0, 0.0, scale / (total * up))
+        factor = gl.convert_layout(factor, gl.SliceLayout(1, q_layout))[:, None]
+        store_tile(grad_query, n, h, i_begin, gl.where(factor == 0.0, 0.0, dq * factor), q_tile)
         finish_stores()
 
 
@@ -383,14 +483,16 @@ def _key_gradients(
     log_sum_exp,
     row_pairs,
     row_rescale,
-    key_lengths,
+    rows,
     place,
     interval,
     len_q,
-    scale,
+    ratio,
+    unit,
     keys_ready,
     ready,
     tiles,
+    UNUSED: gl.constexpr,
     STAGES: gl.constexpr,
     CAREFUL: gl.constexpr,
 ):
@@ -399,7 +501,7 @@ def _key_gradients(
     ``row_pairs`` has NaN for rows whose P is to be divided by its row sum. CAREFUL does so, and computes ``up``, 1 otherwise,
     that brings dS^T into fp16's range.
     """
-    n, h_begin, row_base, begin, end, steps = place
+    n, h_begin, row_base, begin, end, steps, used_to = place
     first, last, all_from, all_to = interval
     k_tile, v_tile, q_tiles, do_tiles = tiles
     WARPS: gl.constexpr = gl.num_warps()
@@ -444,10 +546,11 @@ def _key_gradients(
         shift = gl.convert_layout(shift, column_layout)
         d = gl.convert_layout(d, column_layout)[None, :]
         mbarrier.wait(ready.index(stage), phase)
-        if key_lengths is not None:
-            # Behind them may be rows that see no key, with NaN in Q and dO.
-            clear_rows_from(end - i_begin, q_tiles.index(stage), rows_layout(BLOCK_HEAD, WARPS, dtype))
-            clear_rows_from(end - i_begin, do_tiles.index(stage), rows_layout(BLOCK_VALUE, WARPS, dtype))
+        if UNUSED is not None:
+            q_rows: gl.constexpr = rows_layout(BLOCK_HEAD, WARPS, dtype)
+            do_rows: gl.constexpr = rows_layout(BLOCK_VALUE, WARPS, dtype)
+            clear_unused(rows[3], len_q, used_to, i_begin, q_tiles.index(stage), q_rows, UNUSED)
+            clear_unused(rows[3], len_q, used_to, i_begin, do_tiles.index(stage), do_rows, UNUSED)
         q = matrix(q_tiles.index(stage))
         do = matrix(do_tiles.index(stage))
         s = warpgroup_mma(matrix(k_tile), q.permute((1, 0)), empty, use_acc=False, is_async=True)
@@ -462,15 +565,26 @@ def _key_gradients(
                 row_base += len_q
         pair_next = gl.load(pairs + 2 * i_next + member, mask=(i_next + row < end) & (step + 1 < steps), other=0.0)
 
-        s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+        s = capped(warpgroup_mma_wait(num_outstanding=1, deps=(s,)), ratio)
+        if ratio is not None:
+            # Not P later, beside which the tangents would be kept through branches, in registers that are not there.
+            s = hide(s, i_begin, first, last, all_from, all_to, _HIDDEN, s_layout)
         if CAREFUL and large > 0:
-            factor, shift = _exponents(gl.load(log_sum_exp + column, mask=here, other=float("inf")), scale)
+            exponents = gl.load(log_sum_exp + column, mask=here, other=float("inf"))
             rescale = gl.load(row_rescale + column, mask=here, other=0.0)
+            if ratio is not None:
+                # Rows that see no key.
+                rescale = gl.where(exponents == float("-inf"), 0.0, rescale)
+                exponents = gl.where(exponents == float("-inf"), float("inf"), exponents)
+            factor, shift = _exponents(exponents, unit)
             p = gl.exp2(gl.fma(s, factor[None, :], -shift[None, :])) * rescale[None, :]
         else:
-            p = gl.exp2(gl.fma(s, scale * _LOG2E, shift[None, :]))
-        p = hide(p, i_begin, first, last, all_from, all_to, 0.0, s_layout)
+            p = gl.exp2(gl.fma(s, unit * _LOG2E, shift[None, :]))
+        if ratio is None:
+            p = hide(p, i_begin, first, last, all_from, all_to, 0.0, s_layout)
         p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
+        if ratio is not None:
+            p *= 1.0 - s * s
         dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
         dv = warpgroup_mma(p_left, do, dv, is_async=True)
         ds = p * (dp - d)
@@ -497,7 +611,7 @@ def _key_gradients(
     return dk, dv, up
 
 
-@gluon.jit(do_not_specialize=["kv_heads", "key_tiles", "len_q", "len_k", "origin", "width", "scale"])
+@gluon.jit(do_not_specialize=["kv_heads", "key_tiles", "len_q", "len_k", "origin", "width", "scale", "unit"])
 def _attention_backward_keys(
     grad_output,
     query,
@@ -506,7 +620,7 @@ def _attention_backward_keys(
     log_sum_exp,
     row_pairs,
     row_rescale,
-    key_lengths,
+    rows,
     grad_key,
     grad_value,
     kv_heads,
@@ -517,6 +631,9 @@ def _attention_backward_keys(
     origin,
     width,
     scale,
+    ratio,
+    unit,
+    UNUSED: gl.constexpr,
     STAGES: gl.constexpr,
     INTERLEAVED: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -530,21 +647,6 @@ def _attention_backward_keys(
     s_layout: gl.constexpr = product_layout(BLOCK_M, WARPS, dtype)
     k_layout: gl.constexpr = product_layout(BLOCK_HEAD, WARPS, dtype)
 
-    n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles, INTERLEAVED)
-    length = visible_length(key_lengths, n, len_k)
-    j_begin = tile * BLOCK_N
-    j_end = gl.minimum(j_begin + BLOCK_N, length)
-    j = j_begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout))
-    # Key j is seen by rows [first, last). Rows [begin, end) see some key, [all_from, all_to) all keys.
-    first = gl.maximum(j - origin - width + 1, 0)
-    last = gl.where(j < length, gl.minimum(j - origin + 1, len_q), 0)
-    begin = gl.maximum(j_begin - origin - width + 1, 0)
-    end = gl.where(j_begin < length, gl.maximum(gl.minimum(j_end - origin, len_q), begin), begin)
-    all_from = gl.maximum(j_end - origin - width, 0)
-    all_to = gl.where(j_begin + BLOCK_N <= length, gl.minimum(j_begin - origin + 1, len_q), 0)
-    # The rows of every head of the group, one head after the other.
-    steps = (end - begin + BLOCK_M - 1) // BLOCK_M * group
-
     k_tile = gl.allocate_shared_memory(dtype, key.block_type.shape, key.layout)
     v_tile = gl.allocate_shared_memory(dtype, value.block_type.shape, value.layout)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_HEAD], query.layout)
@@ -552,13 +654,22 @@ def _attention_backward_keys(
     keys_ready = barriers(1).index(0)
     ready = barriers(STAGES)
     again = barriers(STAGES)
+    n, _, h_kv, tile = locate_program(kv_heads, 1, key_tiles, INTERLEAVED)
+    j_begin = tile * BLOCK_N
     mbarrier.expect(keys_ready, key.block_type.nbytes + value.block_type.nbytes)
     fetch(key, n, h_kv, j_begin, keys_ready, k_tile)
     fetch(value, n, h_kv, j_begin, keys_ready, v_tile)
 
+    # Keys and values are under way while the program learns which rows see them.
+    j = j_begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout))
+    first, last, begin, end, all_from, all_to, used_to = rows_of_keys(
+        rows, n, j, j_begin, BLOCK_N, origin, width, len_q, len_k, UNUSED
+    )
+    # The rows of every head of the group, one head after the other.
+    steps = (end - begin + BLOCK_M - 1) // BLOCK_M * group
     h_begin = h_kv * group
     row_base = (n * kv_heads * group + h_begin).to(gl.int64) * len_q
-    place = (n, h_begin, row_base, begin, end, steps)
+    place = (n, h_begin, row_base, begin, end, steps, used_to)
     interval = (first, last, all_from, all_to)
     tiles = (k_tile, v_tile, q_tiles, do_tiles)
     # Two loops take registers that larger accumulators need.
@@ -569,14 +680,16 @@ def _attention_backward_keys(
         log_sum_exp,
         row_pairs,
         row_rescale,
-        key_lengths,
+        rows,
         place,
         interval,
         len_q,
-        scale,
+        ratio,
+        unit,
         keys_ready,
         ready,
         tiles,
+        UNUSED,
         STAGES,
         not OPTIMISTIC,
     )
@@ -588,22 +701,24 @@ def _attention_backward_keys(
             log_sum_exp,
             row_pairs,
             row_rescale,
-            key_lengths,
+            rows,
             place,
             interval,
             len_q,
-            scale,
+            ratio,
+            unit,
             keys_ready,
             again,
             tiles,
+            UNUSED,
             STAGES,
             True,
         )
 
     if grad_key is not None:
         # A key that no row sees may be NaN, and its value, and then dK too.
-        unit = gl.convert_layout(gl.where(first < last, scale / up, 0.0), gl.SliceLayout(1, k_layout))[:, None]
-        store_tile(grad_key, n, h_kv, j_begin, gl.where(unit == 0.0, 0.0, dk * unit), k_tile)
+        factor = gl.convert_layout(gl.where(first < last, scale / up, 0.0), gl.SliceLayout(1, k_layout))[:, None]
+        store_tile(grad_key, n, h_kv, j_begin, gl.where(factor == 0.0, 0.0, dk * factor), k_tile)
     if grad_value is not None:
         store_tile(grad_value, n, h_kv, j_begin, dv, v_tile)
     finish_stores()

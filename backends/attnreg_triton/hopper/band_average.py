@@ -17,31 +17,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnreg import Window
+from attnreg_triton.band import all_visible, key_of_first_slot, visible_slots
 from attnreg_triton.hopper.factors import allocate_factors, fp16_factors
 from attnreg_triton.hopper.skew import BLOCK, allocate_views, chunk_layout, store_chunk
 from attnreg_triton.hopper.tile import (
     advance,
     barriers,
-    clear_rows_from,
     describe,
     fetch,
     finish_stores,
+    hide,
+    keep_rows,
     locate_program,
     matrix,
     product_layout,
     rows_layout,
     store_tile,
     synchronize,
-    visible_length,
 )
-from attnreg_triton.launch import ceil_div, interleaved, launch, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch
+from attnreg_triton.rows import Place, keys_of_rows
 from attnreg_triton.tiles import hopper_band_average
 
 
-def band_average(
-    band: Tensor, keys: Tensor, rows: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float
-) -> None:
+def band_average(band: Tensor, keys: Tensor, rows: Tensor, place: Place, *, scale: float) -> None:
     """Fill ``rows``: (N, H, Lq, W), (N, Hkv, Lk, D) -> (N, H, Lq, D), of a call that ``serves_band_average`` accepts."""
     batch, heads, len_q, _ = band.shape
     _, kv_heads, len_k, _ = keys.shape
@@ -53,15 +52,15 @@ def band_average(
         tiles,
         describe(band, tiles.rows, columns=BLOCK.value),
         describe(keys, tiles.keys),
-        key_lengths,
+        place.rows,
         describe(rows, tiles.rows),
         kv_heads,
         heads // kv_heads,
         row_tiles,
         len_q,
         len_k,
-        origin(window, len_q, len_k),
-        window.size,
+        place.origin,
+        place.width,
         scale,
         STAGES=tiles.num_stages,
         INTERLEAVED=interleaved(rows),
@@ -70,13 +69,13 @@ def band_average(
 
 
 @gluon.jit
-def _stage_weights(skewed, weights, j_begin, length, layout: gl.constexpr):
-    """Put a chunk that begins at key ``j_begin`` into shared memory, with 0 where no key is visible."""
+def _stage_weights(skewed, weights, j_begin, first, last, layout: gl.constexpr):
+    """Put a chunk that begins at key ``j_begin`` into shared memory, with 0 for keys outside [first, last)."""
     # The first slot of the first row has the first key of all, the last slot of the last row the last one.
-    if (j_begin < 0) | (j_begin + 2 * BLOCK > length):
-        first = -j_begin - gl.arange(0, BLOCK, gl.SliceLayout(1, layout))[:, None]
+    if (j_begin < first) | (j_begin + 2 * BLOCK > last):
+        begin = first - j_begin - gl.arange(0, BLOCK, gl.SliceLayout(1, layout))[:, None]
         c = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
-        store_chunk(skewed, gl.where((c >= first) & (c < first + length), weights, 0.0))
+        store_chunk(skewed, gl.where((c >= begin) & (c < begin + (last - first)), weights, 0.0))
     else:
         store_chunk(skewed, weights)
 
@@ -85,7 +84,7 @@ def _stage_weights(skewed, weights, j_begin, length, layout: gl.constexpr):
 def _band_average(
     band,
     keys,
-    key_lengths,
+    place,
     rows,
     kv_heads,
     group,
@@ -114,14 +113,27 @@ def _band_average(
     c_layout: gl.constexpr = chunk_layout(1)
 
     n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
-    length = visible_length(key_lengths, n, len_k)
     i_begin = tile * BLOCK
+    j_origin = i_begin + key_of_first_slot(place, n, i_begin, True, origin, width, len_q, len_k, False)
+    # These rows see some of keys [key_begin, key_end). No row at all sees one outside [used_from, used_to): it may be NaN.
+    UNUSED: gl.constexpr = not (place[0] is None and place[1] is None and place[2] is None and place[3] is None)
+    if place[3] is not None:
+        i = i_begin + gl.arange(0, BLOCK, gl.SliceLayout(1, w_layout))
+        i_end = gl.minimum(i_begin + BLOCK, len_q)
+        first, last, key_begin, key_end = keys_of_rows(place, n, i, i_begin, i_end, origin, width, len_q, len_k)
+        all_from, all_to = all_visible(first, last, i + origin, width, len_k)
+        used_from, used_to = gl.load(place[3]), gl.load(place[3] + 2 * len_q - 1)
+    else:
+        key_begin, key_end = visible_slots(place, n, i_begin, i_begin, i_begin, origin, width, len_q, len_k)
+        used_from, used_to = key_begin, key_end
+        if place[2] is not None:
+            used_to = gl.minimum(key_end, j_origin - i_begin + len_q - 1 + width)
     # Tile t of keys begins at that of slot 64 t of the first row. Tiles [begin, end) have visible keys, or one more that
     # comes before them: half of its chunk belongs to the next.
-    begin = gl.maximum(-(i_begin + origin) // BLOCK - 1, 0)
-    end = gl.minimum(length - i_begin - origin, width + BLOCK - 1)
+    begin = gl.maximum((key_begin - j_origin) // BLOCK - 1, 0)
+    end = gl.minimum(key_end - j_origin, width + BLOCK - 1)
     end = gl.maximum((end + BLOCK - 1) // BLOCK, begin)
-    j_begin = i_begin + origin + begin * BLOCK
+    j_begin = j_origin + begin * BLOCK
 
     w_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, BLOCK], band.layout)
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, BLOCK_DIM], keys.layout)
@@ -149,9 +161,9 @@ def _band_average(
         weights = matrix(w_tiles.index(stage)).load(c_layout)
         if FACTORS:
             y = matrix(y_tiles.index(stage)).load(y_layout)
-            if key_lengths is not None:
-                key = gl.arange(0, BLOCK, gl.SliceLayout(1, y_layout))[:, None]
-                y = gl.where(j_begin + key < length, y, 0.0)
+            if UNUSED:
+                key = j_begin + gl.arange(0, BLOCK, gl.SliceLayout(1, y_layout))[:, None]
+                y = gl.where((key >= used_from) & (key < used_to), y, 0.0)
             hi, lo, down = fp16_factors(y)
             y_down = gl.convert_layout(down, gl.SliceLayout(0, w_layout))
             synchronize()
@@ -160,13 +172,19 @@ def _band_average(
             fence_async_shared()
         else:
             synchronize()
-            if key_lengths is not None:
-                clear_rows_from(length - j_begin, y_tiles.index(stage), y_layout)
-        _stage_weights(skewed, weights, j_begin, length, c_layout)
+            if UNUSED and (j_begin < used_from) | (j_begin + BLOCK > used_to):
+                key = j_begin + gl.arange(0, BLOCK, gl.SliceLayout(1, y_layout))
+                keep_rows((key >= used_from) & (key < used_to), y_tiles.index(stage), y_layout)
+        if place[3] is not None:
+            store_chunk(skewed, weights)
+        else:
+            _stage_weights(skewed, weights, j_begin, key_begin, key_end, c_layout)
         synchronize()
         # One of the two is zero: the tile's keys past each row's first slot in this chunk, and those before it.
         w = straight.slice(0, BLOCK, 1).load(w_layout) + rest
         rest = straight.slice(BLOCK, BLOCK, 1).load(w_layout)
+        if place[3] is not None:
+            w = hide(w, j_begin, first, last, all_from, all_to, 0.0, w_layout)
         if FACTORS:
             # Of four products of factors the one below fp32's last bit is left out, and the smallest is the first.
             w_hi, w_lo, w_down = fp16_factors(w * y_down[None, :])

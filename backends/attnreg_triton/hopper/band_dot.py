@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnreg import Window
+from attnreg_triton.band import all_visible, key_of_first_slot, visible_slots
 from attnreg_triton.hopper.factors import fp16_factors, tf32_rest
 from attnreg_triton.hopper.skew import (
     BLOCK,
@@ -33,21 +33,20 @@ from attnreg_triton.hopper.tile import (
     barriers,
     describe,
     fetch,
+    hide,
     locate_program,
     matrix,
     product_layout,
     rows_layout,
     synchronize,
-    visible_length,
 )
-from attnreg_triton.launch import ceil_div, interleaved, launch, lowest, origin
+from attnreg_triton.launch import ceil_div, interleaved, launch, lowest
 from attnreg_triton.products import hopper_dot_precision
+from attnreg_triton.rows import Place, keys_of_rows
 from attnreg_triton.tiles import hopper_band_dot
 
 
-def band_dot(
-    rows: Tensor, keys: Tensor, band: Tensor, window: Window, *, key_lengths: Tensor | None, scale: float, fill: float
-) -> None:
+def band_dot(rows: Tensor, keys: Tensor, band: Tensor, place: Place, *, scale: float, fill: float) -> None:
     """Fill ``band``: (N, H, Lq, E), (N, Hkv, Lk, E) -> (N, H, Lq, W), of a call that ``serves_band_dot`` accepts."""
     batch, heads, len_q, head_dim = rows.shape
     _, kv_heads, len_k, _ = keys.shape
@@ -60,7 +59,7 @@ def band_dot(
         tiles,
         describe(rows, tiles.rows),
         describe(keys, tiles.keys),
-        key_lengths,
+        place.rows,
         band,
         *in_vectors(band, vector),
         kv_heads,
@@ -68,7 +67,7 @@ def band_dot(
         row_tiles,
         len_q,
         len_k,
-        origin(window, len_q, len_k),
+        place.origin,
         scale,
         FILL=fill,
         LOWEST=lowest(band, fill),
@@ -97,7 +96,7 @@ def band_dot(
 def _band_dot(
     rows,
     keys,
-    key_lengths,
+    place,
     band,
     band_stride_n,
     band_stride_h,
@@ -132,10 +131,9 @@ def _band_dot(
     c_layout: gl.constexpr = chunk_layout(VECTOR)
 
     n, h, h_kv, tile = locate_program(kv_heads, group, row_tiles, INTERLEAVED)
-    length = visible_length(key_lengths, n, len_k)
     i_begin = tile * BLOCK
-    j_begin = i_begin + origin
     width *= VECTOR
+    j_begin = i_begin + key_of_first_slot(place, n, i_begin, True, origin, width, len_q, len_k, False)
     chunks = (width + BLOCK - 1) // BLOCK
 
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, BLOCK_DIM], keys.layout)
@@ -171,6 +169,13 @@ def _band_dot(
     band += i_begin.to(gl.int64) * band_stride_i * VECTOR
     offsets = r[:, None] * (band_stride_i * VECTOR) + c[None, :]
     key = gl.arange(0, BLOCK, gl.SliceLayout(0, s_layout))
+    if place[3] is not None:
+        i = i_begin + gl.arange(0, BLOCK, gl.SliceLayout(1, s_layout))
+        i_end = gl.minimum(i_begin + BLOCK, len_q)
+        first, last, _, _ = keys_of_rows(place, n, i, i_begin, i_end, origin, width, len_q, len_k)
+        all_from, all_to = all_visible(first, last, i + origin, width, len_k)
+    else:
+        first, last = visible_slots(place, n, i_begin, i_begin, i_begin, origin, width, len_q, len_k)
 
     x = matrix(x_tile)
     empty = gl.zeros([BLOCK, BLOCK], gl.float32, s_layout)
@@ -214,8 +219,10 @@ def _band_dot(
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,)) * scale
         # A visible slot is never -inf, which would hide it.
         s = gl.where(s < LOWEST, LOWEST, s)
-        if (j_begin < 0) | (j_begin + BLOCK > length):
-            s = gl.where(((j_begin + key >= 0) & (j_begin + key < length))[None, :], s, FILL)
+        if place[3] is not None:
+            s = hide(s, j_begin, first, last, all_from, all_to, FILL, s_layout)
+        elif (j_begin < first) | (j_begin + BLOCK > last):
+            s = gl.where(((j_begin + key >= first) & (j_begin + key < last))[None, :], s, FILL)
         now = s.to(dtype)
         synchronize()
         wanted = step + STAGES <= chunks

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnreg import Window, allow_tf32
 from attnreg_triton.availability import INTERPRETED
+from attnreg_triton.rows import Place
 from attnreg_triton.tiles import hopper_band_average_pays, hopper_band_dot_pays
 
 # Beyond it the accumulators of the backward do not fit the registers.
@@ -21,14 +22,15 @@ _LARGEST_PITCH = 2**24
 _ALIGNMENT_BYTES = 16
 
 
-def serves(*tensors: Tensor, bias: Tensor | None, scale: float) -> bool:
-    """Whether the Hopper kernels can do this call: 16 bit, no bias, tensors that the copy engine can read.
+def serves(*tensors: Tensor, bias: Tensor | None, scale: float, dropout_p: float | None = None) -> bool:
+    """Whether the Hopper kernels can do this call: 16 bit, no bias, no dropout, tensors that the copy engine can read.
 
     ``tensors`` are all those that kernels read in tiles, (N, H, L, DIM) with a contiguous last dimension. The scale
     must be positive, as the maximum of a row is taken before scaling.
     """
     return (
         bias is None
+        and dropout_p is None
         and scale > 0
         and tensors[0].dtype in (torch.float16, torch.bfloat16)
         and _on_hopper(tensors[0])
@@ -36,10 +38,13 @@ def serves(*tensors: Tensor, bias: Tensor | None, scale: float) -> bool:
     )
 
 
-def serves_band_dot(rows: Tensor, keys: Tensor, band: Tensor, window: Window, *, bias: Tensor | None) -> bool:
+def serves_band_dot(
+    rows: Tensor, keys: Tensor, band: Tensor, window: Window, place: Place, *, bias: Tensor | None
+) -> bool:
     """Whether the Hopper kernel can compute this band, a new tensor, and is the faster one."""
     return (
         bias is None
+        and not place.gaps
         and _on_hopper(rows)
         and hopper_band_dot_pays(rows.dtype, window)
         and _skewed_views()
@@ -48,10 +53,11 @@ def serves_band_dot(rows: Tensor, keys: Tensor, band: Tensor, window: Window, *,
     )
 
 
-def serves_band_average(band: Tensor, keys: Tensor, window: Window, *, bias: Tensor | None) -> bool:
+def serves_band_average(band: Tensor, keys: Tensor, window: Window, place: Place, *, bias: Tensor | None) -> bool:
     """Whether the Hopper kernel can compute this average, and is the faster one."""
     return (
         bias is None
+        and not place.gaps
         and _on_hopper(keys)
         # Its fp32 products are never TF32 ones.
         and (keys.dtype != torch.float32 or not allow_tf32())

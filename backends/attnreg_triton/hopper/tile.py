@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from attnreg_triton.launch import padded
 
 _ACCESS_BITS = 128
+_LARGEST_SINK = gl.constexpr(2.0**127)
 
 # The names of Triton 3.9, and those of 3.6, which later ones have in part but refuse.
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -64,6 +65,13 @@ def visible_length(key_lengths, n, len_k):
 
 
 @gluon.jit
+def load_sink(sinks, h):
+    """The sink of head h in fp32, so that log2(e) times it is finite. As of a score, only -inf means that there is none."""
+    sink = gl.load(sinks + h).to(gl.float32)
+    return gl.where(sink > _LARGEST_SINK, _LARGEST_SINK, sink)
+
+
+@gluon.jit
 def fetch(descriptor, n, h, start, barrier, buffer, wanted=True, column=0):
     """Start copying the tile of rows from ``start`` on; ``barrier`` has been told how many bytes to expect."""
     _load_tile(descriptor, [n, h, start, column], barrier, buffer, pred=wanted)
@@ -92,14 +100,28 @@ def product_layout(columns, warps, dtype):
 @gluon.jit
 def clear_rows_from(end, buffer, layout: gl.constexpr):
     """Set the rows of a fetched tile from ``end`` on to zero: 0 * NaN, of a key past key_lengths, would be NaN."""
+    if end < buffer.shape[2]:
+        keep_rows(gl.arange(0, buffer.shape[2], gl.SliceLayout(1, layout)) < end, buffer, layout)
+
+
+@gluon.jit
+def clear_rows_without(table, length, start, buffer, layout: gl.constexpr):
+    """Set those rows of a tile fetched from ``start`` on to zero of which ``table`` (2, length) has an empty interval."""
+    position = start + gl.arange(0, buffer.shape[2], gl.SliceLayout(1, layout))
+    first = gl.load(table + position, mask=position < length, other=0)
+    last = gl.load(table + length + position, mask=position < length, other=0)
+    keep_rows(first < last, buffer, layout)
+
+
+@gluon.jit
+def keep_rows(wanted, buffer, layout: gl.constexpr):
+    """Set all other rows of a fetched tile to zero."""
     tile = matrix(buffer)
-    if end < tile.shape[0]:
-        row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-        values = gl.where(row[:, None] < end, tile.load(layout), 0.0)
-        synchronize()
-        tile.store(values.to(buffer.dtype))
-        fence_async_shared()
-        synchronize()
+    values = gl.where(wanted[:, None], tile.load(layout), 0.0)
+    synchronize()
+    tile.store(values.to(buffer.dtype))
+    fence_async_shared()
+    synchronize()
 
 
 @gluon.jit
