@@ -21,24 +21,27 @@ import torch
 
 import attnreg
 from attnreg import Backend, Capability, Window, functional
+from attnreg.op import ATTENTION
 from attnreg.registry import registry
 
 WINDOW = Window(1, 1)
 QUERY, KEY, VALUE = torch.randn(3, 1, 1, 2, 4)
 TENSORS = (QUERY, KEY, VALUE)
 LEAVES = tuple(tensor.clone().requires_grad_() for tensor in TENSORS)
-OPTIONS = {"bias": None, "key_lengths": None, "scale": 0.5}
 GIVEN = {
     "nothing": {},
     "bias": {"bias": torch.randn(1, 1, 1, 3)},
     "scale": {"scale": 0.5},
     "key_lengths": {"key_lengths": torch.tensor([2])},
+    "cu_seqlens_q": {"cu_seqlens_q": torch.tensor([0, 1, 2])},
+    "sinks": {"sinks": torch.zeros(1)},
+    "dropout": {"dropout_p": 0.5, "seed": torch.tensor([3])},
 }
 
 torch.set_num_threads(1)
 
 
-def no_work(query, key, value, window, *, bias, key_lengths, scale):
+def no_work(query, key, value, window, **_):
     return torch.empty(1, 1, 2, 4), torch.empty(1, 1, 2)
 
 
@@ -52,13 +55,20 @@ def no_work_backend():
     """A backend that does nothing: what is left of a call is its overhead."""
     backend = Backend(
         name="no_work",
-        capability=Capability(dtypes={torch.float32}, takes={"bias", "key_lengths"}),
+        capability=Capability(dtypes={torch.float32}, takes=ATTENTION.optional),
         local_attention=no_work,
         local_attention_backward=no_work_backward,
     )
     with attnreg.register(backend):
         attnreg.local_attention(*TENSORS, WINDOW, backend="no_work")
         yield
+
+
+def own_options(name: str) -> dict[str, object]:
+    """What a backend's own function gets where a call gives nothing."""
+    (backend,) = (entry.backend for entry in registry.entries if entry.backend.name == name)
+    taken = {*backend.taken[ATTENTION.name], "scale"}
+    return {name: each for name, each in ATTENTION.defaults(4).items() if name in taken}
 
 
 def look_up():
@@ -109,31 +119,32 @@ def test_dispatch(benchmark):
 def test_public_call_over_the_backends_own_function(benchmark, backend, given, tensors, aim):
     """The aim is 6 us without gradients and 15 us with them (forward, tiny tensors), whatever is given."""
     function = registry.functions(backend)["local_attention"]
-    call = public(backend, tensors, **GIVEN[given])
+    call, options = public(backend, tensors, **GIVEN[given]), {**own_options(backend), **GIVEN[given]}
     call()
     number = 5000 if backend == "no_work" else 500
-    over_us = seconds_over(call, lambda: function(*TENSORS, WINDOW, **{**OPTIONS, **GIVEN[given]}), number) * 1e6
+    over_us = seconds_over(call, lambda: function(*TENSORS, WINDOW, **options), number) * 1e6
     report(benchmark, "over_the_function_us", over_us)
     report(benchmark, "aim_us", aim)
     benchmark(call)
     assert over_us < 10 * aim
 
 
-@pytest.mark.parametrize("work", ["decoding", "training"])
+@pytest.mark.parametrize("work", ["decoding", "training", "packed"])
 def test_new_shape(benchmark, work):
     """A call that needs a plan over one that has it, where a table is asked and no backend was; the aim is 50 us.
 
     What a backend itself keeps of a shape is there both times.
     """
-    needs_grad = work == "training"
+    needs_grad = work != "decoding"
 
     def planning_us(length: int) -> float:
         query = torch.randn(1, 1, length if needs_grad else 1, 32, requires_grad=needs_grad)
         key, value = torch.randn(2, 1, 1, length, 32)
+        given = {"cu_seqlens_q": torch.tensor([0, 7, length])} if work == "packed" else {}
 
         def seconds() -> float:
             start = time.perf_counter()
-            attnreg.local_attention(query, key, value, WINDOW)
+            attnreg.local_attention(query, key, value, WINDOW, **given)
             return time.perf_counter() - start
 
         seconds()
@@ -154,13 +165,16 @@ def test_new_shape(benchmark, work):
 
 FIRST_CALL = """
 import sys, time, torch, attnreg
+from attnreg.op import ATTENTION
 from attnreg.registry import registry
 torch.set_num_threads(1)
 tensors = torch.randn(3, 1, 2, 256, 64).unbind()
 window = attnreg.Window(31, 0)
 if len(sys.argv) > 1:
-    function = registry.functions(sys.argv[1])["local_attention"]
-    call = lambda: function(*tensors, window, bias=None, key_lengths=None, scale=0.125)
+    (backend,) = (entry.backend for entry in registry.entries if entry.backend.name == sys.argv[1])
+    taken = {*backend.taken["local_attention"], "scale"}
+    given = {name: each for name, each in ATTENTION.defaults(64).items() if name in taken}
+    call = lambda: backend.local_attention(*tensors, window, **given)
 else:
     call = lambda: attnreg.local_attention(*tensors, window)
 start = time.perf_counter()

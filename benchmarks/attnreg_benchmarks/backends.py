@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import Any
 
 import attnreg
 from attnreg import Problem
 from attnreg.backend import Backend, refusals, with_options
 from attnreg.request import parse_request
 from attnreg.testing.inputs import Calls, Inputs, autograd_calls
+from attnreg.tuning.candidate import function_of
 from attnreg_benchmarks.contender import Contender
 
 # The rank of the slow but always right reference, see attnreg.Backend: it takes part only when it is asked for.
@@ -42,8 +42,8 @@ def _contender(name: str, backend: Backend, ops: tuple[str, ...]) -> Contender:
         return "; ".join(refusals(backend, problem)) or None
 
     def prepare(problem: Problem, inputs: Inputs) -> Calls:
-        op = getattr(attnreg, problem.op)
-        function: functools.partial[Tensor] = functools.partial(op, window=problem.window, backend=name)
+        op = function_of(problem)
+        function: functools.partial[Any] = functools.partial(op, window=problem.window, backend=name)
         return autograd_calls(function, inputs)
 
     return Contender(name, "backend", ops, refuse, prepare)

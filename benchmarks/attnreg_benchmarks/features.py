@@ -71,7 +71,11 @@ def compare(contenders: Mapping[str, Callable[[], Calls]], first: str) -> dict[s
         for name, make in contenders.items():
             try:
                 ready[name] = make()
+                for calls in ready[name].values():
+                    calls[0]()
+                torch.cuda.synchronize()
             except Exception as error:
+                ready.pop(name, None)
                 found[name] = trouble(error)
         for direction in ("forward", "backward"):
             times: dict[str, list[float]] = {name: [] for name in ready}
