@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import triton
 from attnreg_triton import attention, attention_backward, band_average, band_average_transposed, band_dot, dot_product
+from attnreg_triton import rows as rows_of_kernels
 from attnreg_triton.hopper import attention as hopper_attention
 from attnreg_triton.hopper import attention_backward as hopper_attention_backward
 from attnreg_triton.hopper import band_average as hopper_band_average
@@ -26,6 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attnreg import Window
+
+OFFSETS = torch.tensor([0, 100, 256])
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -95,26 +98,32 @@ def compile_for_hopper():
             needs_grad=frozenset({"query", "key", "value"}),
             **options,
         )
+    lengths, starts = torch.tensor([200]), torch.tensor([5])
+    of_sequences = {"key_lengths": lengths, "key_starts": starts, "query_starts": starts}
     band_cases = (
-        (torch.bfloat16, 64, 512, None),
-        (torch.bfloat16, 128, 104, torch.tensor([200])),
-        (torch.bfloat16, 64, 130, None),
-        (torch.float16, 40, 129, torch.tensor([200])),
-        (torch.float32, 64, 512, None),
-        (torch.float32, 36, 136, torch.tensor([200])),
-        (torch.float32, 36, 131, torch.tensor([200])),
-        (torch.float32, 128, 128, None),
-        (torch.float32, 72, 129, torch.tensor([200])),
+        (torch.bfloat16, 64, 512, {}),
+        (torch.bfloat16, 64, 512, {"cu_seqlens_q": OFFSETS}),
+        (torch.bfloat16, 128, 104, of_sequences),
+        (torch.bfloat16, 128, 104, {"cu_seqlens_q": OFFSETS}),
+        (torch.bfloat16, 64, 130, {}),
+        (torch.float16, 40, 129, {"key_lengths": lengths}),
+        (torch.float32, 64, 512, {}),
+        (torch.float32, 64, 512, {"cu_seqlens_q": OFFSETS}),
+        (torch.float32, 36, 136, of_sequences),
+        (torch.float32, 36, 131, {"key_lengths": lengths}),
+        (torch.float32, 128, 128, {}),
+        (torch.float32, 72, 129, {"cu_seqlens_q": OFFSETS}),
     )
-    for dtype, dim, size, lengths in band_cases if skew.AVAILABLE else ():
-        case = f"{dtype},E={dim},W={size},{'lengths' if lengths is not None else 'no-lengths'}"
+    for dtype, dim, size, given in band_cases if skew.AVAILABLE else ():
+        case = f"{dtype},E={dim},W={size},{'+'.join(given) or 'no-rows'}"
         rows = torch.empty(1, 4, 256, dim, dtype=dtype)
         keys = torch.empty(1, 2, 256, dim, dtype=dtype)
         window = Window.centered(size)
         band = torch.empty(1, 4, 256, size, dtype=dtype)
-        hopper_band_dot.band_dot(rows, keys, band, window, key_lengths=lengths, scale=0.125, fill=0.0)
+        place = rows_of_kernels.place(256, 256, window, **given)
+        hopper_band_dot.band_dot(rows, keys, band, place, scale=0.125, fill=0.0)
         if size % 8 == 0 and (dtype != torch.float32 or dim <= 64):
-            hopper_band_average.band_average(band, keys, rows, window, key_lengths=lengths, scale=0.125)
+            hopper_band_average.band_average(band, keys, rows, place, scale=0.125)
 
 
 def compile_for_every_gpu():
@@ -140,22 +149,56 @@ def compile_for_every_gpu():
                     needs_grad=frozenset({"query", "key", "value"} | ({"bias"} if bias is not None else set())),
                     **options,
                 )
-                scores = dot_product.local_dot_product(query, key, window, **options)
-                dot_product.local_dot_product_backward(
-                    scores, query, key, window, needs_grad=frozenset({"query", "key"}), **options
-                )
+                # Offsets that differ are what takes most.
+                for given in ({}, {"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS.clone()}) if size == 64 else ({},):
+                    case = f"{dtype},E={dim},W={size},{'bias' if bias is not None else 'no-bias'},{'+'.join(given) or 'no-rows'}"
+                    scores = dot_product.local_dot_product(query, key, window, **options, **given)
+                    dot_product.local_dot_product_backward(
+                        scores, query, key, window, needs_grad=frozenset({"query", "key"}), **options, **given
+                    )
+    for dtype in (torch.bfloat16, torch.float32):
+        compile_what_else_attention_takes(dtype)
+
+
+def compile_what_else_attention_takes(dtype):
+    """A packed call with a softcap and sinks, one with dropout, and one with all that there is and offsets that differ."""
+    global case
+    heads, size = 4, 64
+    capped = {"softcap": 30.0, "sinks": torch.empty(heads)}
+    dropping = {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64)}
+    packed = {"cu_seqlens_q": OFFSETS}
+    bias = torch.empty(1, heads, 256, size, dtype=dtype)
+    everything = capped | dropping | packed | {"cu_seqlens_k": OFFSETS.clone(), "bias": bias}
+    for dim, given in ((128, capped | packed), (128, dropping), (256, everything)):
+        case = f"{dtype},E={dim},W={size},{'+'.join(given)}"
+        query = torch.empty(1, heads, 256, dim, dtype=dtype)
+        key = torch.empty(1, heads // 2, 256, dim, dtype=dtype)
+        options = {"bias": None, "scale": 0.125} | given
+        output, log_sum_exp = attention.local_attention(query, key, key, Window.causal(size), **options)
+        attention_backward.local_attention_backward(
+            output,
+            query,
+            key,
+            key,
+            output,
+            log_sum_exp,
+            Window.causal(size),
+            grad_log_sum_exp=None if given is dropping else torch.empty(1, heads, 256),
+            needs_grad=frozenset({"query", "key", "value"} | (given.keys() & {"bias", "sinks"})),
+            **options,
+        )
 
 
 KERNELS = {
     "hopper": (
         compile_for_hopper,
         90,
-        (hopper_attention, hopper_attention_backward, hopper_band_average, hopper_band_dot),
+        (hopper_attention, hopper_attention_backward, hopper_band_average, hopper_band_dot, rows_of_kernels),
     ),
     "every-gpu": (
         compile_for_every_gpu,
         89,
-        (attention, attention_backward, band_average, band_average_transposed, band_dot),
+        (attention, attention_backward, band_average, band_average_transposed, band_dot, rows_of_kernels),
     ),
 }
 compile_them, capability, modules = KERNELS[sys.argv[1]]

@@ -38,6 +38,13 @@ BIAS = (("bias", Given((1, 2, 1, 8), torch.float32)),)
 HARDLY_A_BIAS = (("bias", Given((1, 1, 1, 1), torch.float32)),)
 LENGTHS = (("key_lengths", Given((1,), torch.int64)),)
 SCALE = (("scale", Given()),)
+STARTS = (("key_starts", Given((1,), torch.int64)), ("query_starts", Given((1,), torch.int32)))
+PACKED = (("cu_seqlens_q", Given((), torch.int32)),)
+PACKED_BOTH = (*PACKED, ("cu_seqlens_k", Given((), torch.int32)))
+SOFTCAP = (("softcap", Given()),)
+SINKS = (("sinks", Given((2,), torch.float32)),)
+DROPOUT = (("dropout_p", Given()), ("seed", Given((1,), torch.int64)))
+ALL_RESULTS = (("grad_log_sum_exp", Given()),)
 
 
 def here():

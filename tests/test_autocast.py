@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, OPS, make_inputs
+from given import make_call, taking
 from reference import call
 from running import runs
 
@@ -59,6 +62,24 @@ def test_gradients_taken_under_autocast_are_those_taken_outside(op, backend, dev
         got = torch.autograd.grad(output, list(leaves.values()), inputs.grad)
     for gradient, wanted in zip(got, expected):
         assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize(("op", "example", "backend", "device", "dtype"), taking(torch.float32))
+def test_what_a_call_gives_keeps_its_own_dtype(op, example, backend, device, dtype):
+    """A bias and sinks are not cast; their gradients are of their dtype."""
+    for narrow in autocast_dtypes(backend, device)[:1]:
+        plain = make_call(op, example, dtype, device)
+        first = next(iter(plain.upstream))
+        upstream = {first: plain.upstream[first].to(narrow)}
+        call = replace(plain, upstream=upstream)
+        cast = {name: each.detach().to(narrow).requires_grad_() for name, each in plain.tensors.items()}
+        expected, gradients = call.leaf(**cast).with_gradients(backend)
+        with torch.autocast(device, dtype=narrow):
+            output, found = call.with_gradients(backend)
+        assert torch.equal(output, expected)
+        for name, gradient in found.items():
+            assert gradient.dtype == dtype
+            assert torch.equal(gradient, gradients[name].to(dtype)), name
 
 
 @pytest.mark.parametrize("op", OPS)

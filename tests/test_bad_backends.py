@@ -127,6 +127,46 @@ def dot_of_all(query, key, window, **given):
     return dot(query, key, window, scale=1.0)
 
 
+def attention(query, key, value, window, *, scale, sinks):
+    return query.clone(), query[..., 0].clone()
+
+
+def attention_backward(*inputs, scale, sinks, needs_grad):
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("takes", "message"),
+    [
+        ({"sinks", "softcap"}, "attention does not accept softcap"),
+        ({"dropout_p"}, "attention does not accept dropout_p"),
+        ({"sinks", "grad_log_sum_exp"}, "attention_backward does not accept grad_log_sum_exp"),
+        ({"grad_output"}, "Capability: takes has 'grad_output'; the ops' arguments are bias, cu_seqlens_k,"),
+    ],
+)
+def test_functions_that_lack_what_the_capability_takes_are_refused_where_the_backend_is_made(takes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Backend(
+            name="own",
+            capability=Capability(dtypes={torch.float32}, takes=takes),
+            local_attention=attention,
+            local_attention_backward=attention_backward,
+        )
+
+
+def test_what_functions_name_is_what_a_backend_takes():
+    def backward(*inputs, scale, sinks, grad_log_sum_exp, needs_grad):
+        return {}
+
+    def made(function):
+        capability = Capability(dtypes={torch.float32})
+        return Backend(name="own", capability=capability, local_attention=attention, local_attention_backward=function)
+
+    assert made(None).taken == {"local_attention": {"sinks"}}
+    assert made(attention_backward).taken == {"local_attention": {"sinks"}}
+    assert made(backward).taken == {"local_attention": {"sinks", "grad_log_sum_exp"}}
+
+
 class Unchecked(Capability):
     def __post_init__(self):
         pass

@@ -17,6 +17,9 @@ KEY = torch.randn(2, 2, 6, 8)
 VALUE = torch.randn(2, 2, 6, 3)
 WINDOW = Window(2, 1)
 LENGTHS = torch.tensor([6, 3])
+OFFSETS = torch.tensor([0, 2, 5])
+OF_KEYS = torch.tensor([0, 4, 6])
+SEED = torch.tensor([7])
 
 
 class DuckWindow:
@@ -27,6 +30,14 @@ class DuckWindow:
 
 ATTENTION = {"query": QUERY, "key": KEY, "value": VALUE, "window": WINDOW}
 AVERAGE = {"weights": torch.randn(2, 4, 5, 4), "value": VALUE, "window": WINDOW}
+# The first sequence alone, which may be a pack.
+PACKED = {"query": QUERY[:1], "key": KEY[:1], "value": VALUE[:1], "weights": AVERAGE["weights"][:1]}
+
+
+def packed(op: str, **offsets) -> dict:
+    names = ("weights", "value") if op == "local_weighted_average" else ("query", "key", "value")
+    return {**{name: PACKED[name] for name in names if op != "local_dot_product" or name != "value"}, **offsets}
+
 
 BAD = [
     # (op, changed arguments, error, what the message must say)
@@ -99,7 +110,74 @@ BAD = [
     ("local_weighted_average", {"value": VALUE[:1]}, ValueError, "value: its batch size must be weights's, 2"),
     ("local_weighted_average", {"value": VALUE.double()}, TypeError, "value must have weights's dtype"),
     ("local_weighted_average", {"key_lengths": torch.tensor([7, 3])}, ValueError, "key_lengths: every length must lie in"),
+    ("local_attention", {"key_starts": [0, 3]}, TypeError, "key_starts must be an integer torch.Tensor or None, got list"),
+    ("local_attention", {"key_starts": LENGTHS.half()}, TypeError, "key_starts must have an integer dtype, got torch.float16"),
+    ("local_attention", {"key_starts": LENGTHS[None]}, ValueError, "key_starts must have shape (N,) = (2,), got (1, 2)"),
+    ("local_attention", {"key_starts": LENGTHS.to("meta")}, ValueError, "key_starts must be on query's device, cpu; got meta"),
+    ("local_attention", {"key_starts": torch.tensor([7, 0])}, ValueError, "key_starts: every start must lie in 0..6 (Lk), got 7"),
+    ("local_attention", {"key_starts": torch.tensor([0, -2])}, ValueError, "key_starts: every start must lie in 0..6 (Lk), got -2"),
+    ("local_attention", {"query_starts": 3}, TypeError, "query_starts must be an integer torch.Tensor or None, got int"),
+    ("local_attention", {"query_starts": LENGTHS.double()}, TypeError, "query_starts must have an integer dtype, got torch.float64"),
+    ("local_attention", {"query_starts": LENGTHS[:1]}, ValueError, "query_starts must have shape (N,) = (2,), got (1,)"),
+    ("local_attention", {"query_starts": LENGTHS.to("meta")}, ValueError, "query_starts must be on query's device, cpu; got meta"),
+    ("local_attention", {"cu_seqlens_q": OFFSETS}, ValueError, "cu_seqlens_q: with it the batch size must be 1, as sequences lie one after the other in (1, H, T, E); got query (2, 4, 5, 8)"),
+    ("local_attention", {"cu_seqlens_k": OFFSETS}, ValueError, "cu_seqlens_k: it needs cu_seqlens_q beside it, which is not given"),
+    ("local_attention", {"softcap": 0.0}, ValueError, "softcap must be greater than 0, got 0.0"),
+    ("local_attention", {"softcap": 0}, ValueError, "softcap must be greater than 0, got 0"),
+    ("local_attention", {"softcap": -50.0}, ValueError, "softcap must be greater than 0, got -50.0"),
+    ("local_attention", {"softcap": float("nan")}, ValueError, "softcap must be finite, got nan"),
+    ("local_attention", {"softcap": float("inf")}, ValueError, "softcap must be finite, got inf"),
+    ("local_attention", {"softcap": True}, TypeError, "softcap must be a float, got True (bool)"),
+    ("local_attention", {"softcap": "50"}, TypeError, "softcap must be a float, got '50'"),
+    ("local_attention", {"softcap": torch.tensor(50.0)}, TypeError, "softcap must be a float, got tensor(50.)"),
+    ("local_attention", {"sinks": 1.0}, TypeError, "sinks must be a torch.Tensor or None, got float"),
+    ("local_attention", {"sinks": torch.zeros(2)}, ValueError, "sinks must have shape (H,) = (4,), got (2,)"),
+    ("local_attention", {"sinks": torch.zeros(1)}, ValueError, "sinks must have shape (H,) = (4,), got (1,)"),
+    ("local_attention", {"sinks": torch.zeros(4, 1)}, ValueError, "sinks must have shape (H,) = (4,), got (4, 1)"),
+    ("local_attention", {"sinks": torch.zeros(4, dtype=torch.int64)}, TypeError, "sinks must have a floating-point dtype, got torch.int64"),
+    ("local_attention", {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks must be on query's device, cpu; got meta"),
+    ("local_attention", {"dropout_p": -0.1, "seed": SEED}, ValueError, "dropout_p must be at least 0 and less than 1, got -0.1"),
+    ("local_attention", {"dropout_p": 1.0, "seed": SEED}, ValueError, "dropout_p must be at least 0 and less than 1, got 1.0"),
+    ("local_attention", {"dropout_p": 1}, ValueError, "dropout_p must be at least 0 and less than 1, got 1"),
+    ("local_attention", {"dropout_p": float("nan")}, ValueError, "dropout_p must be finite, got nan"),
+    ("local_attention", {"dropout_p": True}, TypeError, "dropout_p must be a float, got True (bool)"),
+    ("local_attention", {"dropout_p": False}, TypeError, "dropout_p must be a float, got False (bool)"),
+    ("local_attention", {"dropout_p": "a half"}, TypeError, "dropout_p must be a float, got 'a half'"),
+    ("local_attention", {"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p must be a float, got tensor(0.5000)"),
+    ("local_attention", {"dropout_p": 0.5, "seed": 7}, TypeError, "seed must be an integer torch.Tensor or None, got int"),
+    ("local_attention", {"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, ValueError, "seed: shape (2,) does not broadcast to (1,)"),
+    ("local_attention", {"dropout_p": 0.5, "seed": torch.tensor([1.0])}, TypeError, "seed must have an integer dtype, got torch.float32"),
+    ("local_attention", {"dropout_p": 0.5, "seed": torch.tensor([True])}, TypeError, "seed must have an integer dtype, got torch.bool"),
+    ("local_attention", {"dropout_p": 0.5, "seed": SEED.to("meta")}, ValueError, "seed must be on query's device, cpu; got meta"),
+    *[
+        (op, packed(op, **offsets), error, message)
+        for op in ("local_dot_product", "local_weighted_average", "local_attention")
+        for offsets, error, message in (
+            ({"cu_seqlens_q": [0, 2, 5]}, TypeError, "cu_seqlens_q must be an integer torch.Tensor or None, got list"),
+            ({"cu_seqlens_q": OFFSETS.float()}, TypeError, "cu_seqlens_q must have an integer dtype, got torch.float32"),
+            ({"cu_seqlens_q": OFFSETS[None]}, ValueError, "cu_seqlens_q must have shape (S + 1,), for S sequences where each ends behind a 0; got (1, 3)"),
+            ({"cu_seqlens_q": OFFSETS[:0]}, ValueError, "cu_seqlens_q must have shape (S + 1,), for S sequences where each ends behind a 0; got (0,)"),
+            ({"cu_seqlens_q": OFFSETS.to("meta")}, ValueError, "cu_seqlens_q must be on.*device, cpu; got meta"),
+            ({"cu_seqlens_q": torch.tensor([0, 3, 6])}, ValueError, "cu_seqlens_q: every offset must lie in 0..5 (Lq), got 6"),
+            ({"cu_seqlens_q": torch.tensor([0, -1, 5])}, ValueError, "cu_seqlens_q: every offset must lie in 0..5 (Lq), got -1"),
+            ({"cu_seqlens_q": torch.tensor([1, 2, 5])}, ValueError, "cu_seqlens_q: offsets are 0 and then where each sequence ends, lengths.cumsum(0) behind a 0; got 1 as the first"),
+            ({"cu_seqlens_q": torch.tensor([0, 3, 2])}, ValueError, "cu_seqlens_q: offsets are 0 and then where each sequence ends.*; got some that decrease"),
+            ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OF_KEYS[:2]}, ValueError, "cu_seqlens_k must have shape (S + 1,) = (3,), got (2,)"),
+            ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": torch.tensor([0, 4, 7])}, ValueError, "cu_seqlens_k: every offset must lie in 0..6 (Lk), got 7"),
+            ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": torch.tensor([0, 4, 3])}, ValueError, "cu_seqlens_k: offsets are 0 and then where.*; got some that decrease"),
+            ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OF_KEYS.bool()}, TypeError, "cu_seqlens_k must have an integer dtype, got torch.bool"),
+            ({"cu_seqlens_k": OF_KEYS}, ValueError, "cu_seqlens_k: it needs cu_seqlens_q beside it"),
+            *[
+                ({"cu_seqlens_q": OFFSETS, name: torch.tensor([1])}, ValueError, f"cu_seqlens_q: it cannot be given together with {name}")
+                for name in ("key_lengths", "key_starts", "query_starts")
+            ],
+        )
+    ],
+    ("local_dot_product", {"key_starts": torch.tensor([7, 3])}, ValueError, "key_starts: every start must lie in 0..6"),
+    ("local_weighted_average", {"key_starts": torch.tensor([7, 3])}, ValueError, "key_starts: every start must lie in 0..6"),
+    ("local_weighted_average", {"query_starts": LENGTHS.float()}, TypeError, "query_starts must have an integer dtype"),
 ]  # fmt: skip
+IDS = [f"{place}-{row[0]}-{row[3][:40]}" for place, row in enumerate(BAD)]
 
 
 def _arguments(op: str) -> dict:
@@ -112,19 +190,29 @@ def _pattern(message: str) -> str:
     return ".*".join(re.escape(part) for part in message.split(".*"))
 
 
-@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=[f"{row[0]}-{row[3][:40]}" for row in BAD])
+@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=IDS)
 def test_the_error_says_which_argument_was_bad_and_how(op, change, error, message):
     arguments = {**_arguments(op), **change}
     with pytest.raises(error, match=_pattern(message)):
         getattr(attnreg, op)(**arguments)
 
 
-@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=[f"{row[0]}-{row[3][:40]}" for row in BAD])
+@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=IDS)
 def test_a_bad_call_is_refused_after_good_calls_of_the_same_kind_too(op, change, error, message):
     """The plan of an earlier call must not let a later, bad one slip through."""
     good = _arguments(op)
     getattr(attnreg, op)(**good)
     getattr(attnreg, op)(**good, key_lengths=LENGTHS)
+    getattr(attnreg, op)(**good, key_starts=LENGTHS)
+    getattr(attnreg, op)(**good, query_starts=LENGTHS)
+    of_pack = {**good, **packed(op)}
+    getattr(attnreg, op)(**of_pack, cu_seqlens_q=OFFSETS)
+    getattr(attnreg, op)(**of_pack, cu_seqlens_q=OFFSETS, cu_seqlens_k=OF_KEYS)
+    if op == "local_attention":
+        getattr(attnreg, op)(**good, softcap=50.0)
+        getattr(attnreg, op)(**good, sinks=torch.zeros(4))
+        getattr(attnreg, op)(**good, dropout_p=0.5)
+        getattr(attnreg, op)(**good, dropout_p=0.5, seed=SEED)
     if op != "local_weighted_average":
         getattr(attnreg, op)(**good, scale=0.5)
         getattr(attnreg, op)(**good, bias=torch.randn(5, 4))
@@ -133,13 +221,62 @@ def test_a_bad_call_is_refused_after_good_calls_of_the_same_kind_too(op, change,
         getattr(attnreg, op)(**{**good, **change})
 
 
-@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=[f"{row[0]}-{row[3][:40]}" for row in BAD])
+@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=IDS)
 def test_a_compiled_call_is_refused_by_the_same_error(op, change, error, message):
     arguments = {**_arguments(op), **change}
     torch._dynamo.reset()
     compiled = torch.compile(lambda: getattr(attnreg, op)(**arguments), backend="eager")
     with pytest.raises(error, match=_pattern(message)):
         compiled()
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "error", "message"), [row for row in BAD if not re.search("must lie in|offsets are 0", row[3])]
+)
+def test_explain_which_reads_no_numbers_of_tensors_refuses_the_rest_likewise(op, change, error, message):
+    with pytest.raises(error, match=_pattern(message)):
+        attnreg.explain(**{**_arguments(op), **change}, op=op)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"), [("softcap", 50.0, 0.0), ("dropout_p", 0.5, 1.0), ("scale", 0.5, float("nan"))]
+)
+@pytest.mark.parametrize("way", ["eager", "compiled", "with all results"])
+def test_a_number_is_checked_also_where_the_plan_of_the_call_is_known(way, name, good, bad):
+    function = attnreg.local_attention_with_lse if way == "with all results" else attnreg.local_attention
+
+    def call(number):
+        return function(**ATTENTION, **{name: number})
+
+    torch._dynamo.reset()
+    call = torch.compile(call, backend="eager") if way == "compiled" else call
+    for _ in range(2):
+        call(good)
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {bad}"):
+            call(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("given", "of_pack"),
+    [
+        ({"key_starts": LENGTHS}, False),
+        ({"query_starts": LENGTHS}, False),
+        ({"cu_seqlens_q": OFFSETS}, True),
+        ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OF_KEYS}, True),
+        ({"dropout_p": 0.5, "seed": SEED}, False),
+        ({"dropout_p": 0.5, "seed": SEED.squeeze()}, False),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_integers_may_have_any_dtype_and_any_strides(given, of_pack, dtype):
+    arguments = {**ATTENTION, **(packed("local_attention") if of_pack else {})}
+    expected = attnreg.local_attention(**arguments, **given)
+    cast = {
+        name: torch.stack([each, each], -1).to(dtype)[..., 0] if isinstance(each, torch.Tensor) else each
+        for name, each in given.items()
+    }
+    assert torch.equal(attnreg.local_attention(**arguments, **cast), expected)
 
 
 def test_explain_refuses_what_the_op_refuses():
@@ -239,16 +376,17 @@ def test_a_missing_window_is_answered_with_what_to_write(op, by_name):
         ("window_size", (3, 0), f"; give window={WINDOWS}"),
         ("is_causal", True, "; give window=Window.causal(n)"),
         ("causal", True, "; give window=Window.causal(n)"),
-        ("softcap", 30.0, "; there is no soft cap yet"),
+        ("logits_soft_cap", 30.0, "give softcap="),
         ("alibi_slopes", None, "bias=-slopes[:, None, None] * (window.left - torch.arange(window.size)).abs()"),
         ("score_mod", None, "give bias= for what is added to them"),
-        ("return_lse", True, "; there is no log-sum-exp yet"),
+        ("return_lse", True, "; call local_attention_with_lse, which returns both"),
         ("layout", "BSHD", "; tensors are (N, H, L, E); of tensors in (N, L, H, E) give tensor.transpose(1, 2)"),
         ("block_size", 64, "; leave it out: blocks are a backend's own"),
-        ("sinks", None, "; there are no sinks yet"),
-        ("cu_seqlens", None, "; sequences are a batch here"),
+        ("learnable_sink", None, "give sinks=, of shape (H,)"),
+        ("cu_seqlens", None, "; give cu_seqlens_q="),
+        ("max_seqlen_k", 9, "; leave it out: no length is needed beside the offsets"),
         ("mask", None, "give bias=band_from_dense(mask, window)"),
-        ("dropout", 0.1, "; there is no dropout"),
+        ("dropout", 0.1, "give dropout_p="),
         ("enable_gqa", True, "; leave it out"),
     ],
 )
@@ -267,6 +405,13 @@ def test_an_unknown_name_is_answered_before_anything_is_missed(op, name, given, 
         ("local_weighted_average", "softmax_scale", "in local_dot_product, give scale="),
         ("local_weighted_average", "scale", "in local_dot_product, give scale="),
         ("local_dot_product", "value", "in local_weighted_average, give value="),
+        *[
+            (op, name, f"in local_attention, give {name}=")
+            for op in ("local_dot_product", "local_weighted_average")
+            for name in ("softcap", "sinks", "dropout_p", "seed")
+        ],
+        ("local_dot_product", "s_aux", "in local_attention, give sinks="),
+        ("local_weighted_average", "dropout", "in local_attention, give dropout_p="),
         ("local_attention", "q", "give query="),
     ],
 )

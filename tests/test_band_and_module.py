@@ -107,22 +107,63 @@ def test_the_module_is_the_function_with_its_settings_kept():
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"scale": "1"}, TypeError), ({"scale": float("inf")}, ValueError), ({"backend": 1}, TypeError)],
+    [
+        ({"scale": "1"}, TypeError),
+        ({"scale": float("inf")}, ValueError),
+        ({"backend": 1}, TypeError),
+        ({"softcap": 0.0}, ValueError),
+        ({"softcap": True}, TypeError),
+        ({"dropout_p": 1.0}, ValueError),
+        ({"dropout_p": -0.1}, ValueError),
+        ({"dropout_p": None}, TypeError),
+    ],
 )
 def test_a_module_put_together_wrongly_says_so_at_once(options, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match=next(iter(options))):
         LocalAttention(Window(2, 1), **options)
+
+
+def test_a_module_gives_on_all_that_the_function_takes():
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
+    given = {
+        "bias": torch.randn(4, 1, 4), "key_lengths": torch.tensor([6, 2]), "key_starts": torch.tensor([1, 0]),
+        "query_starts": torch.tensor([0, 1]), "sinks": torch.randn(4), "seed": torch.tensor([3]),
+    }  # fmt: skip
+    settings = {"scale": 0.3, "softcap": 2.0, "dropout_p": 0.5, "backend": "torch"}
+    module = LocalAttention(Window(2, 1), **settings)
+    expected = attnreg.local_attention(query, key, value, Window(2, 1), **given, **settings)
+    assert torch.equal(module(query, key, value, **given), expected)
+    assert "softcap=2.0, dropout_p=0.5" in repr(module)
+    offsets = {"cu_seqlens_q": torch.tensor([0, 2, 6]), "cu_seqlens_k": torch.tensor([0, 3, 5])}
+    packed = [tensor[:1] for tensor in (query, key, value)]
+    plain = LocalAttention(Window(2, 1))
+    assert torch.equal(plain(*packed, **offsets), attnreg.local_attention(*packed, Window(2, 1), **offsets))
+
+
+def test_a_module_drops_in_training_alone():
+    query = torch.randn(1, 2, 6, 8)
+    module = LocalAttention(Window(2, 1), dropout_p=0.5)
+    plain = attnreg.local_attention(query, query, query, Window(2, 1))
+    assert not torch.equal(module(query, query, query), plain)
+    for _ in range(2):
+        assert torch.equal(module.eval()(query, query, query), plain)
+        assert torch.equal(module(query, query, query, seed=torch.tensor([1])), plain)
+    assert not torch.equal(module.train()(query, query, query), plain)
 
 
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [
         ((), {"window_size": 3}, r"LocalAttention\(\) has no argument 'window_size'; give window=Window\.causal\(n\)"),
-        ((8, 2), {"dropout": 0.1}, r"LocalAttention\(\) has no argument 'dropout'; there is no dropout"),
+        ((8, 2), {"dropout": 0.1}, r"LocalAttention\(\) has no argument 'dropout'; give dropout_p="),
         ((), {"embed_dim": 64}, "'embed_dim'; leave it out: heads are a dimension"),
         ((), {"attn_mask": None}, "'attn_mask'; in the call of the module, give bias=band_from_dense"),
         ((), {}, r"LocalAttention\(\) is missing its argument 'window'; give window=Window\.causal\(n\)"),
-        ((Window(1, 0), 0.5), {}, "takes window by position, and scale, backend by name alone; got 2"),
+        (
+            (Window(1, 0), 0.5),
+            {},
+            "takes window by position, and scale, softcap, dropout_p, backend by name alone; got 2",
+        ),
         (((3, 0),), {}, r"write Window\(3, 0\)"),
         ((3,), {}, r"Window\.causal\(3\)"),
     ],
@@ -138,9 +179,12 @@ def test_a_module_made_in_the_wrong_form_says_what_to_write(args, options, messa
         (3, {"attn_mask": None}, r"LocalAttention\.forward\(\) has no argument 'attn_mask'; give bias=band_from_dense"),
         (3, {"is_causal": True}, r"'is_causal'; where the module is made, give window=Window\.causal\(n\)"),
         (3, {"scale": 1.0}, "'scale'; where the module is made, give scale="),
-        (3, {"dropout_p": 0.1}, "'dropout_p'; there is no dropout"),
+        (3, {"dropout_p": 0.1}, "'dropout_p'; where the module is made, give dropout_p="),
+        (3, {"softcap": 2.0}, "'softcap'; where the module is made, give softcap="),
+        (3, {"logits_soft_cap": 2.0}, "'logits_soft_cap'; where the module is made, give softcap="),
+        (3, {"s_aux": None}, r"'s_aux'; give sinks=, of shape \(H,\)"),
         (2, {}, "is missing its argument 'value'"),
-        (4, {}, "takes query, key, value by position, and bias, key_lengths by name alone; got 4"),
+        (4, {}, "takes query, key, value by position, and bias, key_lengths, .* by name alone; got 4"),
     ],
 )
 def test_a_module_called_in_the_wrong_form_says_what_to_write(count, options, message):

@@ -33,6 +33,43 @@ def test_the_command_tunes_exports_imports_and_plots(folder, tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+def test_the_command_tunes_calls_that_give_more_and_draws_them(folder, tmp_path, monkeypatch):
+    sizes = ("--op", "local_attention", "--dtype", "float32", "--head-dim", "8", "--length", "64", "--heads", "2,1")
+    asked = ("--with", "none", "--with", "sinks,softcap", "--with", "dropout_p,grad_log_sum_exp")
+    options = (*sizes, "--window", "4", "--seconds", "0.001", "--backend", "torch", "--device", "cpu")
+    result = run(*options, *asked)
+    assert result.exit_code == 0, result.output
+    assert "H/Hkv=2; softcap; sinks (2,) float32\n" in result.output
+    assert (
+        "forward and backward; float32 E=8 D=8 Lq=64 Lk=64 N*H=2 H/Hkv=2; dropout_p; seed; grad_log_sum_exp\n"
+        in result.output
+    )
+    (path,) = folder.glob("*.json")
+    assert len(store.load(path).rows) == 5
+    drawn = {}
+    monkeypatch.setattr(plotting, "plot", lambda table, *_: drawn.update(table.rows))
+    for given, count in ((("--with", "none"), 2), (("--with", "dropout_p,grad_log_sum_exp"), 1), (asked, 5), ((), 5)):
+        drawn.clear()
+        assert run("--plot", str(tmp_path / "p.png"), "--device", "cpu", *given).exit_code == 0
+        assert len(drawn) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--with", "sink"), "'sink' is not one of bias, key_lengths, "),
+        (("--with", "sinks", "--op", "local_dot_product"), "none of local_dot_product has sinks"),
+        (("--with", "cu_seqlens_q,key_lengths"), "cu_seqlens_q and key_lengths cannot be given together"),
+        (("--with", "cu_seqlens_q", "--batch", "2"), "with cu_seqlens_q, the batch size is 1; got 2"),
+        (("--with", "sinks", "--export", "x.json"), "take whole tables"),
+    ],
+)
+def test_calls_that_there_cannot_be_are_named(folder, options, message):
+    result = run("--device", "cpu", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_an_imported_table_of_another_device_is_kept_and_said_not_to_count_here(folder, tmp_path):
     table = table_of({"torch": 1.0, "torch_block": 2.0})
     foreign = Table(replace(table.environment, device=Device("cpu", "Another CPU", "AVX9")), table.rows)

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from composed import composed
+from given import EXAMPLES, make_call
+from given import WINDOW as OF_CALLS
 from torch.autograd import forward_ad
 
 import attnreg
 from attnreg import Window, composition
-from attnreg.op import DOT_PRODUCT, WEIGHTED_AVERAGE, Argument
+from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Argument
+from attnreg.testing.oracle import truth
 
 WINDOW = Window.causal(8)
 BATCH, HEADS, KV_HEADS, LENGTH = 3, 8, 2, 100
@@ -111,6 +114,74 @@ def test_a_product_gets_the_default_of_what_attention_does_not_have(of, monkeypa
     assert torch.allclose(gradient, torch.autograd.grad(expected.square().sum(), query)[0], atol=1e-5)
     # The head dim is that of a query, which an average does not have.
     assert set(got) == {(None, 4.0), (None, 0.0)}
+
+
+BETWEEN = ["softcap", "sinks", "dropout"]
+
+
+@pytest.mark.parametrize("limit", [composition.LARGEST_BAND, 1])
+@pytest.mark.parametrize("used", [("output",), ("log_sum_exp",), ("output", "log_sum_exp")], ids="+".join)
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("of", ["torch", "torch_block"])
+def test_composed_attention_has_all_that_its_products_take_and_what_lies_between_them(
+    of, example, used, limit, monkeypatch
+):
+    monkeypatch.setattr(composition, "LARGEST_BAND", limit)
+    (whole,) = (status.backend for status in attnreg.backends() if status.name == of)
+    backend = composed(of, capability=whole.capability)
+    given = {**EXAMPLES[example]}
+    call = make_call("local_attention", example, torch.float64)
+    with attnreg.register(backend):
+        if not given.keys() & ATTENTION.optional <= backend.taken["local_attention"]:
+            with pytest.raises(attnreg.BackendError, match="is given; it takes bias, dropout_p, grad_log_sum_exp"):
+                call.results("composed", function=attnreg.local_attention_with_lse)
+            return
+        results = dict(zip(ATTENTION.results, call.results("composed", function=attnreg.local_attention_with_lse)))
+        gradients = torch.autograd.grad(
+            [results[name] for name in used], list(call.leaves.values()), [call.upstream[name] for name in used],
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+    arguments = {name: each.detach() if isinstance(each, torch.Tensor) else each for name, each in call.given.items()}
+    tensors = {name: each.detach() for name, each in call.tensors.items()}
+    true = truth(ATTENTION, tensors, OF_CALLS, arguments, {name: call.upstream[name] for name in used})
+    for name, result in results.items():
+        torch.testing.assert_close(result.detach(), true.results[name])
+    for name, gradient in zip(call.leaves, gradients):
+        torch.testing.assert_close(gradient, true.gradients[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_products_alone_have_what_lies_between_them_and_no_more():
+    between = {"softcap", "sinks", "dropout_p", "seed", "grad_log_sum_exp"}
+    assert composed("torch_block").taken["local_attention"] == between | {"bias", "key_lengths"}
+    dot_alone = composed("torch_block", local_weighted_average=None, local_weighted_average_backward=None)
+    assert "local_attention" not in dot_alone.taken
+
+
+def test_an_argument_that_one_product_lacks_is_none_of_attention():
+    def dot(query, key, window, *, bias, key_lengths, key_starts, cu_seqlens_q, scale):
+        raise AssertionError
+
+    def average(weights, value, window, *, key_lengths):
+        raise AssertionError
+
+    capability = attnreg.Capability(dtypes={torch.float32})
+    backend = attnreg.Backend(
+        name="narrow", capability=capability, local_dot_product=dot, local_weighted_average=average
+    )
+    assert backend.taken["local_dot_product"] == {"bias", "key_lengths", "key_starts", "cu_seqlens_q"}
+    between = {"softcap", "sinks", "dropout_p", "seed", "grad_log_sum_exp"}
+    assert backend.taken["local_attention"] == between | {"bias", "key_lengths"}
+
+
+@pytest.mark.parametrize("example", BETWEEN)
+def test_composed_attention_of_16_bits_is_as_exact_with_what_lies_between(example):
+    call = make_call("local_attention", example, torch.bfloat16)
+    with attnreg.register(composed("torch_block")):
+        output, gradients = call.with_gradients("composed")
+    expected, wanted = call.with_gradients("torch")
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=3e-2, atol=3e-2)
 
 
 def derivative_by_make_dual(function, tensor):

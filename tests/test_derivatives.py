@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, OPS, make_inputs
+from given import PAIRS, make_call, taking
 from running import runs
 from torch.autograd import forward_ad
 
@@ -122,6 +123,49 @@ def test_torch_has_them_all(op):
     assert torch.allclose(batched, torch.stack([scalar(first), scalar(2 * first)]))
 
 
+@pytest.mark.parametrize(("op", "example"), PAIRS)
+def test_torch_has_them_with_all_that_a_call_may_give(op, example):
+    """Forward over reverse against reverse over reverse, by each tensor that has a gradient; and a batch of calls."""
+    call = make_call(op, example, torch.float64)
+    for name, leaf in call.leaves.items():
+        leaf = leaf.detach()
+
+        def scalar(tensor, name=name):
+            (output, *_) = call.leaf(**{name: tensor}).results("torch")
+            return output.masked_fill(output == -torch.inf, 0.0).sin().sum()
+
+        direction = torch.randn(leaf.shape, dtype=leaf.dtype, generator=torch.Generator().manual_seed(0))
+        if name == "bias":  # a hidden slot is hidden all around
+            direction = direction.masked_fill(leaf == -torch.inf, 0.0)
+        _, forward_over_reverse = torch.func.jvp(torch.func.grad(scalar), (leaf,), (direction,))
+        (gradient,) = torch.autograd.grad(
+            scalar(variable := leaf.clone().requires_grad_()), variable, create_graph=True
+        )
+        (reverse,) = torch.autograd.grad(
+            (gradient * direction).sum(), variable, allow_unused=True, materialize_grads=True
+        )
+        torch.testing.assert_close(forward_over_reverse, reverse, msg=name)
+        batched = torch.func.vmap(scalar)(torch.stack([leaf, 2 * leaf]))
+        torch.testing.assert_close(batched, torch.stack([scalar(leaf), scalar(2 * leaf)]), msg=name)
+
+
+@pytest.mark.parametrize(
+    ("op", "example", "backend", "device", "dtype"),
+    [run for run in taking(torch.float32) if run.values[2] not in DIFFERENTIABLE and run.values[1] != "nothing"],
+)
+def test_each_is_refused_whatever_a_call_gives(op, example, backend, device, dtype):
+    call = make_call(op, example, dtype, device)
+    *_, name = call.leaves
+
+    def run(tensor):
+        (output, *_) = call.leaf(**{name: tensor}).results(backend)
+        return output.masked_fill(output == -torch.inf, 0.0)
+
+    for ask in ("grad", "make_dual", "jvp", "vmap"):
+        with pytest.raises(NotImplementedError, match=r'backend="torch"'):
+            ASKS[ask](run, call.leaves[name].detach())
+
+
 @pytest.mark.parametrize("backend", ["torch", "torch_block"])
 @pytest.mark.parametrize("op", OPS)
 def test_a_compiled_call_refuses_second_derivatives_and_forward_mode(op, backend):
@@ -177,11 +221,33 @@ def test_a_call_without_elements_has_all_derivatives_of_torch(empty):
     assert tangent == 0
 
 
-def test_vmap_over_key_lengths_of_torch():
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("key_lengths", [[3], [5]]),
+        ("key_starts", [[0], [4]]),
+        ("query_starts", [[-2], [3]]),
+        ("cu_seqlens_q", [[0, 1, 5], [0, 4, 4]]),
+    ],
+)
+def test_vmap_over_rows_of_torch(name, numbers):
     query, window = torch.randn(1, 1, 5, 4), attnreg.Window(1, 1)
 
-    def call(lengths):
-        return attnreg.local_attention(query, query, query, window, key_lengths=lengths, backend="torch")
+    def call(given):
+        return attnreg.local_attention(query, query, query, window, **{name: given}, backend="torch")
 
-    lengths = torch.tensor([[3], [5]])
-    torch.testing.assert_close(torch.vmap(call)(lengths), torch.stack([call(each) for each in lengths]))
+    numbers = torch.tensor(numbers)
+    torch.testing.assert_close(torch.vmap(call)(numbers), torch.stack([call(each) for each in numbers]))
+
+
+def test_vmap_over_seeds_and_sinks_of_torch():
+    query, window = torch.randn(1, 2, 5, 4), attnreg.Window(1, 1)
+
+    def call(seed, sinks):
+        given = {"dropout_p": 0.5, "seed": seed, "sinks": sinks}
+        return attnreg.local_attention(query, query, query, window, **given, backend="torch")
+
+    seeds, sinks = torch.tensor([[3], [5]]), torch.randn(2, 2)
+    expected = torch.stack([call(*each) for each in zip(seeds, sinks)])
+    torch.testing.assert_close(torch.vmap(call)(seeds, sinks), expected)
+    assert not torch.equal(expected[0] == 0, expected[1] == 0)

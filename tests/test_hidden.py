@@ -26,18 +26,52 @@ CASES = [
     Case("everything", bias="NHLW", hidden=0.6, key_lengths=(30, 7), heads=4, query_length=50, key_length=40,
          window=Window(7, 3)),
 ]  # fmt: skip
+# Rows that stand elsewhere, keys before a start, packs with rows and keys of no sequence, and what else a softmax may have.
+PLACED = [
+    Case("key_starts", query_length=40, key_length=33, window=Window(5, 4), further={"key_starts": (7, 33)}),
+    Case("query_starts", query_length=40, key_length=70, window=Window(5, 4), further={"query_starts": (3, -35)}),
+    Case("all_of_rows", query_length=40, key_length=70, window=Window(9, 2), key_lengths=(60, 9), heads=4,
+         further={"key_starts": (5, 2), "query_starts": (0, 20), "sinks": ()}),
+    Case("packed", batch=1, query_length=70, key_length=70, window=Window(6, 2),
+         further={"cu_seqlens_q": (0, 20, 20, 21, 61), "sinks": (), "softcap": 2.0}),
+    Case("packed_other_keys", batch=1, query_length=70, key_length=50, window=Window(6, 2), heads=4,
+         further={"cu_seqlens_q": (0, 30, 31, 70), "cu_seqlens_k": (0, 10, 10, 40)}),
+    Case("packed_bias", batch=1, query_length=40, key_length=40, window=Window(4, 1), bias="NHLW", hidden=0.5,
+         further={"cu_seqlens_q": (0, 11, 40), "softcap": 1.0}),
+    Case("dropout", query_length=40, key_length=33, window=Window(5, 4), key_lengths=(20, 0), bias="NHLW", hidden=0.4,
+         further={"dropout_p": 0.3}),
+]  # fmt: skip
 BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+def standing(case: Case, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, 1, Lq, 1): at which key each row stands, and the bounds of the keys that it may see, by the table of the contract."""
+    given = {name: each.tolist() for name, each in inputs.options.items() if name.startswith(("cu_", "key_", "query_"))}
+    found = torch.zeros(3, case.batch, case.query_length, dtype=torch.int64)
+    of_queries = given.get("cu_seqlens_q")
+    for n in range(case.batch):
+        for i in range(case.query_length):
+            start, low, high = case.key_length - case.query_length, 0, case.key_length
+            if of_queries is not None:
+                of_keys = given.get("cu_seqlens_k", of_queries)
+                sequences = zip(of_queries, of_queries[1:], of_keys, of_keys[1:])
+                own = [(keys - end, begin_keys, keys) for begin, end, begin_keys, keys in sequences if begin <= i < end]
+                start, low, high = own[0] if own else (0, 0, 0)
+            else:
+                start = given["query_starts"][n] if "query_starts" in given else start
+                low = given["key_starts"][n] if "key_starts" in given else low
+                high = int(inputs.key_lengths[n]) if inputs.key_lengths is not None else high
+            found[:, n, i] = torch.tensor([start + i, low, high])
+    return tuple(found[:, :, None, :, None])
 
 
 def visibility(op: str, case: Case, inputs) -> torch.Tensor:
     """(N, H, Lq, Lk): which keys a row sees, by the sentence of the contract."""
-    rows = torch.arange(case.query_length)[:, None] + case.key_length - case.query_length
-    slot = torch.arange(case.key_length) - rows + case.window.left
+    position, low, high = standing(case, inputs)
+    key = torch.arange(case.key_length)
+    slot = key - position + case.window.left
     shape = (case.batch, case.heads, case.query_length, case.key_length)
-    visible = ((slot >= 0) & (slot < case.window.size)).expand(shape)
-    if inputs.key_lengths is not None:
-        lengths = inputs.key_lengths.cpu().view(-1, 1, 1, 1)
-        visible = visible & (torch.arange(case.key_length) < lengths)
+    visible = ((slot >= 0) & (slot < case.window.size) & (key >= low) & (key < high)).expand(shape)
     if "bias" in inputs.tensors:
         band = (case.batch, case.heads, case.query_length, case.window.size)
         bias = inputs.tensors["bias"].detach().float().cpu().expand(band)
@@ -46,9 +80,9 @@ def visibility(op: str, case: Case, inputs) -> torch.Tensor:
     return visible
 
 
-def band_of(visible: torch.Tensor, case: Case) -> torch.Tensor:
-    rows = torch.arange(case.query_length)[:, None] + case.key_length - case.query_length
-    key = rows - case.window.left + torch.arange(case.window.size)
+def band_of(visible: torch.Tensor, case: Case, inputs) -> torch.Tensor:
+    position, _, _ = standing(case, inputs)
+    key = position - case.window.left + torch.arange(case.window.size)
     there = (key >= 0) & (key < case.key_length)
     at = key.clamp(0, case.key_length - 1).expand(*visible.shape[:3], -1)
     return visible.gather(-1, at) & there
@@ -65,11 +99,11 @@ def poison(op: str, case: Case, inputs, bad: float) -> None:
         if name == "query":
             inputs.tensors[name][unseeing.to(device)] = bad
         elif name == "weights":
-            inputs.tensors[name][~band_of(visible, case).to(device)] = bad
+            inputs.tensors[name][~band_of(visible, case, inputs).to(device)] = bad
         else:
             inputs.tensors[name][unseen.to(device)] = bad
     if op == "local_dot_product":
-        inputs.grad[~band_of(visible, case).to(device)] = bad
+        inputs.grad[~band_of(visible, case, inputs).to(device)] = bad
     else:
         inputs.grad[unseeing.to(device)] = bad
 
@@ -81,6 +115,31 @@ def poison(op: str, case: Case, inputs, bad: float) -> None:
 def test_what_is_hidden_reaches_nothing(op, case, bad, backend, device, dtype):
     """But for a rounding step, where a backend computes anew what a product over hidden slots has spoilt."""
     assert_nothing_reaches(op, case, bad, backend, device, dtype)
+
+
+@pytest.mark.parametrize("bad", BAD[:2], ids=str)
+@pytest.mark.parametrize("case", PLACED, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
+def test_so_it_is_wherever_rows_stand(op, case, bad, backend, device, dtype):
+    skip_unless_taken(backend, op, case)
+    assert_nothing_reaches(op, case, bad, backend, device, dtype)
+
+
+@pytest.mark.parametrize("case", PLACED, ids=str)
+@pytest.mark.parametrize("of", ["torch", "torch_block"])
+def test_so_it_is_of_composed_attention_wherever_rows_stand(case, of):
+    (whole,) = (status.backend for status in attnreg.backends() if status.name == of)
+    with attnreg.register(composed(of, capability=whole.capability)):
+        skip_unless_taken("composed", "local_attention", case)
+        assert_nothing_reaches("local_attention", case, torch.nan, "composed", "cpu", torch.float32)
+
+
+def skip_unless_taken(backend, op, case):
+    taken = next(status.backend.taken for status in attnreg.backends() if status.name == backend)
+    given = set(case.further) & ROWS[op].optional
+    if not given <= taken.get(op, set()):
+        pytest.skip(f"{backend} takes no {', '.join(sorted(given - taken.get(op, set())))}")
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)

@@ -29,22 +29,25 @@ def assert_right(tensors_of, window, backend, **arguments):
     raise AssertionError(faults)
 
 
-def fault_of(query, key, value, window, backend, bias=None, **arguments):
+def fault_of(query, key, value, window, backend, bias=None, sinks=None, **arguments):
     """What is beyond the budget, under a random incoming gradient; None where nothing is."""
     tensors = {"query": query, "key": key, "value": value}
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    if bias is not None:
-        leaves["bias"] = bias.detach().requires_grad_()
+    given = {name: each for name, each in (("bias", bias), ("sinks", sinks)) if each is not None}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in {**tensors, **given}.items()}
     output = attnreg.local_attention(
-        *(leaves[name] for name in tensors), window, bias=leaves.get("bias"), backend=backend, **arguments
+        *(leaves[name] for name in tensors),
+        window,
+        **{name: leaves[name] for name in given},
+        backend=backend,
+        **arguments,
     )
     grad = random(*output.shape, dtype=output.dtype, device=output.device, seed=99)
     gradients = torch.autograd.grad(output, list(leaves.values()), grad)
 
     def computed(dtype):
-        given = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        rest = {**arguments, **({} if bias is None else {"bias": bias.double() if dtype == torch.float64 else bias})}
-        return truth(ATTENTION, given, window, rest, {"output": grad.to(dtype)})
+        inputs = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        rest = {name: each.double() if dtype == torch.float64 else each for name, each in given.items()}
+        return truth(ATTENTION, inputs, window, {**arguments, **rest}, {"output": grad.to(dtype)})
 
     true, naive = computed(torch.float64), computed(query.dtype)
     fault = budget(true.results["output"], naive.results["output"], query.dtype).fault(output, true.results["output"])
@@ -78,6 +81,50 @@ def test_scores_of_every_magnitude(magnitude, head_dim, with_bias, backend, devi
 
     bias = {"bias": torch.zeros(4, device=device)} if with_bias else {}
     assert_right(tensors_of, Window(3, 0), backend, **bias)
+
+
+def taking(name, *dtypes):
+    """Where a backend takes an argument."""
+    taken = {status.name: status.backend.taken for status in attnreg.backends() if status.backend is not None}
+    return [run for run in runs(*dtypes) if name in taken[run.values[0]].get("local_attention", ())]
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "softcap"), [(1e-3, 50.0), (1.0, 1.0), (30.0, 50.0), (1e4, 50.0), (1.0, 1e6), (1.0, 1e30)]
+)
+@pytest.mark.parametrize(("backend", "device", "dtype"), taking("softcap", torch.float32, torch.bfloat16))
+def test_soft_caps_of_every_magnitude(magnitude, softcap, backend, device, dtype):
+    def tensors_of(seed):
+        query, key, value = (
+            random(1, 2, 20, 64, dtype=dtype, device=device, seed=3 * seed + place) for place in range(3)
+        )
+        return query * (magnitude / 8), key, value
+
+    assert_right(tensors_of, Window(3, 2), backend, softcap=softcap)
+
+
+@pytest.mark.parametrize("sink", [-float("inf"), -1e4, 0.0, 30.0, 1e4])
+@pytest.mark.parametrize(("backend", "device", "dtype"), taking("sinks", torch.float32, torch.bfloat16))
+def test_sinks_of_every_magnitude(sink, backend, device, dtype):
+    """One of -inf is none; one that is above all scores leaves nothing, and no NaN."""
+
+    def tensors_of(seed):
+        return [random(1, 2, 20, 64, dtype=dtype, device=device, seed=3 * seed + place) for place in range(3)]
+
+    sinks = torch.tensor([sink, 1.0], dtype=dtype, device=device)
+    if abs(sink) < 100:
+        assert_right(tensors_of, Window(3, 2), backend, sinks=sinks)
+    leaves = [each.requires_grad_() for each in (*tensors_of(0), sinks)]
+    output = attnreg.local_attention(*leaves[:3], Window(3, 2), sinks=leaves[3], backend=backend)
+    gradients = torch.autograd.grad(output.sin().sum(), leaves)
+    assert all(each.isfinite().all() for each in (output, *gradients))
+    plain = attnreg.local_attention(*leaves[:3], Window(3, 2), backend=backend)
+    if sink < -100:
+        torch.testing.assert_close(output[:, 0], plain[:, 0])
+        assert gradients[3][0] == 0
+    if sink > 100:
+        assert not output[:, 0].any()
+        assert not any(each[:, 0].any() for each in gradients[:3])
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.02, -0.5])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import OPS, Case, make_inputs
 from composed import composed
+from given import make_call, taking
 from running import runs
 
 import attnreg
@@ -62,6 +63,20 @@ def test_results_and_gradients_lie_as_their_tensors(op, layout, value_dim, backe
     gradients = torch.autograd.grad(output, leaves, grad)
     for name, gradient, tensor in zip(ROWS[op].tensors, gradients, tensors):
         assert gradient.stride() == torch.empty_like(tensor).stride(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize(("op", "example", "backend", "device", "dtype"), taking(torch.float32))
+def test_so_they_do_whatever_a_call_gives(op, example, layout, backend, device, dtype):
+    call = make_call(op, example, dtype, device)
+    call = call.leaf(**{name: layout(each.detach()).requires_grad_() for name, each in call.tensors.items()})
+    first = next(iter(call.tensors.values()))
+    output, gradients = call.with_gradients(backend)
+    assert output.stride() == attnreg.empty_like(first, output.shape[-1]).stride()
+    for name, tensor in call.leaves.items():
+        # Where a dimension of one element lies says nothing: a pack is a batch of one.
+        pairs = zip(gradients[name].stride(), torch.empty_like(tensor).stride(), tensor.shape)
+        assert all(own == wanted or size == 1 for own, wanted, size in pairs), name
 
 
 @pytest.mark.parametrize("limit", [composition.LARGEST_BAND, 1])

@@ -260,6 +260,65 @@ def test_a_plugin_that_asks_for_backends_while_it_is_loaded_gets_those_found_so_
     assert "curious" in [status.name for status in attnreg.backends()]
 
 
+OLD = """
+from attnreg import Backend, Capability, hookimpl
+from attnreg_torch import naive
+import torch
+
+def dot(query, key, window, *, bias, key_lengths, scale):
+    return naive.local_dot_product(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
+
+def average(weights, value, window, *, key_lengths):
+    return naive.local_weighted_average(weights, value, window, key_lengths=key_lengths)
+
+def attention(query, key, value, window, *, bias, key_lengths, scale):
+    scores = dot(query, key, window, bias=bias, key_lengths=key_lengths, scale=scale)
+    return average(scores.softmax(-1), value, window, key_lengths=key_lengths), scores.logsumexp(-1)
+
+@hookimpl
+def attnreg_backends():
+    capability = Capability(dtypes={torch.float32})
+    products = {"local_dot_product": dot, "local_weighted_average": average, "differentiable": True}
+    yield Backend(name="old", capability=capability, local_attention=attention, **products)
+    yield Backend(name="old_products", capability=capability, **products)
+    yield Backend(name="old_and_pinned", capability=capability, contract=2, **products)
+"""
+
+
+def test_a_plugin_that_knows_nothing_of_an_argument_works_and_is_refused_where_a_call_gives_it(
+    distribution, discovered
+):
+    discovered(distribution("old", OLD))
+    statuses = {status.name: status for status in attnreg.backends()}
+    query = torch.randn(1, 2, 6, 4, requires_grad=True)
+    lengths, window = torch.tensor([4]), Window(3, 2)
+    more = {
+        "key_starts": torch.tensor([1]), "query_starts": torch.tensor([0]), "cu_seqlens_q": torch.tensor([0, 6]),
+        "softcap": 2.0, "sinks": torch.zeros(2), "dropout_p": 0.5,
+    }  # fmt: skip
+    for name in ("old", "old_products", "old_and_pinned"):
+        assert statuses[name].runs_here
+        output = attnreg.local_attention(
+            query, query, query, window, bias=torch.ones(6), key_lengths=lengths, backend=name
+        )
+        (gradient,) = torch.autograd.grad(output.sum(), query)
+        assert gradient.any()
+        for argument, given in more.items():
+            call = {argument: given, "seed": torch.tensor([1])} if argument == "dropout_p" else {argument: given}
+            if name != "old" and argument in ("softcap", "sinks", "dropout_p"):  # composed
+                found = attnreg.local_attention(query, query, query, window, **call, backend=name)
+                torch.testing.assert_close(
+                    found, attnreg.local_attention(query, query, query, window, **call, backend="torch")
+                )
+                continue
+            with pytest.raises(attnreg.BackendError, match=f"{argument} is given; it takes bias, .*key_lengths"):
+                attnreg.local_attention(query, query, query, window, **call, backend=name)
+            # Nobody asked for it: another one runs the call.
+            attnreg.local_attention(query, query, query, window, **call)
+        with pytest.raises(attnreg.BackendError, match="key_starts is given; it takes bias, key_lengths"):
+            attnreg.local_dot_product(query, query, window, key_starts=more["key_starts"], backend=name)
+
+
 def test_the_example_plugin_is_installed_and_runs(example_site, discovered):
     discovered(example_site)
     (status,) = [status for status in attnreg.backends() if status.name == "example"]

@@ -30,14 +30,20 @@ def test_a_notebook_shows_the_trace_of_a_decision():
     assert printer.shown == str(decision)
 
 
+ROWS = "key_lengths, key_starts, query_starts, cu_seqlens_q, cu_seqlens_k"
+
+
 @pytest.mark.parametrize(
     ("function", "needed", "by_name"),
     [
-        (attnreg.local_dot_product, "query, key, window", "bias, key_lengths, scale, backend"),
-        (attnreg.local_weighted_average, "weights, value, window", "key_lengths, backend"),
-        (attnreg.local_attention, "query, key, value, window", "bias, key_lengths, scale, backend"),
-        (attnreg.LocalAttention, "window", "scale, backend"),
-        (attnreg.LocalAttention(Window(1, 0)).forward, "query, key, value", "bias, key_lengths"),
+        (attnreg.local_dot_product, "query, key, window", f"bias, {ROWS}, scale, backend"),
+        (attnreg.local_weighted_average, "weights, value, window", f"{ROWS}, backend"),
+        *[
+            (function, "query, key, value, window", f"bias, {ROWS}, scale, softcap, sinks, dropout_p, seed, backend")
+            for function in (attnreg.local_attention, attnreg.local_attention_with_lse)
+        ],
+        (attnreg.LocalAttention, "window", "scale, softcap, dropout_p, backend"),
+        (attnreg.LocalAttention(Window(1, 0)).forward, "query, key, value", f"bias, {ROWS}, sinks, seed"),
     ],
 )
 def test_a_signature_says_what_a_call_takes_and_needs(function, needed, by_name):

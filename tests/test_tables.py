@@ -18,12 +18,19 @@ from pathlib import Path
 import pytest
 import torch
 from tabled import (
+    ALL_RESULTS,
     BIAS,
     BROKEN,
     CPU,
+    DROPOUT,
     HARDLY_A_BIAS,
     LENGTHS,
+    PACKED,
+    PACKED_BOTH,
     SCALE,
+    SINKS,
+    SOFTCAP,
+    STARTS,
     as_torch_block,
     broken_text,
     call,
@@ -41,6 +48,7 @@ from attnreg.backend import Entry
 from attnreg.dispatch import TIE, choose
 from attnreg.measured import Figure, Measured
 from attnreg.op import OPS
+from attnreg.plan import explain_problem
 from attnreg.problem import Given
 from attnreg.registry import registry
 from attnreg.tables import store
@@ -207,11 +215,91 @@ def test_calls_with_a_bias_go_by_entries_with_a_bias_where_there_are_any_and_oth
 
     assert served_by() == served_by(given=SCALE) == served_by(window=16) == [plain]
     assert served_by(given=BIAS) == served_by(given=HARDLY_A_BIAS) == served_by(given=BIAS + SCALE) == [biased]
-    assert served_by(given=LENGTHS) == served_by(given=BIAS + LENGTHS) == [plain]  # nothing of its own was measured
+    assert served_by(given=LENGTHS) == [plain]  # nothing of its own was measured
+    assert served_by(given=BIAS + LENGTHS) == [biased]  # but with a part of it
     assert served_by(given=BIAS, window=1, heads=64, kv_heads=32) == [plain]  # nor within reach
     assert distance(as_measured(problem(given=BIAS)), problem()) == float("inf")
     assert not same_class(as_measured(problem()), problem(given=BIAS))
     assert same_class(as_measured(problem(given=HARDLY_A_BIAS)), problem(given=BIAS))
+
+
+def test_a_call_goes_by_the_entries_that_have_most_of_what_it_gives_and_nothing_else():
+    classes = {
+        "plain": (), "bias": BIAS, "sinks": SINKS, "bias, sinks": BIAS + SINKS, "packed": PACKED, "dropout": DROPOUT,
+        "packed, sinks, softcap": PACKED + SOFTCAP + SINKS,
+    }  # fmt: skip
+    rows = {
+        as_measured(problem(8, grad=True, given=given)): {"x": Figure(seconds=place + 1.0)}
+        for place, given in enumerate(classes.values())
+    }
+    stored = [Stored(Table(here(), rows), "tuned", "t", ())]
+
+    def served_by(given, window=8):
+        (found,) = measured(problem(window, grad=True, given=given), stored)
+        return list(classes)[int(found.figures["x"].seconds) - 1]
+
+    for name, given in classes.items():
+        assert served_by(given) == served_by(given, window=9) == name
+    for given, name in (
+        (LENGTHS, "plain"),
+        (STARTS, "plain"),
+        (SOFTCAP, "plain"),
+        (ALL_RESULTS, "plain"),
+        (SOFTCAP + SINKS, "sinks"),
+        (BIAS + LENGTHS + SINKS, "bias, sinks"),
+        (BIAS + DROPOUT, "dropout"),  # two names are more than one
+        (PACKED_BOTH, "packed"),
+        (PACKED + SINKS, "packed"),  # one name each: the first in the op's row
+        (SINKS + ALL_RESULTS, "sinks"),
+        (PACKED_BOTH + SOFTCAP + SINKS + DROPOUT, "packed, sinks, softcap"),
+    ):
+        assert served_by(given) == name, given
+        (found,) = measured(problem(8, grad=True, given=given), stored)
+        assert "the nearest entry, W=8" in found.text
+        for row in rows:
+            of_call = {each for each, _ in given}
+            assert (distance(row, problem(grad=True, given=given)) < float("inf")) == (
+                {each for each, _ in row.given} <= of_call
+            )
+
+
+@pytest.mark.parametrize("given", [STARTS, LENGTHS, PACKED, SOFTCAP, SINKS, DROPOUT], ids=lambda given: given[0][0])
+def test_a_call_does_not_lose_the_choice_of_the_plain_call_where_its_class_was_not_measured(folder, given):
+    whole = Capability(dtypes=(torch.float32,), takes={name for name, _ in given})
+    forward = {"local_attention": lambda *arguments, **options: None}
+    with (
+        attnreg.register(Backend(name="first", capability=whole, rank=1, **forward)),
+        attnreg.register(Backend(name="second", capability=whole, rank=2, **forward)),
+    ):
+        writing.save(table_of({"first": 2.0, "second": 1.0, "torch": 3.0}))
+        decision = explain_problem(problem(given=given), None)
+        assert (decision.backend, decision.source) == ("second", "tuned")
+        assert "the nearest entry, W=8 E=8 D=8 Lq=64 Lk=64 N*H=2 H/Hkv=2" in decision.reason
+        own = Table(
+            here(), {as_measured(problem(given=given)): {"first": Figure(seconds=1.0), "second": Figure(seconds=2.0)}}
+        )
+        writing.save(own)
+        decision = explain_problem(problem(given=given), None)
+        assert decision.backend == "first"
+        assert "nearest" not in decision.reason
+        assert explain_problem(problem(), None).backend == "second"
+
+
+def test_a_pack_of_any_number_of_sequences_is_one_call_in_a_table(folder):
+    rows = {as_measured(problem(given=PACKED)): {"torch": Figure(seconds=1.0), "torch_block": Figure(seconds=2.0)}}
+    writing.save(Table(here(), rows))
+    tensors = empty_tensors()
+    for offsets in ([0, 64], [0, 3, 9, 64]):
+        decision = attnreg.explain(*tensors, Window.causal(8), cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32))
+        assert decision.source == "tuned"
+        assert "nearest" not in decision.reason
+
+
+def test_rows_that_may_stand_anywhere_see_the_whole_window_as_far_as_there_are_keys():
+    one_query = replace(problem(length=64, query_length=1), window=Window(20, 9))
+    assert as_measured(one_query).window.size == 21
+    assert as_measured(replace(one_query, given=STARTS)).window.size == 30
+    assert as_measured(replace(one_query, given=STARTS, window=Window(2**60, 2**60))).window.size == 64
 
 
 def test_an_entry_without_the_bias_is_not_called_the_call_itself():
@@ -260,8 +348,38 @@ def test_the_entries_that_are_found_are_those_of_least_distance_in_the_order_of_
 
 
 def test_a_call_survives_its_text():
-    for each in (problem(), problem(9, grad=True, batch=3), problem(given=BIAS + LENGTHS + SCALE)):
+    for each in (
+        problem(),
+        problem(9, grad=True, batch=3),
+        problem(given=BIAS + LENGTHS + SCALE),
+        problem(given=LENGTHS + STARTS + SOFTCAP + SINKS + DROPOUT),
+        problem(given=PACKED_BOTH + SINKS + ALL_RESULTS, grad=True),
+        replace(problem(given=PACKED), op="local_dot_product", value_dim=0),
+    ):
         assert call_from_json(json.loads(json.dumps(call_to_json(each))), CPU) == each
+        assert as_measured(as_measured(each)) == as_measured(each)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"cu_seqlens_q": {"shape": [3], "dtype": "int32"}}, "cu_seqlens_q has 0 dimensions"),
+        ({"cu_seqlens_q": {"shape": [], "dtype": "float32"}}, "'float32' is no integer dtype"),
+        ({"sinks": {"shape": [], "dtype": "float32"}}, "sinks has 1 dimensions"),
+        ({"seed": {"shape": [1, 1], "dtype": "int64"}}, "seed has 1 dimensions"),
+        ({"softcap": {"shape": [], "dtype": "float32"}}, "softcap is a number"),
+        ({"grad_log_sum_exp": {"shape": [2]}}, "grad_log_sum_exp is a number"),
+        ({"grad_output": {}}, "local_attention takes no 'grad_output'"),
+    ],
+)
+def test_what_a_call_cannot_give_is_no_call(given, error):
+    with pytest.raises(ValueError, match=error):
+        call_from_json({**call_to_json(problem()), "given": given}, CPU)
+
+
+def test_the_shape_of_what_is_given_follows_the_calls():
+    of_batch = problem(batch=3, given=(*LENGTHS, *SINKS))
+    assert as_measured(of_batch).given == (LENGTHS[0], ("sinks", Given((6,), torch.float32)))
 
 
 FIRST_FORM = """{"format": 1, "environment": %s, "rows": [

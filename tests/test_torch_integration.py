@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import CASES, OPS, Case, make_inputs
+from given import PAIRS, WINDOW, make_call, taking
 from reference import call, truth
 from running import runs
 
@@ -26,15 +28,22 @@ def op_calls(op: str, case: Case, device: str, dtype: torch.dtype, backend: str)
     inputs = make_inputs(op, case, dtype, device)
     tensors, window = inputs.tensors, case.window
     given = {"bias": tensors.pop("bias", None), "key_lengths": inputs.key_lengths, "scale": 0.5}
-    arguments = [given[argument.name] for argument in ROWS[op].arguments]
     asked = (window.left, window.right, backend)
-    needs_grad = [*tensors, *(["bias"] if given["bias"] is not None else [])]
+    yield from forward_and_backward(op, tensors, given, asked, (inputs.grad, *[None] * len(ROWS[op].incoming)))
+
+
+def forward_and_backward(op, tensors, given, asked, grads):
+    row = ROWS[op]
+    arguments = [given.get(argument.name) for argument in row.arguments]
+    needs_grad = [name for name in row.differentiable if name in tensors or given.get(name) is not None]
+    all_results = any(grad is not None for grad in grads[1:])
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors.values()]
-    yield getattr(torch.ops.attnreg, op).default, (*leaves, *arguments, *asked, True)
-    *results, ticket = getattr(torch.ops.attnreg, op).default(*tensors.values(), *arguments, *asked, False)
-    saved = [*tensors.values(), *(results if op == "local_attention" else [])]
+    yield getattr(torch.ops.attnreg, op).default, (*leaves, *arguments, *asked, True, all_results)
+    plain = [tensor.detach() for tensor in tensors.values()]
+    *results, ticket = getattr(torch.ops.attnreg, op).default(*plain, *arguments, *asked, False, False)
+    saved = [*plain, *(results if op == "local_attention" else [])]
     backward = getattr(torch.ops.attnreg, f"{op}_backward").default
-    yield backward, (inputs.grad, *saved, *arguments, *asked, ticket, needs_grad)
+    yield backward, (*grads, *saved, *arguments, *asked, ticket, needs_grad)
 
 
 def opchecks(backend: str) -> list[str]:
@@ -50,6 +59,71 @@ def test_opcheck_passes_on_every_op_forward_and_backward(op, case, backend, devi
     call(op, make_inputs(op, case, dtype, device), case.window, backend=backend)
     for function, arguments in op_calls(op, case, device, dtype, backend):
         torch.library.opcheck(function, arguments, test_utils=opchecks(backend))
+
+
+@pytest.mark.parametrize(("op", "example"), PAIRS)
+def test_opcheck_passes_with_all_that_a_call_may_give(op, example):
+    call = make_call(op, example)
+    given = {"scale": 0.5, **call.given}
+    given = {name: each.detach() if isinstance(each, torch.Tensor) else each for name, each in given.items()}
+    asked = (WINDOW.left, WINDOW.right, "torch")
+    for function, arguments in forward_and_backward(op, call.tensors, given, asked, tuple(call.upstream.values())):
+        torch.library.opcheck(function, arguments, test_utils=opchecks("torch"))
+
+
+@pytest.mark.parametrize(("op", "example", "backend", "device", "dtype"), taking(torch.float32))
+def test_a_compiled_call_gives_the_same_bits_whatever_it_gives(op, example, backend, device, dtype):
+    call = make_call(op, example, dtype, device)
+    expected, gradients = call.with_gradients(backend)
+    torch._dynamo.reset()
+    function = torch.compile(getattr(attnreg, op), fullgraph=True, backend="aot_eager")
+    output, found = call.with_gradients(backend, function=function)
+    assert torch.equal(output, expected)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, gradients[name]), name
+
+
+@pytest.mark.parametrize(("op", "example"), PAIRS)
+def test_fake_and_meta_tensors_have_the_shapes_of_real_ones_whatever_a_call_gives(op, example):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call = make_call(op, example)
+    real, gradients = call.with_gradients()
+
+    def converted(convert):
+        other = call.leaf(**{name: convert(each) for name, each in call.everything.items()})
+        return replace(other, upstream={name: convert(each) for name, each in call.upstream.items()})
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = converted(mode.from_tensor).with_gradients()
+    meta = converted(lambda tensor: tensor.detach().to("meta").requires_grad_(tensor.requires_grad)).with_gradients()
+    for found, found_gradients in (fake, meta):
+        assert (found.shape, found.dtype, found.stride()) == (real.shape, real.dtype, real.stride())
+        for name, gradient in gradients.items():
+            assert (found_gradients[name].shape, found_gradients[name].dtype) == (gradient.shape, gradient.dtype)
+
+
+@pytest.mark.parametrize(("op", "example"), PAIRS)
+def test_checkpointing_and_a_trace_give_the_same_whatever_a_call_gives(op, example):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.checkpoint import checkpoint
+
+    call = make_call(op, example)
+    expected, gradients = call.with_gradients()
+
+    def run(*tensors):
+        return call.leaf(**dict(zip(call.everything, tensors))).results()[0]
+
+    output = checkpoint(run, *call.everything.values(), use_reentrant=False)
+    assert torch.equal(output, expected)
+    found = torch.autograd.grad(output, list(call.leaves.values()), next(iter(call.upstream.values())))
+    for name, gradient in zip(gradients, found):
+        assert torch.equal(gradient, gradients[name]), name
+    tensors = [each.detach() for each in call.everything.values()]
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(run, tracing_mode=mode)(*tensors)
+        assert f"attnreg.{op}" in graph.code
+        assert torch.equal(graph(*tensors), expected)
 
 
 @pytest.mark.parametrize("op", OPS)

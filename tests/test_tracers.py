@@ -280,6 +280,90 @@ class WindowOfLength(torch.nn.Module):
 LONGER = torch.randn(1, 2, 13, 8)
 
 
+class Rows(torch.nn.Module):
+    """A call whose rows are told by a tensor."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, query, numbers):
+        return attnreg.local_attention(query, query, query, WINDOW, **{self.name: numbers})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("cu_seqlens_q", [0, 4, 6], [0, 3, 3, 9, 13]),
+        ("key_lengths", [4], [11]),
+        ("key_starts", [2], [5]),
+        ("query_starts", [-1], [3]),
+    ],
+)
+def test_an_export_serves_other_lengths_numbers_and_numbers_of_sequences(name, first, second, strict):
+    module, length = Rows(name), Dim("length", min=2, max=99)
+    of_numbers = {0: Dim("offsets", min=2, max=99)} if name == "cu_seqlens_q" else {}
+    program = export(
+        module,
+        (LONGER[:, :, :6].clone(), torch.tensor(first)),
+        dynamic_shapes=({2: length}, of_numbers),
+        strict=strict,
+    ).module()
+    for query, numbers in ((LONGER[:, :, :6].clone(), first), (LONGER, second)):
+        assert torch.equal(program(query, torch.tensor(numbers)), module(query, torch.tensor(numbers)))
+    if name != "query_starts":  # which may be any number
+        with pytest.raises(ValueError, match=f"{name}: every"):  # checked as those of an eager call
+            program(LONGER, torch.tensor([*second[:-1], 99]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_packed_call_serves_every_length_and_number_of_sequences(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(Rows("cu_seqlens_q"), backend="aot_eager", fullgraph=True, dynamic=dynamic or None)
+    for length, offsets in ((6, [0, 4, 6]), (6, [0, 1, 6]), (13, [0, 13]), (9, [0, 3, 3, 7, 9])):
+        query, numbers = LONGER[:, :, :length], torch.tensor(offsets)
+        assert torch.equal(compiled(query, numbers), Rows("cu_seqlens_q")(query, numbers))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_export_keeps_both_results_the_sinks_and_a_seed_that_is_drawn(strict):
+    class Model(torch.nn.Module):
+        def forward(self, query, sinks):
+            return attnreg.local_attention_with_lse(
+                query, query, query, WINDOW, sinks=sinks, softcap=2.0, dropout_p=0.5
+            )
+
+    query, sinks = LONGER[:, :, :6].clone(), torch.randn(2)
+    program = export(Model(), (query, sinks), dynamic_shapes=({2: Dim("length", min=2, max=99)}, {}), strict=strict)
+    (node,) = ops_in(program.graph)
+    assert "local_attention" in str(node.target)
+    results = []
+    for model in (program.module(), program.module(), Model()):
+        torch.manual_seed(0)
+        results.append(model(LONGER, sinks))
+    for found in results[:2]:
+        for result, expected in zip(found, results[2]):
+            torch.testing.assert_close(result, expected)
+    assert not torch.equal(program.module()(LONGER, sinks)[0], results[0][0])
+
+
+def test_inductor_takes_the_ops_of_all_arguments():
+    query, sinks = LONGER.clone().requires_grad_(), torch.randn(2, requires_grad=True)
+    offsets, seed = torch.tensor([0, 4, 13]), torch.tensor([5])
+
+    def run(query, sinks, offsets):
+        given = {"cu_seqlens_q": offsets, "softcap": 2.0, "sinks": sinks, "dropout_p": 0.25, "seed": seed}
+        output, log_sum_exp = attnreg.local_attention_with_lse(query, query, query, WINDOW, **given)
+        return output.sin().sum() + log_sum_exp.cos().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True)
+    found, expected = (torch.autograd.grad(each(query, sinks, offsets), (query, sinks)) for each in (compiled, run))
+    for gradient, wanted in zip(found, expected):
+        torch.testing.assert_close(gradient, wanted)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_window_follows_the_length(strict):
     program = export(

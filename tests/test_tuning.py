@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from tabled import CPU, SMALL, as_torch_block, broken_text, call, empty_tensors, here, problem, run, settles, table_of
 
 import attnreg
-from attnreg import Window
+from attnreg import Backend, Capability, Window
 from attnreg.measured import Figure
 from attnreg.measuring import steadiness
 from attnreg.measuring.timing import cache_bytes
+from attnreg.op import OPS
+from attnreg.problem import Given
 from attnreg.registry import registry
 from attnreg.tables import store
 from attnreg.testing import oracle
 from attnreg.tuning import autotune, writing
 from attnreg.tuning.candidate import Measurement
+from attnreg.tuning.tune import grid
 from attnreg.tuning.worker import Worker
 
 # Measuring
@@ -44,6 +48,96 @@ def test_tuning_measures_every_candidate_and_the_next_call_goes_by_it(folder):
     assert found.path is not None
     assert store.load(found.path).rows == found.table.rows
     assert attnreg.explain(*empty_tensors(), Window.causal(4)).source == "tuned"
+
+
+CLASSES = {
+    "rows": ["key_lengths", "key_starts", "query_starts"],
+    "packed": ["cu_seqlens_q"],
+    "packed, other keys": ["cu_seqlens_k"],
+    "softmax": ["softcap", "sinks"],
+    "dropout": ["dropout_p"],
+    "all results": ["grad_log_sum_exp", "sinks"],
+    "bias": ["bias"],
+}
+
+
+@pytest.mark.parametrize("names", CLASSES.values(), ids=CLASSES)
+def test_calls_with_all_that_may_be_given_are_measured_and_found_right(folder, names):
+    options = {**SMALL, "device": CPU, "windows": [4], "given": [names], "backends": ["torch"], "lengths": [300]}
+    found = attnreg.tune(**options, gradients=[False, True], seconds=0.001)
+    assert [row.needs_grad for row in found.table.rows] == ([True] if "grad_log_sum_exp" in names else [False, True])
+    for row, figures in found.table.rows.items():
+        assert set(names) <= {name for name, _ in row.given}
+        assert figures["torch"].seconds, figures["torch"].reason
+    assert store.load(found.path).rows == found.table.rows
+
+
+def _wrongly(spoil):
+    """The attention of the reference with something else in its arguments."""
+
+    def forward(query, key, value, window, **options):
+        return registry.functions("torch")["local_attention"](
+            query, key, value, window, **{**options, **spoil(options)}
+        )
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("names", "spoil"),
+    [
+        (["sinks"], lambda options: {"sinks": None}),
+        (["softcap"], lambda options: {"softcap": None}),
+        (["dropout_p"], lambda options: {"seed": options["seed"] + 1}),
+        (["key_starts"], lambda options: {"key_starts": None}),
+        (["query_starts"], lambda options: {"query_starts": options["query_starts"] + 1}),
+        (["cu_seqlens_q"], lambda options: {"cu_seqlens_q": options["cu_seqlens_q"][[0, -1]]}),
+        (["cu_seqlens_k"], lambda options: {"cu_seqlens_k": None}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_candidate_that_does_not_heed_what_is_given_is_found_wrong(folder, names, spoil):
+    takes = next(each.backend.capability.takes for each in registry.entries if each.backend.name == "torch")
+    capability = Capability(dtypes={torch.float32}, takes=takes)
+    backend = Backend(name="bad", capability=capability, local_attention=_wrongly(spoil))
+    options = {**SMALL, "device": CPU, "windows": [20], "lengths": [600], "given": [names], "gradients": [False]}
+    with attnreg.register(backend):
+        found = attnreg.tune(**options, backends=["bad", "torch"], seconds=0.001, keep=False)
+    (figures,) = found.table.rows.values()
+    assert figures["bad"].is_wrong, figures["bad"]
+    assert figures["torch"].seconds
+
+
+def test_the_gradient_of_the_log_sum_exp_is_compared_with_the_truth(folder):
+    def backward(*inputs, grad_log_sum_exp, **options):
+        return registry.functions("torch")["local_attention_backward"](*inputs, grad_log_sum_exp=None, **options)
+
+    torch_backend = next(each.backend for each in registry.entries if each.backend.name == "torch")
+    options = {**SMALL, "device": CPU, "windows": [4], "given": [["grad_log_sum_exp"]], "seconds": 0.001, "keep": False}
+    bad = replace(torch_backend, name="bad", differentiable=False, local_attention_backward=backward,
+                  local_dot_product=None, local_weighted_average=None)  # fmt: skip
+    with attnreg.register(bad):
+        found = attnreg.tune(**options, backends=["bad", "torch"])
+    (figures,) = found.table.rows.values()
+    assert figures["bad"].is_wrong, figures["bad"]
+    assert figures["torch"].seconds
+
+
+def test_a_grid_leaves_out_ops_that_lack_what_is_given_and_the_forward_of_what_comes_in():
+    sizes = {**SMALL, "batch": 1, "windows": [4], "device": CPU, "gradients": [False, True], "ops": OPS}
+    plain, softmax, rows = (grid(**sizes, given=[names]) for names in ([], ["sinks"], ["key_starts"]))
+    assert [len(plain), len(softmax), len(rows)] == [6, 2, 6]
+    (incoming,) = grid(**sizes, given=[["grad_log_sum_exp"]])
+    assert incoming.needs_grad
+    both = grid(**sizes, given=[[], ["dropout_p"]])
+    assert set(both) == {*plain, *grid(**sizes, given=[["dropout_p", "seed"]])}
+    (problem, *_) = grid(**{**sizes, "ops": ["local_attention"]}, given=[["bias", "sinks", "cu_seqlens_k"]])
+    assert dict(problem.given) == {
+        "bias": Given((1, 2, 1, 4), torch.float32),
+        "cu_seqlens_q": Given((), torch.int64),
+        "cu_seqlens_k": Given((), torch.int64),
+        "sinks": Given((2,), torch.float32),
+    }
 
 
 def _raises(*arguments, **options):
@@ -108,8 +202,6 @@ def bad_plugin(tmp_path, monkeypatch, folder):
     [("dies", "signal SIGSEGV"), ("leaves", "SystemExit: 3"), ("hangs", "given up after 5 s"), ("chats", "it talked")],
 )
 def test_a_candidate_that_dies_leaves_hangs_or_chats_takes_nothing_along(bad_plugin, name, reason):
-    from attnreg.tuning.tune import grid
-
     (call,) = grid(**{**SMALL, "batch": 1, "windows": [4], "device": CPU, "gradients": [False]})
     with Worker() as worker:
         assert worker.measure(call, "torch", 0.01).figure.seconds
@@ -120,8 +212,6 @@ def test_a_candidate_that_dies_leaves_hangs_or_chats_takes_nothing_along(bad_plu
 
 
 def test_a_child_measures_under_the_settings_that_the_table_says(bad_plugin, as_set):
-    from attnreg.tuning.tune import grid
-
     (call,) = grid(**{**SMALL, "batch": 1, "windows": [4], "device": CPU, "gradients": [False]})
     with Worker() as worker:
         for threads, precision in ((1, "highest"), (2, "high"), (1, "medium"), (2, "highest")):
@@ -241,6 +331,12 @@ def test_an_interrupted_tuning_keeps_what_was_measured(folder):
         ({"dtypes": [torch.int8]}, "dtypes must be floating-point dtypes of torch; got torch.int8"),
         ({"gradients": []}, r"gradients must be one or both of False and True; got \[\]"),
         ({"device": "nowhere"}, "device 'nowhere' is not to be had"),
+        ({"given": []}, "given is empty"),
+        ({"given": ["sinks"]}, "given must be sequences of arguments' names; got 'sinks'"),
+        ({"given": [["sink"]]}, "none of local_attention has sink; their arguments are bias, "),
+        ({"given": [["sinks"]], "ops": ["local_dot_product"]}, "none of local_dot_product has sinks"),
+        ({"given": [["cu_seqlens_q", "key_starts"]]}, "cu_seqlens_q and key_starts cannot be given together"),
+        ({"given": [["cu_seqlens_q"]], "batch": 2}, "with cu_seqlens_q, the batch size is 1; got 2"),
     ],
 )
 def test_bad_arguments_are_named(folder, changes, message):
@@ -278,6 +374,47 @@ def test_autotune_measures_calls_with_a_bias_of_fewer_queries_and_other_values_a
     assert [[name for name, _ in call.given] for call in calls] == [[], ["bias", "key_lengths"]]
     assert {(call.query_length, call.key_length, call.head_dim, call.value_dim) for call in calls} == {(3, 64, 8, 5)}
     assert all(figure.seconds for row in store.load(path).rows.values() for figure in row.values())
+
+
+def test_autotune_measures_calls_with_what_else_may_be_given_apart(folder):
+    attnreg.autotune(True)
+    query, key = torch.randn(1, 2, 64, 8), torch.randn(1, 1, 64, 8)
+    # Two that can be chosen from, whatever is given.
+    torch_backend = next(each.backend for each in registry.entries if each.backend.name == "torch")
+    calls = [
+        {},
+        {"sinks": torch.randn(2)},
+        {"softcap": 2.0},
+        {"dropout_p": 0.1},
+        {"cu_seqlens_q": torch.tensor([0, 9, 64])},
+        {"query_starts": torch.tensor([3])},
+    ]
+    with attnreg.register(replace(torch_backend, name="second", rank=99)):
+        for given in [*calls, *calls]:
+            attnreg.local_attention(query, key, key, Window.causal(8), **given)
+        attnreg.local_attention(query, key, key, Window.causal(8), cu_seqlens_q=torch.tensor([0, 64]))
+        leaf = query.clone().requires_grad_()
+        attnreg.local_attention_with_lse(leaf, key, key, Window.causal(8))
+    rows = [row for path in folder.glob("*.json") for row in store.load(path).rows.items()]
+    assert {tuple(name for name, _ in call.given) for call, _ in rows} == {
+        (), ("sinks",), ("softcap",), ("dropout_p", "seed"), ("cu_seqlens_q",), ("query_starts",), ("grad_log_sum_exp",)
+    }  # fmt: skip
+    assert len(rows) == 7
+    assert all(figures["torch"].seconds and figures["second"].seconds for _, figures in rows)
+
+
+@pytest.mark.parametrize("window", [Window(2**60, 0), Window(2**62 - 1, 2**62 - 1)], ids=str)
+@pytest.mark.parametrize("given", [{}, {"query_starts": torch.tensor([3])}], ids=["plain", "query_starts"])
+def test_autotune_measures_a_call_of_the_widest_window(folder, window, given):
+    attnreg.autotune(True)
+    tensor = torch.randn(1, 2, 64, 8)
+    torch_backend = next(each.backend for each in registry.entries if each.backend.name == "torch")
+    with attnreg.register(replace(torch_backend, name="second", rank=99)):
+        attnreg.local_attention(tensor, tensor, tensor, window, **given)
+    (path,) = folder.glob("*.json")
+    ((row, figures),) = store.load(path).rows.items()
+    assert row.window.size <= 127
+    assert all(figure.seconds for figure in figures.values()), figures
 
 
 def test_a_broken_table_breaks_no_tuning_on_first_use(folder):

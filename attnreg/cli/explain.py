@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ import typer
 
 from attnreg.cli.shared import (
     ALL_OPS,
+    GIVEN,
     BackendOption,
     DeviceOption,
     JsonOption,
@@ -22,16 +23,19 @@ from attnreg.cli.shared import (
     check_op,
     check_wish,
     complete_dtype,
+    complete_given,
     complete_op,
     integer,
     parse_device,
     parse_dtype,
+    parse_given,
     parse_integers,
     print_json,
     say,
 )
 from attnreg.device import why_unusable
 from attnreg.dispatch import Candidate, Decision
+from attnreg.measuring.sizes import with_given
 from attnreg.op import ROWS
 from attnreg.plan import explain_problem
 from attnreg.problem import Problem, check, problem_of
@@ -91,6 +95,15 @@ def explain(
     ] = None,
     bias: Annotated[bool, typer.Option("--bias/--no-bias", help="With a bias of shape (H, 1, W).")] = False,
     key_lengths: Annotated[bool, typer.Option("--key-lengths/--no-key-lengths", help="With key lengths.")] = False,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME,...",
+            help=f"With these optional arguments, or incoming gradients; repeatable. Of {', '.join(GIVEN)}.",
+            autocompletion=complete_given,
+        ),
+    ] = None,
     grad: Annotated[bool, typer.Option("--grad/--no-grad", help="Gradients are needed.")] = True,
     device: DeviceOption = None,
     backend: BackendOption = None,
@@ -118,8 +131,11 @@ def explain(
         value_dim=value_dim,
         dtype=parse_dtype(dtype),
         window=_window(causal, centered, window),
-        bias=bias,
-        key_lengths=key_lengths,
+        given={
+            **({"bias": "--bias"} if bias else {}),
+            **({"key_lengths": "--key-lengths"} if key_lengths else {}),
+            **{name: "--with" for each in with_ or () for name in parse_given(each)},
+        },
         grad=grad,
     )
     with backend_errors(), _no_log():
@@ -200,11 +216,13 @@ def _describe(
     value_dim: int | None,
     dtype: torch.dtype,
     window: Window,
-    bias: bool,
-    key_lengths: bool,
+    given: Mapping[str, str],
     grad: bool,
 ) -> Problem:
-    """The problem of a call with these shapes. The op's own checks are made, on tensors that have no memory."""
+    """The problem of a call with these shapes. The op's own checks are made, on tensors that have no memory.
+
+    ``given`` says of each optional argument that the call gives which option of the command said so.
+    """
     batch, heads, query_length, head_dim = query
     sizes = {
         "N": batch,
@@ -221,23 +239,21 @@ def _describe(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     row = ROWS[op]
+    for name, option in given.items():
+        if name not in row.optional:
+            raise typer.BadParameter(f"{op} takes no {name}", param_hint=option)
     try:
         if max(sizes.values()) >= 2**63:
             raise RuntimeError
         tensors = [tensor(dtype, *(sizes[letter] for letter in dims)) for dims in row.tensors.values()]
         # A number decides nothing, whichever it is.
-        given: dict[str, object] = {argument.name: 1.0 for argument in row.arguments if argument.required}
-        if bias:
-            given["bias"] = tensor(dtype, heads, 1, window.size)
-        if key_lengths:
-            given["key_lengths"] = tensor(torch.int64, batch)
-        arguments = [given.pop(argument.name, None) for argument in row.arguments]
-        for name in given:
-            raise typer.BadParameter(f"{op} takes no {name}", param_hint=f"--{name.replace('_', '-')}")
+        arguments = [1.0 if argument.required else None for argument in row.arguments]
         check(row, tensors, window, arguments)
+        problem = problem_of(row, tensors, window, arguments, needs_grad=grad)
     except RuntimeError:  # torch's own, of tensors that are too large
         told = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
         raise typer.BadParameter(f"expected tensors of less than 2**63 bytes; got sizes {told}") from None
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--shape") from None
-    return problem_of(row, tensors, window, arguments, needs_grad=grad)
+    with bad_value_of("--with"):
+        return with_given(problem, given)

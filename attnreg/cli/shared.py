@@ -18,7 +18,7 @@ import typer
 from attnreg.backend import BackendError, option_values
 from attnreg.device import why_unusable
 from attnreg.drawing import MissingMatplotlib
-from attnreg.op import OPS
+from attnreg.op import OPS, ROWS
 from attnreg.printable import printable
 from attnreg.problem import dtype_name
 from attnreg.registry import registry
@@ -48,6 +48,9 @@ def completing(names: Callable[[], Collection[str]]) -> Callable[[str], list[str
 
 complete_op = completing(lambda: OPS)
 complete_dtype = completing(lambda: DTYPES)
+# What a call may give beside its tensors, of any op.
+GIVEN = tuple(dict.fromkeys(row.name for op in ROWS.values() for row in op.extras if row.name in op.optional))
+complete_given = completing(lambda: GIVEN)
 complete_backend = completing(lambda: [entry.backend.name for entry in registry.entries])
 # How the library says that a backend was asked for as the command passes it on.
 _BY_ARGUMENT = "the argument backend="
@@ -84,6 +87,19 @@ def parse_dtype(name: str) -> torch.dtype:
     if dtype is None:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
     return dtype
+
+
+def parse_given(given: str) -> tuple[str, ...]:
+    """The names of optional arguments in an option's value, with commas between them; none for "none"."""
+    names = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
+    if names == ("none",):
+        return ()
+    for name in names:
+        if name not in GIVEN:
+            raise typer.BadParameter(
+                f"{name!r} is not one of {', '.join(GIVEN)}{did_you_mean(name, GIVEN)}", param_hint="--with"
+            )
+    return names
 
 
 def parse_integers(given: str, option: str, names: tuple[str, ...]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import typer
 
 from attnreg.cli.shared import (
     ALL_OPS,
+    GIVEN,
     DeviceOption,
     bad_value_of,
     check_backends,
@@ -21,6 +22,7 @@ from attnreg.cli.shared import (
     check_op,
     complete_backend,
     complete_dtype,
+    complete_given,
     complete_op,
     fail,
     integer,
@@ -28,6 +30,7 @@ from attnreg.cli.shared import (
     number,
     parse_device,
     parse_dtype,
+    parse_given,
     parse_integers,
     plot_errors,
     progress_bar,
@@ -86,6 +89,16 @@ def tune(
     grad: Annotated[
         bool | None, typer.Option("--grad/--no-grad", help="Only with gradients, or only without. Default: both.")
     ] = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME,...",
+            help="Calls that give these optional arguments, or none; repeatable. Default: none. "
+            f"Of {', '.join(GIVEN)}.",
+            autocompletion=complete_given,
+        ),
+    ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -138,6 +151,7 @@ def tune(
         "heads": None if heads is None else [_heads(each) for each in heads],
         "windows": window,
         "gradients": None if grad is None else (grad,),
+        "given": None if with_ is None else [parse_given(each) for each in with_],
         "backends": backend,
     }
     options = {name: value for name, value in given.items() if value is not None}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from math import prod
 
 import torch
 
-from attnreg.op import ROWS
-from attnreg.problem import Problem
+from attnreg.op import ROWS, SIZES, Argument, Op
+from attnreg.problem import Given, Problem
+from attnreg.request import did_you_mean
 from attnreg.window import Window
 
 
@@ -37,6 +40,50 @@ def square_problem(
         window=window,
         needs_grad=needs_grad,
     )
+
+
+def with_given(problem: Problem, names: Collection[str]) -> Problem:
+    """``problem`` with these optional arguments given, and those that they need; incoming gradients by their names, likewise.
+
+    Tensors are as calls mostly have them: of a bias a row for each head, (1, H, 1, W), in the dtype of the op's tensors; integers
+    of 64 bits.
+
+    Raises:
+        ValueError: the op has no such argument, or they do not go together.
+    """
+    rows = {row.name: row for row in ROWS[problem.op].extras if not row.for_all}
+    for name in names:
+        if name not in rows:
+            raise ValueError(
+                f"{problem.op} has no optional argument {name!r}{did_you_mean(name, list(rows))}; it has {', '.join(rows)}"
+            )
+    chosen = [rows[name] for name in with_needed(ROWS[problem.op], names)]
+    for row in chosen:
+        if row in ROWS[problem.op].incoming and not problem.needs_grad:
+            raise ValueError(f"{row.name} comes in where gradients are needed alone")
+        for other in chosen:
+            if other.name in row.excludes:
+                raise ValueError(f"{row.name} and {other.name} cannot be given together")
+        for letter, size in row.sizes.items():
+            if problem.size(letter) != size:
+                raise ValueError(f"with {row.name}, the {SIZES[letter]} is {size}; got {problem.size(letter)}")
+    return replace(problem, given=tuple((row.name, _usually_given(problem, row)) for row in chosen))
+
+
+def with_needed(op: Op, names: Collection[str]) -> tuple[str, ...]:
+    """Those of these optional arguments that ``op`` has, and those that they need, in the order of its row."""
+    needed = {row.needs for row in op.extras if row.name in names}
+    return tuple(row.name for row in op.extras if row.name in names or row.name in needed)
+
+
+def _usually_given(problem: Problem, row: Argument) -> Given:
+    if row.dims is None:
+        return Given()
+    sizes = {letter: problem.size(letter) for letter in row.dims if letter not in "1S"}
+    if row.broadcasts:
+        sizes |= {"N": 1, "Q": 1, "1": 1}
+    dtype = problem.dtype if row.kind == "floating" else torch.int64
+    return Given(tuple(sizes[letter] for letter in row.dims if letter != "S"), dtype)
 
 
 def tensor_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:

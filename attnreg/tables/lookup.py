@@ -5,8 +5,10 @@ one in the head dim (E or D, whichever differs more, as the next power of two fr
 quarter of what it differs itself), half of one in the window W, in N * H and in H / Hkv, and a quarter in each of Lq and
 Lk. float16 and bfloat16 stand in for each other at a quarter of an octave. The op, any other dtype and whether gradients
 are needed must be the same. A call with optional arguments, such as a bias, is served by the entries that were measured with
-the same ones; where a table has none within reach, by those without any. The nearest entry of a table serves the call; where
-it compares no two candidates that can run the call, as after an interrupted tuning, the next one does.
+the same ones; where a table has none within reach, by those with most of them, and at last by those without any: what a call
+has beyond an entry may change how long a candidate takes, what an entry has beyond the call may be the reason for its order.
+The nearest entry of a table serves the call; where it compares no two candidates that can run the call, as after an
+interrupted tuning, the next one does.
 
 Whether float32 products may be computed in less, such as TF32, is said by a table's environment: figures of float32 calls that
 were measured so serve no others, and others serve them where there are none (``Tables.stored``).
@@ -33,6 +35,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from attnreg.measured import Figure, Measured, now
+from attnreg.op import ROWS
 from attnreg.problem import Problem
 from attnreg.tables.call import as_measured, class_of, group, sizes_in_words, visible_size
 from attnreg.tables.environment import Environment
@@ -84,7 +87,9 @@ class Stored:
     source: str
     name: str
     remarks: tuple[str, ...]
-    _indices: dict[tuple[object, ...], Index] = field(default_factory=dict, init=False, repr=False)
+    _indices: dict[tuple[object, ...], dict[tuple[str, ...], Index]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def nearest(self, problem: Problem) -> list[tuple[float, Entry]]:
         """The entries that serve a call, with their distances, nearest first: at most ``MOST_ENTRIES``, none beyond ``FAR``.
@@ -92,19 +97,23 @@ class Stored:
         Raises:
             TableError: the table turns out to be none.
         """
-        sizes = _sizes(problem)
-        names = class_of(problem)
-        return self._index(problem, names).nearest(sizes) or (self._index(problem, ()).nearest(sizes) if names else [])
+        sizes, names = _sizes(problem), frozenset(class_of(problem))
+        indices = (index for served, index in self._by_class(problem).items() if names.issuperset(served))
+        return next(filter(None, (index.nearest(sizes) for index in indices)), [])
 
-    def _index(self, problem: Problem, names: tuple[str, ...]) -> Index:
+    def _by_class(self, problem: Problem) -> dict[tuple[str, ...], Index]:
+        """The entries of a kind of call by their class, those with most arguments first, then in the order of the op's row."""
         dtypes = _NARROW if problem.dtype in _NARROW else frozenset((problem.dtype,))
-        kind = (problem.op, dtypes, problem.needs_grad, names)
-        index = self._indices.get(kind)
-        if index is None:
-            rows = self.table.of_kind(problem.op, dtypes, problem.needs_grad)
-            entries = [Entry(self, *row, place) for place, row in enumerate(rows) if class_of(row[0]) == names]
-            index = self._indices[kind] = Index(entries)
-        return index
+        kind = (problem.op, dtypes, problem.needs_grad)
+        indices = self._indices.get(kind)
+        if indices is None:
+            by_class: dict[tuple[str, ...], list[Entry]] = {}
+            for place, row in enumerate(self.table.of_kind(problem.op, dtypes, problem.needs_grad)):
+                by_class.setdefault(class_of(row[0]), []).append(Entry(self, *row, place))
+            order = [argument.name for argument in ROWS[problem.op].extras]
+            classes = sorted(by_class, key=lambda names: (-len(names), *map(order.index, names)))
+            indices = self._indices[kind] = {names: Index(by_class[names]) for names in classes}
+        return indices
 
 
 class Sizes(NamedTuple):
@@ -302,7 +311,7 @@ def distance(entry: Problem, wanted: Problem) -> float:
         return math.inf
     if entry.dtype != wanted.dtype and not {entry.dtype, wanted.dtype} <= _NARROW:
         return math.inf
-    if class_of(entry) not in ((), class_of(wanted)):
+    if not set(class_of(entry)) <= set(class_of(wanted)):
         return math.inf
     return _octaves_between(_sizes(entry), _sizes(wanted))
 

@@ -6,23 +6,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnreg.functional import local_attention, local_dot_product, local_weighted_average
+from attnreg.functional import local_attention, local_attention_with_lse, local_dot_product, local_weighted_average
 from attnreg.measured import WRONG, Figure, now
 from attnreg.measuring.failure import is_out_of_memory, release
 from attnreg.measuring.steadiness import copy_seconds, waited_seconds
 from attnreg.measuring.timing import Timing, measure, measuring_stream
+from attnreg.op import ROWS
 from attnreg.printable import printable, told
 from attnreg.problem import Problem
 from attnreg.testing.checking import check
-from attnreg.testing.inputs import Inputs, autograd_calls, call_with_leaves
+from attnreg.testing.inputs import Inputs, autograd_calls, call_with_leaves, gradients_of
 from attnreg.testing.stage import set_stage
 from attnreg.tuning.settings import of_its_own
 
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (local_attention, local_dot_product, local_weighted_average)
 }
 # The candidates for a call are measured one after another.
@@ -62,13 +64,19 @@ def measure_candidate(problem: Problem, backend: str, seconds: float) -> Measure
             release()
 
 
+def function_of(problem: Problem) -> Callable[..., Any]:
+    """The public function that makes such a call: one that gives all results where gradients of others than the first come in."""
+    has_others = any(problem.gives(row.name) is not None for row in ROWS[problem.op].incoming)
+    return local_attention_with_lse if has_others else _FUNCTIONS[problem.op]
+
+
 def _measured(problem: Problem, backend: str, seconds: float) -> Measurement:
     device, gradients = problem.device, problem.needs_grad
     try:
         stage = _stage(replace(problem, needs_grad=False))
     except (RuntimeError, MemoryError) as error:
         return failed(f"its inputs cannot be made: {told(error)}", passing=True)
-    run = partial(_FUNCTIONS[problem.op], window=problem.window, backend=backend)
+    run = partial(function_of(problem), window=problem.window, backend=backend)
     with measuring_stream(device):
         calls = [autograd_calls(run, inputs) for inputs in stage.sets]
         for direction in ("forward", "backward") if gradients else ("forward",):
@@ -95,10 +103,10 @@ def failed(reason: str, *, passing: bool = False) -> Measurement:
     return Measurement(Figure(reason=printable(reason), measured=now(), passing=passing))
 
 
-def _both(run: Callable[..., Tensor], inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
+def _both(run: Callable[..., Any], inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
     def both() -> Sequence[Tensor]:
-        leaves, output = call_with_leaves(run, inputs)
-        return torch.autograd.grad(output, leaves, inputs.upstream)
+        leaves, results = call_with_leaves(run, inputs)
+        return gradients_of(results, leaves, inputs)
 
     return both
 

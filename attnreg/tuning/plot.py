@@ -14,9 +14,11 @@ from attnreg.backend import BackendError
 from attnreg.dispatch import choose
 from attnreg.drawing import check_picture, latency_axes
 from attnreg.measured import Measured
+from attnreg.measuring.sizes import with_needed
+from attnreg.op import ROWS
 from attnreg.problem import Problem
 from attnreg.registry import registry
-from attnreg.tables.call import group, kinds
+from attnreg.tables.call import class_of, group, kinds
 from attnreg.tables.table import Table
 from attnreg.tuning.writing import own_table
 
@@ -36,6 +38,7 @@ def plot_table(
     heads: Sequence[tuple[int, int]] | None = None,
     windows: Sequence[int] | None = None,
     gradients: Sequence[bool] | None = None,
+    given: Sequence[Sequence[str]] | None = None,
     backends: Sequence[str] | None = None,
 ) -> None:
     """Draw what the user has measured for ``device``, or what is shipped where that is nothing: all, or these calls of it.
@@ -55,8 +58,9 @@ def plot_table(
             (shapes, (call.heads, group(call))),
             (windows, call.window.size),
             (gradients, call.needs_grad),
+            (None if given is None else [with_needed(ROWS[call.op], names) for names in given], class_of(call)),
         )
-        return all(wanted is None or given in wanted for wanted, given in asked)
+        return all(wanted is None or each in wanted for wanted, each in asked)
 
     table = Table(whole.environment, {call: figures for call, figures in whole.rows.items() if fits(call)})
     if not table.rows:

@@ -17,9 +17,9 @@ import torch
 from attnreg.backend import THIS_PROCESS, Entry, refusals
 from attnreg.device import why_unusable
 from attnreg.measured import Figure
-from attnreg.measuring.sizes import square_problem
+from attnreg.measuring.sizes import square_problem, with_given
 from attnreg.measuring.steadiness import WAITED_FROM, disturbed, usual_copy_seconds
-from attnreg.op import ATTENTION, OPS
+from attnreg.op import ATTENTION, OPS, ROWS
 from attnreg.problem import Problem
 from attnreg.registry import registry
 from attnreg.tables.call import as_measured
@@ -93,6 +93,7 @@ def tune(
     heads: Sequence[tuple[int, int]] | None = None,
     windows: Sequence[int] = WINDOWS,
     gradients: Sequence[bool] = (False, True),
+    given: Sequence[Sequence[str]] = ((),),
     backends: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     seconds: float = SAMPLING_SECONDS,
@@ -118,6 +119,9 @@ def tune(
         windows: sizes W; ``Window.causal`` for attention, ``Window.centered`` for the two products. Those larger than twice a
             length are left out.
         gradients: False for the forward alone, True for forward and backward together.
+        given: for each class of calls the names of the optional arguments that they give, such as ``["bias"]``, or of incoming
+            gradients of results but the first, such as ``["grad_log_sum_exp"]``; none of them by default. Ops that do not have
+            all of them are left out, and so is the forward alone with an incoming gradient.
         backends: the candidates' names; None for all that can run.
         device: where; None for a GPU if there is one.
         seconds: about how long to sample each candidate.
@@ -146,6 +150,7 @@ def tune(
         heads=heads if heads is not None else (((64, 64),) if on_gpu else ((8, 8),)),
         windows=windows,
         gradients=gradients,
+        given=given,
     )
     here = environment(on, registry.entries)
     if keep:
@@ -226,21 +231,23 @@ def grid(
     heads: Sequence[tuple[int, int]],
     windows: Sequence[int],
     gradients: Sequence[bool],
+    given: Sequence[Sequence[str]] = ((),),
 ) -> list[Problem]:
     """The calls of a tuning.
 
     Raises:
         ValueError: an argument is bad.
     """
-    for name, given in (
+    for name, each in (
         ("ops", ops),
         ("dtypes", dtypes),
         ("head_dims", head_dims),
         ("lengths", lengths),
         ("heads", heads),
         ("windows", windows),
+        ("given", given),
     ):
-        if not given:
+        if not each:
             raise ValueError(f"tune: {name} is empty")
     for dtype in dtypes:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -257,19 +264,41 @@ def grid(
     if not gradients or not all(isinstance(each, bool) for each in gradients):
         raise ValueError(f"tune: gradients must be one or both of False and True; got {gradients!r}")
     return [
-        square_problem(
-            op,
-            device,
-            dtype,
-            (batch, query_heads, kv_heads, length, head_dim),
-            Window.causal(size) if op == ATTENTION.name else Window.centered(size),
-            needs_grad=needs_grad,
+        with_given(
+            square_problem(
+                op,
+                device,
+                dtype,
+                (batch, query_heads, kv_heads, length, head_dim),
+                Window.causal(size) if op == ATTENTION.name else Window.centered(size),
+                needs_grad=needs_grad,
+            ),
+            names,
         )
-        for op, dtype, head_dim, length, (query_heads, kv_heads), size, needs_grad in product(
-            ops, dtypes, head_dims, lengths, heads, windows, gradients
+        for op, names, dtype, head_dim, length, (query_heads, kv_heads), size, needs_grad in product(
+            ops, _checked_names(given, ops), dtypes, head_dims, lengths, heads, windows, gradients
         )
-        if size <= 2 * length
+        if size <= 2 * length and _has_all(op, names, needs_grad)
     ]
+
+
+def _checked_names(given: Sequence[Sequence[str]], ops: Sequence[str]) -> Sequence[Sequence[str]]:
+    """``given``; a ValueError where it is no sequence of names, or no op has all of one."""
+    for names in given:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"tune: given must be sequences of arguments' names; got {names!r}")
+        if not any(_has_all(op, names, True) for op in ops):
+            known = sorted({name for op in ops for name in ROWS[op].optional})
+            raise ValueError(
+                f"tune: none of {', '.join(ops)} has {', '.join(names)}; their arguments are {', '.join(known)}"
+            )
+    return given
+
+
+def _has_all(op: str, names: Sequence[str], needs_grad: bool) -> bool:
+    """Whether an op has all of these, and a call with or without gradients may give them."""
+    row = ROWS[op]
+    return row.optional.issuperset(names) and (needs_grad or not any(each.name in names for each in row.incoming))
 
 
 def _device(given: torch.device | str | None) -> torch.device:

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NoReturn, TextIO
 
 import torch
@@ -32,9 +32,10 @@ from attnreg.device import why_unusable
 from attnreg.measured import Figure
 from attnreg.printable import printable, told
 from attnreg.problem import Problem
-from attnreg.tables.call import call_from_json, call_to_json
+from attnreg.tables.call import LARGEST_SIZE, call_from_json, call_to_json
 from attnreg.tuning.candidate import Measurement, failed, measure_candidate
 from attnreg.tuning.settings import settings, take_over
+from attnreg.window import Window
 
 # A candidate may compile for that long; one that takes longer is given up.
 LONGEST_SECONDS = 300.0
@@ -114,7 +115,7 @@ class Worker:
             NoPython: no child can be started.
         """
         order = {
-            "problem": call_to_json(problem),
+            "problem": call_to_json(_as_told(problem)),
             "device": str(problem.device),
             "backend": backend,
             "seconds": seconds,
@@ -258,6 +259,12 @@ class Worker:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return how + (f": {printable(lines[-1])}" if lines else "")
+
+
+def _as_told(problem: Problem) -> Problem:
+    """With a window that a text of it holds: further than that there are no keys."""
+    window = problem.window
+    return replace(problem, window=Window(min(window.left, LARGEST_SIZE), min(window.right, LARGEST_SIZE)))
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def local_attention(
     batch, heads, len_q, head_dim = query.shape
     _, kv_heads, len_k, value_dim = value.shape
     window = clip_window(window, bias, len_q, len_k, rows.get("query_starts"))
-    here = place(len_q, len_k, window, **rows)
+    here = place(len_q, len_k, window, by_key=False, **rows)
     sinks = None if sinks is None else sinks.contiguous()
     if hopper.serves(query, key, value, bias=bias, scale=scale, dropout_p=dropout_p or None):
         from attnreg_triton.hopper import attention

@@ -71,8 +71,8 @@ def compare(contenders: Mapping[str, Callable[[], Calls]], first: str) -> dict[s
         for name, make in contenders.items():
             try:
                 ready[name] = make()
-                for calls in ready[name].values():
-                    calls[0]()
+                for each in ready[name].values():
+                    each[0]()
                 torch.cuda.synchronize()
             except Exception as error:
                 ready.pop(name, None)
