@@ -73,20 +73,26 @@ def compile_instead(kernel, programs, tiles, *args, device, **constants):
 
 def compile_for_hopper():
     global case
-    for head_dim, value_dim, size, lengths in (
-        (64, 64, 16, None),
-        (64, 64, 128, None),
-        (64, 64, 512, torch.tensor([200])),
-        (128, 128, 64, None),
-        (128, 128, 512, None),
-        (80, 40, 100, torch.tensor([200])),
+    lengths = {"key_lengths": torch.tensor([200])}
+    packed = {"cu_seqlens_q": OFFSETS}
+    more = {"softcap": 30.0, "sinks": torch.empty(4)}
+    for head_dim, value_dim, size, given, capped in (
+        (64, 64, 16, {}, {}),
+        (64, 64, 128, {}, {}),
+        (64, 64, 128, packed, more),
+        (64, 64, 512, lengths, {}),
+        (128, 128, 64, {}, {}),
+        (128, 128, 512, {}, {}),
+        (128, 128, 512, packed | {"cu_seqlens_k": OFFSETS.clone()}, more),
+        (80, 40, 100, lengths, {}),
     ):
-        case = f"E={head_dim},D={value_dim},W={size},{'lengths' if lengths is not None else 'no-lengths'}"
+        case = f"E={head_dim},D={value_dim},W={size},{'+'.join(given | capped) or 'nothing'}"
         query = torch.empty(1, 4, 256, head_dim, dtype=torch.bfloat16)
         key = torch.empty(1, 2, 256, head_dim, dtype=torch.bfloat16)
         value = torch.empty(1, 2, 256, value_dim, dtype=torch.bfloat16)
-        options = {"key_lengths": lengths, "scale": 0.125}
-        output, log_sum_exp = hopper_attention.local_attention(query, key, value, Window.causal(size), **options)
+        window = Window.causal(size)
+        options = {"rows": rows_of_kernels.place(256, 256, window, by_key=True, **given), "scale": 0.125, **capped}
+        output, log_sum_exp = hopper_attention.local_attention(query, key, value, window, **options)
         hopper_attention_backward.local_attention_backward(
             output,
             query,
@@ -94,23 +100,23 @@ def compile_for_hopper():
             value,
             output,
             log_sum_exp,
-            Window.causal(size),
-            needs_grad=frozenset({"query", "key", "value"}),
+            window,
+            grad_log_sum_exp=log_sum_exp if capped else None,
+            needs_grad=frozenset({"query", "key", "value"} | (capped.keys() & {"sinks"})),
             **options,
         )
-    lengths, starts = torch.tensor([200]), torch.tensor([5])
-    of_sequences = {"key_lengths": lengths, "key_starts": starts, "query_starts": starts}
+    of_sequences = lengths | {"key_starts": torch.tensor([5]), "query_starts": torch.tensor([5])}
     band_cases = (
         (torch.bfloat16, 64, 512, {}),
         (torch.bfloat16, 64, 512, {"cu_seqlens_q": OFFSETS}),
         (torch.bfloat16, 128, 104, of_sequences),
         (torch.bfloat16, 128, 104, {"cu_seqlens_q": OFFSETS}),
         (torch.bfloat16, 64, 130, {}),
-        (torch.float16, 40, 129, {"key_lengths": lengths}),
+        (torch.float16, 40, 129, lengths),
         (torch.float32, 64, 512, {}),
         (torch.float32, 64, 512, {"cu_seqlens_q": OFFSETS}),
         (torch.float32, 36, 136, of_sequences),
-        (torch.float32, 36, 131, {"key_lengths": lengths}),
+        (torch.float32, 36, 131, lengths),
         (torch.float32, 128, 128, {}),
         (torch.float32, 72, 129, {"cu_seqlens_q": OFFSETS}),
     )
