@@ -44,10 +44,10 @@ DROPOUT = {"given": (("dropout_p", Given()), ("seed", Given((1,), torch.int64)))
 GRAD_LOG_SUM_EXP = {"given": (("grad_log_sum_exp", Given()),)}
 
 
-def packed_of(sequences, *, equal=True, **changes):
-    """A packed call."""
-    offsets = Given((sequences + 1,), torch.int32)
-    given = (("cu_seqlens_q", offsets), *(() if equal else (("cu_seqlens_k", offsets),)))
+def packed_of(*, equal=True, **changes):
+    """The facts of a packed call."""
+    names = ("cu_seqlens_q",) if equal else ("cu_seqlens_q", "cu_seqlens_k")
+    given = tuple((name, Given(dtype=torch.int32)) for name in names)
     return {"batch": 1, "given": given, **changes}
 
 
@@ -66,12 +66,10 @@ def reasons(name, **changes):
         ("flash", SOFTCAP, "softcap is given"),
         ("flash", DROPOUT, "dropout_p is given"),
         ("flash", GRAD_LOG_SUM_EXP, "grad_log_sum_exp"),
-        ("flash", packed_of(2**16 - 4), "65536 sequences have to be told apart; it takes 65535"),
-        ("flash", packed_of(2**15 - 1, equal=False), "65538 sequences have to be told apart"),
-        ("flash", packed_of(3, query_length=2**31), "a length is 2147483648; packed, it counts to 2147483647"),
+        ("flash", packed_of(query_length=2**31), "a length is 2147483648; packed, it counts to 2147483647"),
         (
             "flash",
-            packed_of(3, key_length=290, window=Window(20, 290)),
+            packed_of(key_length=290, window=Window(20, 290)),
             "the window's right side, 290, reaches past all 290 keys",
         ),
         ("flash", {"head_dim": 60, "value_dim": 60}, "the head_dim of query and key is 60"),
@@ -94,8 +92,7 @@ def reasons(name, **changes):
         ("flash4", BIAS, "bias is given; it takes cu_seqlens_k, cu_seqlens_q, grad_log_sum_exp, sinks, softcap"),
         ("flash4", KEY_LENGTHS, "key_lengths is given"),
         ("flash4", DROPOUT, "dropout_p is given"),
-        ("flash4", packed_of(2**16), "65540 sequences have to be told apart"),
-        ("flash4", packed_of(3, head_dim=48, value_dim=48), "its gradients are wrong at E = 48"),
+        ("flash4", packed_of(head_dim=48, value_dim=48), "its gradients are wrong at E = 48"),
         ("flash4", {"head_dim": 60, "value_dim": 60}, "the head_dim of query and key is 60"),
         ("flash4", {"value_dim": 32}, "E = 64 and D = 32 differ; it takes equal head dims only"),
         ("flash4", {"key_length": 290}, "the first 5 queries see no key"),
@@ -139,16 +136,16 @@ def test_flash_has_gradients_of_the_largest_head_dims_on_large_gpus_alone(monkey
         *(("flash4", {"head_dim": size, "value_dim": size, "key_length": 295}) for size in (24, 32, 96, 136, 144, 256)),
         ("flash4", {"head_dim": 80, "value_dim": 80, "needs_grad": False}),
         ("flex", {}),
-        ("flash", packed_of(3)),
-        ("flash", packed_of(3, key_length=290, equal=False)),
-        ("flash4", packed_of(3, key_length=290, equal=False)),
+        ("flash", packed_of()),
+        ("flash", packed_of(key_length=290, equal=False)),
+        ("flash4", packed_of(key_length=290, equal=False)),
         ("flash4", SOFTCAP),
         ("flash4", GRAD_LOG_SUM_EXP),
         ("flex", BIAS),
         ("flex", KEY_LENGTHS),
         ("flex", SOFTCAP),
         ("flex", GRAD_LOG_SUM_EXP),
-        ("flex", packed_of(3, equal=False)),
+        ("flex", packed_of(equal=False)),
         ("flex", {"dtype": torch.float32, "head_dim": 48, "value_dim": 33, "needs_grad": False}),
         ("flex", {"key_length": 10}),
     ],
@@ -664,8 +661,7 @@ def test_sequences_hold_all_of_a_pack_and_each_with_rows_and_keys_sees_itself_wh
     (queries, keys), offsets = UNCHECKED_PACKS[pack]
     offsets = {name: torch.tensor(numbers) for name, numbers in offsets.items()}
     found = packed.sequences_of(queries, keys, window, offsets["cu_seqlens_q"], offsets.get("cu_seqlens_k"))
-    problem = replace(CALL, **packed_of(len(offsets["cu_seqlens_q"]) - 1, equal=len(offsets) == 1))
-    assert len(found.of_queries) == packed.number_of_sequences(problem) + 1
+    assert len(found.of_queries) == len(found.of_keys)
     for own, length in ((found.of_queries, queries), (found.of_keys, keys)):
         assert own[0] == 0
         assert own[-1] == length
@@ -684,9 +680,20 @@ def test_offsets_outside_of_the_pack_are_cut_to_it():
     assert found.of_keys.tolist() == [0, 0, 0, 3, 10, 10, 10]
 
 
+def test_more_sequences_than_the_libraries_take_are_refused_where_they_are_given():
+    offsets = torch.zeros(2**16, dtype=torch.int64)
+    packed.sequences_of(10, 10, Window(1, 1), offsets[: 2**16 - 4], None)
+    with pytest.raises(
+        ValueError, match="cu_seqlens_q: 65537 sequences have to be told apart; the library takes 65535"
+    ):
+        packed.sequences_of(10, 10, Window(1, 1), offsets[: 2**16 - 2], None)
+    with pytest.raises(ValueError, match="65538 sequences"):
+        packed.sequences_of(10, 10, Window(1, 1), offsets[: 2**15], offsets[: 2**15])
+
+
 def test_workspaces_count_what_packed_calls_of_many_sequences_need():
-    large = replace(CALL, **packed_of(4096, query_length=2**20, key_length=2**20))
-    assert flash4.workspace(large) > 2**30
+    large = replace(CALL, **packed_of(query_length=2**20, key_length=2**20))
+    assert flash4.workspace(large) > flash4.workspace(replace(large, given=())) + 2**30
     assert flash.workspace(large) >= 4 * 2**20 * 4 * 64
     assert flash.workspace(replace(large, needs_grad=False)) == 0
     assert flash4.workspace(replace(large, needs_grad=False)) == 2 * 2**20 * 2 * 64

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnreg import Problem, Window, empty_like
 from attnreg_adapters.layout import in_order_of, layout_of, unseeing_queries
-from attnreg_adapters.packed import Sequences, number_of_sequences, refuse_packed
+from attnreg_adapters.packed import Sequences, refuse_packed, sequences_about
 from attnreg_adapters.sinks import beside_sinks, gradient_of_sinks
 
 # The library's backward needs more shared memory above this head dim than other GPUs have.
@@ -78,7 +78,7 @@ def workspace(problem: Problem) -> int:
     if not problem.needs_grad:
         return 0
     # A packed call has a batch of 1.
-    sequences = number_of_sequences(problem) or problem.batch
+    sequences = sequences_about(problem) or problem.batch
     parts = math.ceil(_MANY_MULTIPROCESSORS / (sequences * problem.heads))
     rows = problem.batch * problem.query_length + 128 * sequences
     return 4 * parts * rows * problem.heads * problem.head_dim

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnreg import Problem, Window, empty_like
 from attnreg_adapters.flash import gradient_of_all, positive_scale, refuse_shapes
 from attnreg_adapters.layout import layout_of
-from attnreg_adapters.packed import Sequences, number_of_sequences
+from attnreg_adapters.packed import Sequences, sequences_about
 
 DISTRIBUTION = "flash-attn-4"
 
@@ -80,7 +80,7 @@ def workspace(problem: Problem) -> int:
 
     There are semaphores for as many blocks as the whole pack has, in each sequence.
     """
-    sequences = number_of_sequences(problem)
+    sequences = sequences_about(problem)
     of_rows = problem.batch * problem.heads * problem.query_length * problem.head_dim
     of_keys = problem.batch * problem.kv_heads * problem.key_length * problem.head_dim
     if not problem.needs_grad:

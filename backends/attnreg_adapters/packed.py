@@ -16,6 +16,8 @@ from attnreg import Problem, Window
 
 # Sequences are blocks of the grid in a dimension that has no more.
 _MOST_SEQUENCES = 2**16 - 1
+# How long a sequence is taken for, where memory is estimated.
+_TYPICAL_LENGTH = 256
 # The libraries count rows and keys of a pack in 32 bits.
 _MOST_ROWS = 2**31 - 1
 # What stands at either end of the offsets: rows, and keys.
@@ -51,7 +53,16 @@ def _in_others(own: Tensor, others: Tensor, length: int) -> Tensor:
 def sequences_of(
     query_length: int, key_length: int, window: Window, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None
 ) -> Sequences:
-    """The sequences of a packed call. Nothing is read on the host."""
+    """The sequences of a packed call. Nothing is read on the host.
+
+    Raises:
+        ValueError: there are more sequences than the libraries take.
+    """
+    sequences = (cu_seqlens_q.shape[0] - 1) * (1 if cu_seqlens_k is None else 2) + _AT_ENDS
+    if sequences > _MOST_SEQUENCES:
+        raise ValueError(
+            f"cu_seqlens_q: {sequences} sequences have to be told apart; the library takes {_MOST_SEQUENCES}"
+        )
     of_queries = cu_seqlens_q.long().clamp(0, query_length)
     if cu_seqlens_k is None:
         # Every row sees its own key.
@@ -87,21 +98,17 @@ def _to_ends(offsets: Tensor, length: int, before: tuple[int, int | Tensor], aft
     return whole
 
 
-def number_of_sequences(problem: Problem) -> int:
-    """How many sequences the library is told of; 0 where the call is not packed."""
-    given = problem.gives("cu_seqlens_q")
-    if given is None:
+def sequences_about(problem: Problem) -> int:
+    """About how many sequences the library is told of, which a problem does not say; 0 where the call is not packed."""
+    if problem.gives("cu_seqlens_q") is None:
         return 0
-    sequences = given.shape[0] - 1
+    sequences = problem.query_length // _TYPICAL_LENGTH + 1
     return sequences * (1 if problem.gives("cu_seqlens_k") is None else 2) + _AT_ENDS
 
 
 def refuse_packed(problem: Problem) -> str | None:
     """What of a packed call no varlen entry takes."""
-    sequences = number_of_sequences(problem)
-    if sequences > _MOST_SEQUENCES:
-        return f"{sequences} sequences have to be told apart; it takes {_MOST_SEQUENCES}"
     longest = max(problem.query_length, problem.key_length)
-    if sequences and longest > _MOST_ROWS:
+    if longest > _MOST_ROWS:
         return f"a length is {longest}; packed, it counts to {_MOST_ROWS}"
     return None
