@@ -78,8 +78,8 @@ def workspace(problem: Problem) -> int:
     if not problem.needs_grad:
         return 0
     # A packed call has a batch of 1.
-    sequences = sequences_about(problem) or problem.batch
-    parts = math.ceil(_MANY_MULTIPROCESSORS / (sequences * problem.heads))
+    sequences = sequences_about(problem) or max(problem.batch, 1)
+    parts = math.ceil(_MANY_MULTIPROCESSORS / (sequences * max(problem.heads, 1)))
     rows = problem.batch * problem.query_length + 128 * sequences
     return 4 * parts * rows * problem.heads * problem.head_dim
 

@@ -59,7 +59,8 @@ _ATTENTION = (
 )
 _BACKWARD_ROWS = (
     (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4, num_stages=1)),
-    (Tiles(64, 32, 4, num_stages=1), Tiles(64, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
+    # Three programs to a multiprocessor.
+    (Tiles(64, 32, 4, num_stages=1, max_registers=168), Tiles(64, 32, 4, num_stages=1), Tiles(16, 16, 4, num_stages=1)),
     (
         Tiles(16, 32, 2, num_stages=1, max_registers=168),
         Tiles(16, 32, 4, num_stages=1, max_registers=168),
