@@ -240,36 +240,10 @@ def local_attention_with_lse(
     backend: str | Sequence[str] | None = None,
     **_unknown: Never,
 ) -> tuple[Tensor, Tensor]:
-    """``local_attention``, and the log-sum-exp of each row's scores; both are differentiable.
+    """``local_attention``, whose arguments it takes, and the log-sum-exp of each row's scores; both are differentiable.
 
     Two calls over different keys of one query are so merged into one: with ``total = logaddexp(lse_1, lse_2)`` the output is
     ``exp(lse_1 - total) * output_1 + exp(lse_2 - total) * output_2``.
-
-    Args:
-        query: (N, H, Lq, E), of a floating-point dtype.
-        key: (N, Hkv, Lk, E), of query's dtype and device; H is a multiple of Hkv, and query head ``h`` reads key and value
-            head ``h // (H // Hkv)``.
-        value: (N, Hkv, Lk, D), likewise.
-        window: which keys a query sees.
-        bias: broadcasts to (N, H, Lq, W), any floating-point dtype, added after scaling and soft cap; ``-inf`` hides a slot. Its
-            gradient has its own shape. ``band_from_dense`` makes one of an (Lq, Lk) mask.
-        key_lengths: (N,), integers in 0..Lk; keys at or past its length are invisible to a sequence's queries.
-        key_starts: (N,), integers in 0..Lk; keys before its start are invisible to a sequence's queries, as left padding.
-        query_starts: (N,), integers; the key position at which a sequence's first query stands, instead of ``Lk - Lq``.
-        cu_seqlens_q: (S + 1,), integers from 0 up to Lq: of S sequences packed one after the other into (1, H, Lq, E), where each
-            begins and the last ends. Ends of queries and keys are aligned in each. Rows past the last offset see nothing. Not
-            together with the three above.
-        cu_seqlens_k: (S + 1,), likewise of the keys; None means ``cu_seqlens_q``.
-        scale: factor of the dot products; None means ``1 / sqrt(E)``.
-        softcap: a number greater than 0: scores become ``softcap * tanh(score / softcap)``, as in Gemma 2. None leaves them.
-        sinks: (H,), any floating-point dtype: ``exp(sinks[h])`` is added to the denominator of the softmax in every row of head
-            ``h``, and to no output, as in gpt-oss. It has a gradient.
-        dropout_p: the share of weights that are dropped, at least 0 and less than 1; kept weights are divided by
-            ``1 - dropout_p``. Every backend drops the same weights for the same seed.
-        seed: an int64 tensor of one element on query's device, the key of the dropout's generator; None draws one from torch's
-            generator of that device, so that ``torch.manual_seed`` repeats a call.
-        backend: the backend to use, by name; a list asks for the first that can run the call, and ``"-name"`` in it for any
-            other; None lets attnreg choose.
 
     Returns:
         The output (N, H, Lq, D) in query's dtype; and the natural logarithm of the sum of the exponentials of each row's visible
