@@ -312,8 +312,11 @@ class _Call:
     def _log_sum_exp(self) -> Tensor:
         """That of the scores, (N, H, Lq, 1); 0 in rows without a visible key."""
         if self.products.differentiable:
-            scores = self.scores if self.unseeing is None else self.scores.masked_fill(self.unseeing, 0.0)
-            found = scores.logsumexp(-1, keepdim=True)
+            scores, highest = self.scores, self.highest
+            if self.unseeing is not None:
+                scores, highest = scores.masked_fill(self.unseeing, 0.0), highest.masked_fill(self.unseeing, 0.0)
+            # The derivative of torch's own is exp(S - log-sum-exp), in which large ones have lost digits.
+            found = (scores - highest).exp().sum(-1, keepdim=True).log() + highest
         else:
             # The largest weight is exp(max(S) - log-sum-exp).
             found = self.highest - self.weights.amax(-1, keepdim=True).log()

@@ -49,6 +49,28 @@ def true_of(call, used):
     return truth(ATTENTION, tensors, WINDOW, given, {name: call.upstream[name].double() for name in used})
 
 
+@pytest.mark.parametrize("size", [1e4, 1e6, -1e9])
+@pytest.mark.parametrize(
+    ("op", "example", "backend", "device", "dtype"),
+    [run for run in taking(torch.float32, more=("bias", "grad_log_sum_exp"), ops=("local_attention",))
+     if run.values[1] == "nothing"],
+)  # fmt: skip
+def test_its_gradient_is_the_softmax_however_large_it_is(op, example, size, backend, device, dtype):
+    query, key, value = (torch.randn(1, 1, 6, 4, dtype=torch.float64, device=device) for _ in range(3))
+    # Scores of a query of 0 are the bias alone, of which nothing is lost.
+    query.zero_()
+    found = []
+    for each, name in ((torch.float64, "torch"), (dtype, backend)):
+        leaf = query.to(each).requires_grad_()
+        bias = torch.full((6,), size, dtype=each, device=device)
+        _, lse = local_attention_with_lse(
+            leaf, key.to(each), value.to(each), attnreg.Window(5, 0), bias=bias, backend=name
+        )
+        found.append(torch.autograd.grad(lse.sum(), leaf)[0].double())
+    true, gradient = found
+    assert (gradient - true).norm() <= 1e-6 * true.norm()
+
+
 @pytest.mark.parametrize("used", USED)
 @pytest.mark.parametrize(
     ("op", "example", "backend", "device", "dtype"),

@@ -61,7 +61,9 @@ def local_attention(
         sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], -1)
     weights = scores.softmax(-1)[..., : visible.shape[-1]]
-    log_sum_exp = scores.logsumexp(-1).where(sees.squeeze(-1), -torch.inf)
+    # Its derivative is then the softmax. That of torch's own is exp(scores - log_sum_exp), in which large ones have lost digits.
+    highest = scores.detach().amax(-1, keepdim=True)
+    log_sum_exp = ((scores - highest).exp().sum(-1, keepdim=True).log() + highest).where(sees, -torch.inf).squeeze(-1)
     if dropout_p is not None and seed is not None:
         weights = weights.where(_kept(seed, dropout_p, slots, weights.shape), 0.0) / (1.0 - dropout_p)
     output = _average(weights, value, slots, visible).to(query.dtype)
