@@ -269,7 +269,8 @@ def _other(cu_seqlens_k: Tensor | None, cu_seqlens_q: Tensor | None) -> Tensor |
 def _dropout(query: Any, dropout_p: Any, seed: Any) -> tuple[Any, Any]:
     """Both as the op takes them: None where nothing is dropped, a seed where none is given."""
     if dropout_p is None or (isinstance(dropout_p, (float, int)) and dropout_p == 0 and dropout_p is not False):
-        return None, None
+        # A seed beside it is of no use then; one that is no tensor is told by the checks.
+        return None, None if isinstance(seed, Tensor) else seed
     return dropout_p, draw_seed(query.device) if seed is None and isinstance(query, Tensor) else seed
 
 
