@@ -303,7 +303,8 @@ class Differentiated(torch.autograd.Function):
         if grads[0] is None:
             if all(grad is None for grad in grads):
                 return (None,) * (1 + count)
-            grads = (call.zeros(held), *grads[1:])
+            # An op with more than one result keeps them.
+            grads = (torch.zeros_like(held[count]), *grads[1:])
         gradients = iter(call.backward(grads, held[:count], held[count:], needs_grad))
         return (None, *[next(gradients) if wanted else None for wanted in needed])
 
@@ -349,15 +350,6 @@ class _Call:
             arguments[place] = tensor
         return inputs[:count], arguments
 
-    def zeros(self, held: Sequence[Tensor]) -> Tensor:
-        """The incoming gradient of the first result, where nobody asks for it."""
-        tensors = held[: len(self.op.tensors)]
-        return empty_result(self.op, next(iter(self.op.results)), tensors, self.window_size).zero_()
-
-    @property
-    def window_size(self) -> Any:
-        raise NotImplementedError
-
 
 def _without(arguments: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
     """``arguments`` with None in these places."""
@@ -375,10 +367,6 @@ class Direct(_Call):
     def __init__(self, plan: Plan, arguments: Sequence[Any]) -> None:
         self.plan, self.op, self.places, self.given = plan, plan.op, plan.places, plan.given_tensors
         self.rest = arguments
-
-    @property
-    def window_size(self) -> Any:
-        return self.plan.problem.window.size
 
     def forward(self, ctx: Any, inputs: Sequence[Tensor]) -> tuple[Any, Sequence[Tensor]]:
         if self.places:
@@ -423,11 +411,6 @@ class Traced(_Call):
         all_results = self.how[-1]
         ctx.mark_non_differentiable(*(results[-1:] if all_results else results[1:]))
         return results, results if self.op.keeps_results else results[-1:]
-
-    @property
-    def window_size(self) -> Any:
-        left, right, *_ = self.how
-        return left + right + 1
 
     def backward(
         self, grads: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Tensor], needs_grad: list[str]

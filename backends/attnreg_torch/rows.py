@@ -8,7 +8,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
-OF_ROWS = ("key_lengths", "key_starts", "query_starts", "cu_seqlens_q", "cu_seqlens_k")
+from attnreg.op import ROWS_OF_CALL
+
+OF_ROWS = tuple(row.name for row in ROWS_OF_CALL)
 
 # Those that a call gives, by name.
 Given: TypeAlias = Mapping[str, Tensor]

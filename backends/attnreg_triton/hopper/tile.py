@@ -56,15 +56,6 @@ def locate_program(kv_heads, group, tiles, INTERLEAVED: gl.constexpr):
 
 
 @gluon.jit
-def visible_length(key_lengths, n, len_k):
-    """How many keys of sequence n are visible at all, clamped to 0..Lk."""
-    length = len_k
-    if key_lengths is not None:
-        length = gl.minimum(gl.maximum(gl.load(key_lengths + n), 0), len_k).to(gl.int32)
-    return length
-
-
-@gluon.jit
 def load_sink(sinks, h):
     """The sink of head h in fp32, so that log2(e) times it is finite. As of a score, only -inf means that there is none."""
     sink = gl.load(sinks + h).to(gl.float32)
