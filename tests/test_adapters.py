@@ -952,16 +952,40 @@ def test_flex_keeps_no_inference_tensor_for_a_training_call():
     assert not mask.kv_indices.is_inference()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 5, 3), (1, 1, 5, 3), (1, 4, 1, 3)])
-def test_flex_gives_the_log_sum_exp_of_rows_whose_scores_are_all_the_lowest(shape):
-    """In log2, as the library has it, that is -inf."""
-    lowest, slots = torch.finfo(torch.float32).min, torch.arange(5)[:, None] - 1 + torch.arange(3)
-    bias = torch.full(shape, lowest)
-    bias[..., :1, :] = -torch.inf  # of all rows, where there is one for all
-    log_sum_exp = torch.full((2, 4, 5), -torch.inf)
-    log_sum_exp[:, :, 3] = 7.0
-    expected = torch.full((2, 4, 5), lowest if shape[2] > 1 else -torch.inf)
-    expected[:, :, 0] = -torch.inf
-    expected[:, :, 3] = 7.0
-    inside = (slots >= 0) & (slots < 5)
-    assert torch.equal(flex._of_lowest_scores(log_sum_exp, bias, inside), expected)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("shape", [(1, 2, 200, 1), (1, 1, 1, 1)])
+def test_flex_gives_a_bias_that_changes_no_output_a_gradient_of_zeros(shape):
+    tensor, bias = torch.randn(1, 2, 200, 16, requires_grad=True), torch.randn(shape)
+    bias[..., :1, :] = -torch.inf
+    bias.requires_grad_()
+    output, _ = flexed(tensor, tensor, tensor, Window(3, 0), bias=bias, scale=0.3)
+    grad = torch.randn_like(output)
+    grad[:, :, 0] = torch.nan
+    (found,) = torch.autograd.grad(output, [bias], grad)
+    assert torch.equal(found, torch.zeros(shape))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("uncompiled")
+def test_flex_gives_the_lowest_of_biases_the_gradient_of_any_other():
+    tensor, window = torch.randn(1, 2, 200, 16), Window(3, 0)
+    biases = [
+        torch.full((1, 2, 200, 4), number, requires_grad=True) for number in (torch.finfo(torch.float32).min, 0.0)
+    ]
+    outputs = [flexed(tensor * 0, tensor, tensor, window, bias=bias, scale=0.3)[0] for bias in biases]
+    torch.testing.assert_close(*outputs)
+    grad = torch.randn_like(outputs[0])
+    torch.testing.assert_close(*[torch.autograd.grad(output, bias, grad)[0] for output, bias in zip(outputs, biases)])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("uncompiled")
+def test_flex_gives_the_log_sum_exp_of_rows_whose_scores_are_all_the_lowest():
+    lowest, tensor = torch.finfo(torch.float32).min, torch.randn(1, 2, 200, 16)
+    bias = torch.full((1, 2, 200, 4), lowest)
+    bias[:, :, 0], bias[:, :, 3] = -torch.inf, 7.0
+    _, log_sum_exp = flexed(tensor * 0, tensor, tensor, Window(3, 0), bias=bias, scale=0.3)
+    expected = torch.full((1, 2, 200), lowest)
+    expected[:, :, 0], expected[:, :, 3] = -torch.inf, 7.0 + math.log(4)
+    torch.testing.assert_close(log_sum_exp, expected)

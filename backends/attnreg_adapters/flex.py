@@ -25,6 +25,8 @@ _BLOCK = 128
 MOST_POSITIONS = 2**19
 # Every shape is a compilation of its own; after the default of 8 torch would give up compiling.
 _MOST_COMPILATIONS = 4096
+# Below the largest of a row by that much, scores have no weight; times log2(e) they are still finite.
+_LOWEST = -1e38
 # Of the query heads of a key head together: with 111 the library's kernel for few queries compiles, with 512 it does not.
 _MOST_ROWS_OF_A_HEAD = 128
 
@@ -126,6 +128,18 @@ class View(NamedTuple):
     rows: Rows | None
 
 
+class Beside(NamedTuple):
+    """A bias of slots, and how much of it scores are told without.
+
+    Attributes:
+        added: what is added to scores, (N, H, Lq, W), broadcast.
+        largest: of what a row sees the largest, in float32 or wider, (N or 1, H or 1, Lq, 1); 0 of a row that sees nothing.
+    """
+
+    added: Tensor
+    largest: Tensor
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -138,14 +152,14 @@ def _attention(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What the library gives, brought to the contract."""
-    of_row = of_slots = None
+    of_row = of_slots = beside = None
     if bias is not None and bias.size(3) == 1:
         # What is added to all scores of a row adds to its log-sum-exp.
         of_row = bias[..., 0]
     elif bias is not None:
         of_slots = _each_once(bias, query, window) if _learns(bias) else bias
     if view.rows is None:
-        output, log_sum_exp = _flex_attention(query, key, value, view, of_slots, softcap, scale)
+        output, log_sum_exp = _flex_attention(query, key, value, view, None, softcap, scale)
         return _beside_sinks(output, log_sum_exp, sinks)
     first, last = (each[:, None] for each in view.rows.seen(query.size(2), window))
     if of_slots is None:
@@ -157,14 +171,17 @@ def _attention(
         inside = (slots >= first[..., None]) & (slots < last[..., None])
         visible = (of_slots.detach() != -math.inf) & inside
         sees, seen = visible.any(-1), _scattered(visible, slots, key)
+        # Its backward takes the weights from the rounded log-sum-exp, so scores are to be near 0.
+        largest = of_slots.detach().where(visible, -math.inf).amax(-1, keepdim=True).where(sees[..., None], 0)
+        beside = Beside(of_slots, largest if largest.dtype.itemsize >= 4 else largest.float())
     # The kernel gives other keys weight 0, and multiplies their values by it; its backward multiplies all of such rows and keys.
     value = value.where(seen[..., None], 0)
     learns = _learns(query, key, value, *(each for each in (bias, sinks) if each is not None))
     if learns:
         query, key = query.where(sees[..., None], 0), key.where(seen[..., None], 0)
-    output, log_sum_exp = _flex_attention(query, key, value, view, of_slots, softcap, scale)
-    if of_slots is not None:
-        log_sum_exp = _of_lowest_scores(log_sum_exp, of_slots.detach(), inside)
+    output, log_sum_exp = _flex_attention(query, key, value, view, beside, softcap, scale)
+    if beside is not None:
+        log_sum_exp = log_sum_exp + _finite(beside.largest[..., 0], log_sum_exp.dtype)
     if of_row is not None:
         log_sum_exp = log_sum_exp + _finite(of_row, log_sum_exp.dtype)
     if of_row is not None or sinks is not None:
@@ -172,6 +189,9 @@ def _attention(
     output, log_sum_exp = _beside_sinks(output, log_sum_exp, sinks)
     if of_row is not None or learns:
         output, log_sum_exp = output.where(sees[..., None], 0), log_sum_exp.where(sees, -math.inf)
+    if of_row is not None and _learns(of_row):
+        # The output does not depend on it, which autograd calls unused. It hangs on this, with derivatives of 0.
+        output = output + of_row.where(torch.zeros_like(of_row, dtype=torch.bool), 0)[..., None].to(output.dtype)
     return output, log_sum_exp
 
 
@@ -187,7 +207,7 @@ def _beside_sinks(output: Tensor, log_sum_exp: Tensor, sinks: Tensor | None) -> 
 
 
 def _flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, view: View, bias: Tensor | None, softcap: float | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, view: View, bias: Beside | None, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
@@ -206,7 +226,7 @@ def _flex_attention(
             enable_gqa=query.size(1) != key.size(1),
             return_aux=AuxRequest(lse=True),
             kernel_options=_kernel_options(
-                query.size(1) // key.size(1), query.size(2), bias is not None and bias.requires_grad
+                query.size(1) // key.size(1), query.size(2), bias is not None and bias.added.requires_grad
             ),
         )
     return output, further.lse
@@ -235,17 +255,8 @@ def _each_once(bias: Tensor, query: Tensor, window: Window) -> Tensor:
 
 def _finite(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias in a dtype of less range: a finite number hides nothing."""
-    return bias.clamp(min=torch.finfo(torch.float32).min).to(dtype)
-
-
-def _of_lowest_scores(log_sum_exp: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
-    """The log-sum-exp also of rows of which all scores are near the lowest number, which is -inf times log2(e).
-
-    Beside such a bias nothing counts: the largest of the row's is what the library lost.
-    """
-    largest = bias.where(inside, -math.inf).amax(-1)
-    lowest = _finite(largest, log_sum_exp.dtype)
-    return log_sum_exp.where((log_sum_exp != -math.inf) | (largest == -math.inf), lowest)
+    most = torch.finfo(torch.float32).max
+    return bias.clamp(-most, most).to(dtype)
 
 
 def _keys_of_slots(rows: Rows, queries: int, window: Window) -> Tensor:
@@ -346,31 +357,28 @@ def _listed(
     """The library's mask of which blocks of keys each block of queries sees: begin, end, inner, outer, (N or 1, blocks)."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    begin, end, inner, outer = blocks
+    begin, end, inner, outer = (each[..., None] for each in blocks)
+    of_keys = torch.arange(math.ceil(keys / _BLOCK), device=begin.device)
+    full = (of_keys >= inner) & (of_keys < outer)
+    partial = (of_keys >= begin) & (of_keys < end) & ~full
 
-    listed = torch.arange(math.ceil(keys / _BLOCK), device=begin.device)
-    before = (inner - begin)[..., None]
-    partial = torch.where(listed < before, begin[..., None] + listed, outer[..., None] + listed - before)
-    full = inner[..., None] + listed
+    def ordered(sees: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks each block sees, and these first."""
+        numbers = sees.to(torch.int32)[:, None]
+        places = numbers.argsort(dim=-1, descending=True, stable=True)
+        return numbers.sum(-1, dtype=torch.int32), places.to(torch.int32)
 
-    def indices(blocks: Tensor) -> Tensor:
-        return blocks.clamp(max=len(listed) - 1).to(torch.int32)[:, None]
-
-    def counts(blocks: Tensor) -> Tensor:
-        return blocks.to(torch.int32)[:, None]
-
-    return BlockMask.from_kv_blocks(
-        counts(end - begin - (outer - inner)),
-        indices(partial),
-        counts(outer - inner),
-        indices(full),
-        BLOCK_SIZE=_BLOCK,
+    # Both directions are told: the library would find the second by vmap, which the first run of a compiled graph refuses.
+    return BlockMask(
+        (queries, keys),
+        *(*ordered(partial), *ordered(full)),
+        *(*ordered(partial.mT), *ordered(full.mT)),
+        BLOCK_SIZE=(_BLOCK, _BLOCK),
         mask_mod=visible,
-        seq_lengths=(queries, keys),
     )
 
 
-def _score_function(bias: Tensor | None, numbers: Tensor, cap: Tensor | None) -> Callable[..., Tensor] | None:
+def _score_function(bias: Beside | None, numbers: Tensor, cap: Tensor | None) -> Callable[..., Tensor] | None:
     """What the library does to each score; None where that is nothing."""
     add = None if bias is None else _adds(bias, numbers)
     if cap is None:
@@ -383,23 +391,26 @@ def _score_function(bias: Tensor | None, numbers: Tensor, cap: Tensor | None) ->
     return score_function
 
 
-def _adds(bias: Tensor, numbers: Tensor) -> Callable[..., Tensor]:
+def _adds(bias: Beside, numbers: Tensor) -> Callable[..., Tensor]:
     """The score function of a bias (N, H, Lq, W), broadcast: slot c of a row is key ``c`` after that of its slot 0."""
-    batch_size, heads, rows, slots = bias.shape
+    added, largest = bias
+    batch_size, heads, rows, slots = added.shape
+    of_largest = largest.shape
     of_window, many = numbers.dim() == 1, numbers.size(0) > 1
 
     def add(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         zero = query * 0
         origin = query + numbers[0] if of_window else numbers[batch if many else zero, query]
         slot = (key - origin).clamp(0, slots - 1)
-        added = bias[
+        number = added[
             batch if batch_size > 1 else zero,
             head if heads > 1 else zero,
             query if rows > 1 else zero,
             slot,
         ]
-        # Hidden whatever the score is; a finite float64 beyond the range of float32 hides nothing.
-        finite = _finite(added, score.dtype)
-        return torch.where(added == -math.inf, -math.inf, score + finite)
+        most = largest[batch if of_largest[0] > 1 else zero, head if of_largest[1] > 1 else zero, query, zero]
+        less = score + _finite(number, score.dtype) - _finite(most, score.dtype)
+        # Hidden whatever the score is.
+        return torch.where(number == -math.inf, -math.inf, less.clamp(min=_LOWEST))
 
     return add
