@@ -13,6 +13,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
+_SEEDS = (-(2**63), 2**63 - 1)
 
 
 def threshold(dropout_p: float) -> int:
@@ -20,9 +21,19 @@ def threshold(dropout_p: float) -> int:
     return int(dropout_p * 2**32)
 
 
+def blank_seed(device: torch.device) -> Tensor:
+    """A seed (1,), int64, that is still to be drawn."""
+    return torch.empty(1, dtype=torch.int64, device=device)
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A seed (1,), int64, from torch's generator of ``device``."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device=device)
+
+
+def fill_seed(seed: Tensor) -> None:
+    """Draw a blank seed, as :func:`draw_seed` does."""
+    seed.random_(*_SEEDS)
 
 
 def words(seed: Tensor, n: Tensor, h: Tensor, i: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

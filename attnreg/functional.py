@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from attnreg.asking import asked_for
-from attnreg.dropout import draw_seed
+from attnreg.dropout import blank_seed, draw_seed, fill_seed
 from attnreg.environ import variables
 from attnreg.guard import guard
-from attnreg.op import ATTENTION, DOT_PRODUCT, WEIGHTED_AVERAGE, Op
+from attnreg.op import ATTENTION, DOT_PRODUCT, DROPOUT, WEIGHTED_AVERAGE, Op
 from attnreg.ops import (
     AUTOCAST_DEVICES,
     are_transformed,
@@ -35,7 +35,7 @@ from attnreg.ops import (
     run,
 )
 from attnreg.plan import MOST_PLANS, TABLE_KEY, Plan
-from attnreg.problem import check
+from attnreg.problem import check, check_alone
 from attnreg.registry import keep, registry
 from attnreg.request import written
 from attnreg.unknown import answers, wrong_call
@@ -198,7 +198,7 @@ def local_attention(
         scale: factor of the dot products; None means ``1 / sqrt(E)``.
         softcap: a number greater than 0: scores become ``softcap * tanh(score / softcap)``, as in Gemma 2. None leaves them.
         sinks: (H,), any floating-point dtype: ``exp(sinks[h])`` is added to the denominator of the softmax in every row of head
-            ``h``, and to no output, as in gpt-oss. It has a gradient.
+            ``h``, and to no output, as in gpt-oss; finite, or -inf for none. It has a gradient.
         dropout_p: the share of weights that are dropped, at least 0 and less than 1; kept weights are divided by
             ``1 - dropout_p``. Every backend drops the same weights for the same seed.
         seed: an int64 tensor of one element on query's device, the key of the dropout's generator; None draws one from torch's
@@ -215,8 +215,9 @@ def local_attention(
     if _unknown or _more:
         raise wrong_call(local_attention, _unknown, _more)
     rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
-    arguments = (bias, *rows, scale, softcap, sinks, *_dropout(query, dropout_p, seed))
-    return _call(ATTENTION, (query, key, value), window, arguments, backend)[0]
+    *dropped, blank = _dropout(query, dropout_p, seed)
+    arguments = (bias, *rows, scale, softcap, sinks, *dropped)
+    return _call(ATTENTION, (query, key, value), window, arguments, backend, blank=blank)[0]
 
 
 @answers
@@ -256,8 +257,11 @@ def local_attention_with_lse(
     if _unknown or _more:
         raise wrong_call(local_attention_with_lse, _unknown, _more)
     rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
-    arguments = (bias, *rows, scale, softcap, sinks, *_dropout(query, dropout_p, seed))
-    output, log_sum_exp = _call(ATTENTION, (query, key, value), window, arguments, backend, all_results=True)
+    *dropped, blank = _dropout(query, dropout_p, seed)
+    arguments = (bias, *rows, scale, softcap, sinks, *dropped)
+    output, log_sum_exp = _call(
+        ATTENTION, (query, key, value), window, arguments, backend, all_results=True, blank=blank
+    )
     return output, log_sum_exp
 
 
@@ -266,12 +270,15 @@ def _other(cu_seqlens_k: Tensor | None, cu_seqlens_q: Tensor | None) -> Tensor |
     return None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
 
 
-def _dropout(query: Any, dropout_p: Any, seed: Any) -> tuple[Any, Any]:
-    """Both as the op takes them: None where nothing is dropped, a seed where none is given."""
-    if dropout_p is None or (isinstance(dropout_p, (float, int)) and dropout_p == 0 and dropout_p is not False):
-        # A seed beside it is of no use then; one that is no tensor is told by the checks.
-        return None, None if isinstance(seed, Tensor) else seed
-    return dropout_p, draw_seed(query.device) if seed is None and isinstance(query, Tensor) else seed
+def _dropout(query: Any, dropout_p: Any, seed: Any) -> tuple[Any, Any, Tensor | None]:
+    """Both as the op takes them, None where nothing is dropped; and the seed once more where it is still to be drawn."""
+    if isinstance(dropout_p, (float, int)) and dropout_p == 0 and dropout_p is not False:
+        # A seed beside it is of no use then.
+        if seed is not None and isinstance(query, Tensor):
+            check_alone(DROPOUT[1], seed, "query", query)
+        return None, None, None
+    blank = blank_seed(query.device) if seed is None and isinstance(query, Tensor) else None
+    return dropout_p, seed if blank is None else blank, blank
 
 
 def arguments_of(op: Op, given: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -280,10 +287,7 @@ def arguments_of(op: Op, given: Mapping[str, Any]) -> tuple[Any, ...]:
     if "cu_seqlens_k" in told:
         told["cu_seqlens_k"] = _other(told["cu_seqlens_k"], told["cu_seqlens_q"])
     if "dropout_p" in told:
-        query, seed = told["query"], told["seed"]
-        if seed is None and isinstance(query, Tensor):
-            seed = torch.empty(1, dtype=torch.int64, device=query.device)
-        told["dropout_p"], told["seed"] = _dropout(query, told["dropout_p"], seed)
+        told["dropout_p"], told["seed"], _ = _dropout(told["query"], told["dropout_p"], told["seed"])
     return tuple(told[argument.name] for argument in op.arguments)
 
 
@@ -295,11 +299,25 @@ def _call(
     arguments: tuple[Any, ...],
     backend: str | Sequence[str] | None,
     all_results: bool = False,
+    blank: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The results of a call; ``all_results`` asks for gradients of results but the first, too."""
+    """The results of a call.
+
+    Args:
+        op: which.
+        tensors: its tensors.
+        window: which keys a query sees.
+        arguments: one for each that its row has.
+        backend: as the functions above have it.
+        all_results: whether gradients of results but the first are asked for, too.
+        blank: the one of the arguments that is a seed still to be drawn; a call that is refused draws none.
+    """
     if backend is not None and backend.__class__ is not str:
         backend = written(backend)
     if _is_tracing():
+        if blank is not None:
+            drawn = draw_seed(blank.device)
+            arguments = tuple(drawn if value is blank else value for value in arguments)
         return _watched(op, tensors, window, arguments, backend, all_results)
     if monotonic() > registry.next_look:
         registry.look_at_tables()
@@ -333,6 +351,8 @@ def _call(
         kind = None
     if plan is None:
         plan = _find(op, tensors, window, arguments, backend, asked, kind, all_results)
+    if blank is not None:
+        fill_seed(blank)
     if plan is None or is_watched():
         return _watched(op, tensors, window, arguments, backend, all_results)
     if plan.is_recorded:

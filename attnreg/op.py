@@ -188,7 +188,7 @@ SOFTCAP = Argument("softcap", admits=("greater than 0", lambda number: number > 
 SINKS = Argument("sinks", dims="H", differentiable=True)
 DROPOUT = (
     Argument("dropout_p", admits=("at least 0 and less than 1", lambda number: 0 <= number < 1), needs="seed"),
-    Argument("seed", dims="1", kind="integer", broadcasts=True, dtype=torch.int64),
+    Argument("seed", dims="1", kind="integer", broadcasts=True, dtype=torch.int64, needs="dropout_p"),
 )
 
 DOT_PRODUCT = Op(

@@ -426,6 +426,11 @@ def _check_tensor(name: str, dims: str, tensor: object, first_name: str, first: 
         raise ValueError(f"{name} must be on {first_name}'s device, {first.device}; got {tensor.device}")
 
 
+def check_alone(argument: Argument, value: object, first_name: str, first: Tensor) -> None:
+    """Check a tensor among the arguments whose shape hangs on no size, beside the op's first tensor."""
+    _check_argument(argument, argument.dims or "", value, {}, first_name, first)
+
+
 def _check_argument(
     argument: Argument, dims: str, value: object, sizes: dict[str, Any], first_name: str, first: Tensor
 ) -> None:

@@ -145,6 +145,37 @@ def compiled(function):
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [{"dropout_p": 1.0}, {"dropout_p": "half"}, {"softcap": -1.0}, {"backend": "nobody"}, {"key": torch.zeros(2, 2)}],
+    ids=str,
+)
+def test_a_call_that_is_refused_draws_no_seed(bad):
+    query, key, value = tensors()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    given = {"query": query, "key": key, "value": value, "dropout_p": 0.5} | bad
+    with pytest.raises((TypeError, ValueError)):
+        local_attention(window=WINDOW, **given)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("seed", "told"),
+    [
+        (7, "an integer torch.Tensor or None, got int"),
+        (torch.zeros(1), "an integer dtype, got torch.float32"),
+        (torch.zeros(2, dtype=torch.int64), "does not broadcast"),
+    ],
+    ids=["int", "float", "two"],
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_bad_seed_is_told_whether_or_not_something_is_dropped(seed, told, dropout_p):
+    with pytest.raises((TypeError, ValueError), match=f"seed.*{told}"):
+        local_attention(*tensors(), WINDOW, dropout_p=dropout_p, seed=seed)
+
+
 @pytest.mark.parametrize("way", [lambda function: function, compiled], ids=["eager", "compiled"])
 def test_manual_seed_repeats_a_call_and_two_calls_differ(way):
     given, function = tensors(), way(attend)

@@ -142,7 +142,9 @@ def test_a_compiled_call_without_graph_breaks_gives_the_same_values_and_gradient
         setattr(attnreg, op, eager)
     assert torch.equal(output, expected)
     for name, gradient in gradients.items():
-        assert torch.allclose(gradient, expected_gradients[name], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5), name
+        # A broadcast bias's is a sum, which the compiled call may add up in another order.
+        expected, share = expected_gradients[name], 1e-2 if dtype == torch.bfloat16 else 1e-5
+        assert torch.allclose(gradient, expected, rtol=share, atol=share * float(expected.abs().max())), name
 
 
 def test_a_compiled_module_serves_many_lengths_and_keeps_asking_for_its_backend():
