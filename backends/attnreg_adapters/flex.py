@@ -58,9 +58,9 @@ def refuse(problem: Problem) -> str | None:
 
 
 def workspace(problem: Problem) -> int:
-    """Which keys a bias of a column per slot shows; where it learns, also itself and its gradient, written out for all rows."""
+    """Which keys a bias shows; where it learns, also itself and its gradient, written out for all rows."""
     bias = problem.gives("bias")
-    if bias is None or bias.shape[3] == 1 or bias.dtype is None:
+    if bias is None or bias.dtype is None:
         return 0
     seen = bias.shape[0] * min(bias.shape[1], problem.kv_heads) * problem.query_length * problem.window.size * 9
     slots = problem.batch * problem.heads * problem.query_length * problem.window.size
@@ -152,28 +152,23 @@ def _attention(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What the library gives, brought to the contract."""
-    of_row = of_slots = beside = None
-    if bias is not None and bias.size(3) == 1:
-        # What is added to all scores of a row adds to its log-sum-exp.
-        of_row = bias[..., 0]
-    elif bias is not None:
-        of_slots = _each_once(bias, query, window) if _learns(bias) else bias
     if view.rows is None:
         output, log_sum_exp = _flex_attention(query, key, value, view, None, softcap, scale)
         return _beside_sinks(output, log_sum_exp, sinks)
     first, last = (each[:, None] for each in view.rows.seen(query.size(2), window))
-    if of_slots is None:
-        sees = first < last if of_row is None else (first < last) & (of_row != -math.inf)
+    beside = None
+    if bias is None:
+        sees = first < last
         seen = _union(first.where(sees, key.size(2)), last.where(sees, 0), key.size(2))
         seen = _of_any_head(seen, key.size(1))
     else:
+        added = _each_once(bias, query, window) if _learns(bias) else bias.expand(*bias.shape[:3], window.size)
         slots = _keys_of_slots(view.rows, query.size(2), window)
-        inside = (slots >= first[..., None]) & (slots < last[..., None])
-        visible = (of_slots.detach() != -math.inf) & inside
+        visible = (added.detach() != -math.inf) & (slots >= first[..., None]) & (slots < last[..., None])
         sees, seen = visible.any(-1), _scattered(visible, slots, key)
         # Its backward takes the weights from the rounded log-sum-exp, so scores are to be near 0.
-        largest = of_slots.detach().where(visible, -math.inf).amax(-1, keepdim=True).where(sees[..., None], 0)
-        beside = Beside(of_slots, largest if largest.dtype.itemsize >= 4 else largest.float())
+        largest = added.detach().where(visible, -math.inf).amax(-1, keepdim=True).where(sees[..., None], 0)
+        beside = Beside(added, largest if largest.dtype.itemsize >= 4 else largest.float())
     # The kernel gives other keys weight 0, and multiplies their values by it; its backward multiplies all of such rows and keys.
     value = value.where(seen[..., None], 0)
     learns = _learns(query, key, value, *(each for each in (bias, sinks) if each is not None))
@@ -182,16 +177,11 @@ def _attention(
     output, log_sum_exp = _flex_attention(query, key, value, view, beside, softcap, scale)
     if beside is not None:
         log_sum_exp = log_sum_exp + _finite(beside.largest[..., 0], log_sum_exp.dtype)
-    if of_row is not None:
-        log_sum_exp = log_sum_exp + _finite(of_row, log_sum_exp.dtype)
-    if of_row is not None or sinks is not None:
+    if sinks is not None:
         log_sum_exp = log_sum_exp.where(sees, -math.inf)
     output, log_sum_exp = _beside_sinks(output, log_sum_exp, sinks)
-    if of_row is not None or learns:
+    if learns:
         output, log_sum_exp = output.where(sees[..., None], 0), log_sum_exp.where(sees, -math.inf)
-    if of_row is not None and _learns(of_row):
-        # The output does not depend on it, which autograd calls unused. It hangs on this, with derivatives of 0.
-        output = output + of_row.where(torch.zeros_like(of_row, dtype=torch.bool), 0)[..., None].to(output.dtype)
     return output, log_sum_exp
 
 
@@ -366,7 +356,7 @@ def _listed(
         """How many blocks each block sees, and these first."""
         numbers = sees.to(torch.int32)[:, None]
         places = numbers.argsort(dim=-1, descending=True, stable=True)
-        return numbers.sum(-1, dtype=torch.int32), places.to(torch.int32)
+        return numbers.sum(-1, dtype=torch.int32), places.to(torch.int32).contiguous()
 
     # Both directions are told: the library would find the second by vmap, which the first run of a compiled graph refuses.
     return BlockMask(
