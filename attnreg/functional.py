@@ -315,10 +315,7 @@ def _call(
     if backend is not None and backend.__class__ is not str:
         backend = written(backend)
     if _is_tracing():
-        if blank is not None:
-            drawn = draw_seed(blank.device)
-            arguments = tuple(drawn if value is blank else value for value in arguments)
-        return _watched(op, tensors, window, arguments, backend, all_results)
+        return _watched(op, tensors, window, arguments, backend, all_results, blank)
     if monotonic() > registry.next_look:
         registry.look_at_tables()
     casts = _is_any_autocast_enabled()
@@ -351,10 +348,10 @@ def _call(
         kind = None
     if plan is None:
         plan = _find(op, tensors, window, arguments, backend, asked, kind, all_results)
+    if plan is None or is_watched():
+        return _watched(op, tensors, window, arguments, backend, all_results, blank)
     if blank is not None:
         fill_seed(blank)
-    if plan is None or is_watched():
-        return _watched(op, tensors, window, arguments, backend, all_results)
     if plan.is_recorded:
         return differentiated(plan, given, arguments)
     return run(plan, tensors, arguments) if casts else plan.run(tensors, arguments)
@@ -390,6 +387,7 @@ def _watched(
     arguments: tuple[Any, ...],
     backend: str | None,
     all_results: bool,
+    blank: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The results of a call that somebody watches: a tracer, a mode, a transform, a subclass of tensors."""
     if _is_tracing():
@@ -398,6 +396,10 @@ def _watched(
         refuse_watchers(op, (*tensors, *arguments))
     tensors = autocast(tensors)
     check(op, tensors, window, arguments)
+    if blank is not None:
+        # Tracers write down better what makes a tensor than what fills one.
+        drawn = draw_seed(blank.device)
+        arguments = tuple(drawn if value is blank else value for value in arguments)
     needs_grad = needs_gradients((*tensors, *[each for each in arguments if isinstance(each, Tensor)]))
     if not _is_tracing() and are_transformed((*tensors, *arguments)):
         plan, _ = find_plan(op, tensors, window, arguments, backend, needs_grad, asked_for(backend), all_results)
