@@ -18,7 +18,7 @@ from attnreg.cli.info import VARIABLES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 # Its code is of a backend that is not there.
 OF_NO_BACKEND = DOCS / "testing.md"
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
