@@ -17,7 +17,7 @@ from attnreg.packages import package_version
 from attnreg.tables.environment import cpu_name, driver
 from attnreg_benchmarks.floor import Ceilings
 
-PACKAGES = ("attnreg", "torch", "triton", "flash-attn-4", "nvidia-cudnn-frontend")
+PACKAGES = ("attnreg", "torch", "triton", "transformers", "flash-attn-4", "nvidia-cudnn-frontend")
 
 
 @dataclass(frozen=True)
