@@ -24,6 +24,7 @@ OWN = {
     "tables": ("tables", "tables"),
     "new-backend": ("new_backend", "new_backend"),
     "conform": ("conform", "conform"),
+    "audit": ("audit", "audit"),
 }
 
 

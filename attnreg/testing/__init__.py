@@ -8,6 +8,8 @@ The kit stands on them. A ``case`` is a Problem with a few facts; ``cases`` is t
 test, watched while it is called; a ``property`` is tried with cases that the backend declares (``about_values``,
 ``about_rows``, ``about_softmax``, ``about_memory``, ``about_calls``); ``conformance`` tries them all, ``shrinking`` finds the
 smallest call that breaks one, ``with_pytest`` makes tests of them. ``mutants`` are broken backends that the kit must find.
+
+Apart from these, ``audit`` measures which window the layers of any model really have: ``docs/audit.md``.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnreg.testing.audit import audit_window
     from attnreg.testing.case import Case, make_case
     from attnreg.testing.conformance import check_case, conform
     from attnreg.testing.with_pytest import conformance_tests
 
-__all__ = ["Case", "check_case", "conform", "conformance_tests", "make_case"]
+__all__ = ["Case", "audit_window", "check_case", "conform", "conformance_tests", "make_case"]
 
 # Tuning needs the oracle alone: neither pytest nor the kit is loaded before one of these is asked for.
 _MODULES = {
     "Case": "case",
+    "audit_window": "audit",
     "check_case": "conformance",
     "conform": "conformance",
     "conformance_tests": "with_pytest",
