@@ -148,7 +148,7 @@ def on_the_gpu(step: Callable[[], None], device: torch.device) -> float | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in found.key_averages()) / 1000
+    return float(sum(event.self_device_time_total for event in found.key_averages())) / 1000
 
 
 def compare(line: Model, attentions: list[str], device: torch.device, *, trains: bool) -> dict[str, Any]:
