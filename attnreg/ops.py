@@ -218,7 +218,10 @@ def refuse_watchers(op: Op, tensors: Sequence[Any]) -> None:
 def refuse_sharded(op: Op, tensors: Sequence[Any]) -> None:
     """Raise where a DTensor is given."""
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and type(tensor).__module__.startswith("torch.distributed.tensor"):
+        # Dynamo knows the types of both, and not where a parameter's is defined.
+        if not isinstance(tensor, Tensor) or type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+            continue
+        if type(tensor).__module__.startswith("torch.distributed.tensor"):
             raise NotDifferentiable(
                 f"{op.name}: a {type(tensor).__name__} is given; batch and heads are independent: shard by these, and call "
                 f"inside torch.distributed.tensor.experimental.local_map, or on tensor.to_local()"

@@ -348,6 +348,26 @@ def test_an_export_keeps_both_results_the_sinks_and_a_seed_that_is_drawn(strict)
     assert not torch.equal(program.module()(LONGER, sinks)[0], results[0][0])
 
 
+@pytest.mark.parametrize("name", ["query", "sinks", "bias"])
+def test_a_compiled_call_takes_a_parameter(name):
+    given = {
+        "query": LONGER,
+        "key": LONGER,
+        "value": LONGER,
+        "sinks": torch.randn(2),
+        "bias": torch.randn(1, 2, 1, WINDOW.size),
+    }
+    given[name] = torch.nn.Parameter(given[name].clone())
+
+    def run():
+        return attnreg.local_attention(window=WINDOW, **given)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(each().sin().sum(), given[name])[0] for each in (compiled, run)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_inductor_takes_the_ops_of_all_arguments():
     query, sinks = LONGER.clone().requires_grad_(), torch.randn(2, requires_grad=True)
     offsets, seed = torch.tensor([0, 4, 13]), torch.tensor([5])

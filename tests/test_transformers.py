@@ -80,7 +80,7 @@ def step(model: nn.Module, inputs: dict[str, Any], mask: Tensor | None = None) -
     model.zero_grad()
     given = inputs if mask is None else {**inputs, "attention_mask": mask}
     found = output_of(model, **given)
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(3)).to(found.device)
     if mask is not None and mask.shape == found.shape[:2]:
         upstream, found = upstream * mask[..., None], found * mask[..., None]
     (found * upstream).sum().backward()
@@ -124,6 +124,44 @@ def test_a_model_on_attnreg_is_the_model_on_eager(family: str, padding: str) -> 
     expected = step(model, inputs, mask)
     use(model, "attnreg")
     assert_same(step(model, inputs, mask), expected, FAMILIES[family].rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("family", "padding"), PADDED, ids=["-".join(each) for each in PADDED])
+def test_a_model_on_a_gpu_is_the_model_on_eager(family: str, padding: str) -> None:
+    model, mask = build(family).cuda(), mask_of(padding)
+    inputs = {name: each.cuda() for name, each in inputs_of(family).items()}
+    mask = None if mask is None else mask.cuda()
+    expected = step(model, inputs, mask)
+    use(model, "attnreg")
+    assert_same(step(model, inputs, mask), expected, 5 * FAMILIES[family].rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "modernbert"])
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_a_graph_of_a_padded_forward_replays_with_other_padding(family: str, padding: str) -> None:
+    model = build(family).cuda()
+    use(model, "attnreg")
+    integration.register(look=False)
+    inputs = {name: each.cuda() for name, each in inputs_of(family).items()}
+    mask = torch.ones(2, LENGTH, dtype=torch.long, device="cuda")
+    given = {**inputs, "attention_mask": mask} | ({} if family == "modernbert" else {"use_cache": False})
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            output_of(model, **given)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = output_of(model, **given)
+        mask.copy_(mask_of(padding))
+        graph.replay()
+        use(model, "eager")
+        expected = output_of(model, **given)
+    torch.testing.assert_close(found * mask[..., None], expected * mask[..., None], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", [family for family, row in installed().items() if row.generates])

@@ -241,8 +241,8 @@ def _attention(
     if is_full(mask) and options.full != NAME and not (is_beyond_sdpa and why_not is None):
         return _dense(options, call, mask)
     if why_not is None and options.full == "sdpa" and _has_sdpa(call) and (query.shape[2] == 1 or hides_nothing(mask)):
-        # One query reads one row of keys: there is nothing to save, and SDPA's call is the smaller one. The mask is made here, not
-        # where transformers asks for it: a model that adds to its mask needs one that is there and is added to scores.
+        # One query reads one row of keys: there is nothing to save, and SDPA's call is the smaller one. Its mask is made here,
+        # not where transformers asks for one: a model that joins something to its mask needs an additive one, and never None.
         return _sdpa(call, mask)
     if why_not is None:
         return _banded(options, call, mask), None
@@ -372,13 +372,11 @@ def _banded(options: Options, call: _Call, mask: BandMask) -> Tensor:
     query, key, value = call.query, call.key, call.value
     if mask.unused:
         key, value = key[:, :, : key_length_of(mask)], value[:, :, : key_length_of(mask)]
-    sinks = call.get("s_aux")
     given = {
         "bias": _bias(mask, query.dtype),
         "scale": call.scaling,
         "softcap": call.get("softcap"),
-        # A view: what Dynamo makes of a parameter the core cannot be handed.
-        "sinks": None if sinks is None else sinks[:],
+        "sinks": call.get("s_aux"),
         "dropout_p": call.dropout,
         "backend": options.backend,
     }
