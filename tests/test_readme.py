@@ -20,7 +20,7 @@ BLOCK = re.compile(r"```python\n(.*?)```.*?```\n(.*?)```", re.DOTALL)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the README shows a machine without a GPU")
 def test_every_python_block_prints_the_block_after_it(tmp_path):
     blocks = BLOCK.findall(README.read_text())
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ATTNREG_BACKEND")
     }
