@@ -83,6 +83,19 @@ class _SlidingWindowAndGlobalTokens(nn.Module):
     key_global: nn.Module
     value_global: nn.Module
 
+    def __init__(
+        self,
+        config: Any,
+        layer_id: int,
+        *,
+        dilation: int = 1,
+        max_global_tokens: int | None = None,
+        padding_at_ends: bool = False,
+        backend: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(config, layer_id)
+        _set(self, _checked(dilation, max_global_tokens, padding_at_ends, backend))
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -346,19 +359,6 @@ class LongformerSelfAttention(_SlidingWindowAndGlobalTokens, _longformer.Longfor
         TypeError, ValueError: a setting is bad; the message names it, what it was and what was expected.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        layer_id: int,
-        *,
-        dilation: int = 1,
-        max_global_tokens: int | None = None,
-        padding_at_ends: bool = False,
-        backend: str | Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(config, layer_id)
-        _set(self, _checked(dilation, max_global_tokens, padding_at_ends, backend))
-
 
 class LEDEncoderSelfAttention(_SlidingWindowAndGlobalTokens, _led.LEDEncoderSelfAttention):  # type: ignore[misc]
     """The same for the encoder of LED: Transformers' ``LEDEncoderSelfAttention``.
@@ -374,19 +374,6 @@ class LEDEncoderSelfAttention(_SlidingWindowAndGlobalTokens, _led.LEDEncoderSelf
     Raises:
         TypeError, ValueError: as there.
     """
-
-    def __init__(
-        self,
-        config: Any,
-        layer_id: int,
-        *,
-        dilation: int = 1,
-        max_global_tokens: int | None = None,
-        padding_at_ends: bool = False,
-        backend: str | Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(config, layer_id)
-        _set(self, _checked(dilation, max_global_tokens, padding_at_ends, backend))
 
 
 # In a model
