@@ -89,6 +89,23 @@ _NOT_YET_RUN = frozenset({GeneratorType, CoroutineType, AsyncGeneratorType})
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
+def check_known(wish: Wish) -> None:
+    """Some backend that a wish prefers is registered, and each of those that are has the options asked for.
+
+    Raises:
+        BackendError: none is, or one has not.
+    """
+    entries = registry.entries
+    backends = {entry.backend.name: entry.backend for entry in entries}
+    found = [request for request in wish.preferred if request.name in backends]
+    if wish.preferred and not found:
+        raise BackendError(unknown_backend(wish.preferred[0], wish, entries, registry.faults))
+    for request in found:
+        _, wrong = option_values(backends[request.name], request.options)
+        if wrong:
+            raise BackendError(f"backend {str(request)!r}, asked for by {wish.by}: {'; '.join(wrong)}")
+
+
 class use_backend:
     """Ask for a backend in a ``with`` block or in a decorated (also async) function.
 
@@ -130,15 +147,7 @@ class use_backend:
         self._blocks: list[_InGenerator] = []
 
     def __enter__(self) -> use_backend:
-        entries = registry.entries
-        backends = {entry.backend.name: entry.backend for entry in entries}
-        found = [request for request in self.wish.preferred if request.name in backends]
-        if self.wish.preferred and not found:
-            raise BackendError(unknown_backend(self.wish.preferred[0], self.wish, entries, registry.faults))
-        for request in found:
-            _, wrong = option_values(backends[request.name], request.options)
-            if wrong:
-                raise BackendError(f"backend {str(request)!r}, asked for by use_backend: {'; '.join(wrong)}")
+        check_known(self.wish)
         # Inside a graph there are no frames.
         block = None if _is_tracing() else _block_in_generator(self.name, sys._getframe(1))
         if block is not None:

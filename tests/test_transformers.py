@@ -27,6 +27,7 @@ from transformers_models import (  # noqa: E402
 )
 
 import attnreg.integrations.transformers as integration  # noqa: E402
+from attnreg import BackendError  # noqa: E402
 from attnreg.integrations._transformers_mask import BandMask, dense, visibility  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -405,6 +406,51 @@ def test_a_pack_that_is_padded_keeps_its_documents_apart(
     torch.testing.assert_close(found[:, :length], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("told", ["cache", "mask", "padded left"])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [0] * LENGTH,
+        [each // 2 for each in range(LENGTH)],
+        [*range(LENGTH - 2), LENGTH - 4, LENGTH - 3],
+        [*range(5), *range(3, LENGTH - 2)],
+        [LENGTH - each for each in range(LENGTH)],
+    ],
+    ids=["all 0", "twice each", "a dip at the end", "a dip inside", "falling"],
+)
+def test_positions_that_are_no_pack_are_one_document_as_for_eager(positions: list[int], told: str) -> None:
+    model, inputs = build("gemma3"), inputs_of("gemma3", batch=2)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    if told == "padded left":
+        mask[1, :4] = 0
+    inputs["position_ids"] = torch.tensor([positions, positions])
+    inputs["use_cache"] = told == "cache"
+    expected = step(model, inputs, None if told == "cache" else mask)
+    use(model, "attnreg")
+    assert_same(step(model, inputs, None if told == "cache" else mask), expected)
+
+
+@pytest.mark.parametrize("counts_holes", [False, True], ids=["positions skip holes", "positions count holes"])
+@pytest.mark.parametrize("looks", [True, False], ids=["looks", "cannot look"])
+def test_documents_that_are_padded_one_by_one_are_kept_apart(
+    looks: bool, counts_holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("gemma3")
+    texts = [inputs_of("gemma3", batch=1, length=length)["input_ids"] for length in (6, 5)]
+    use(model, "attnreg")
+    expected = [output_of(model, input_ids=text) for text in texts]
+    if not looks:
+        monkeypatch.setattr("attnreg.integrations._transformers_mask.may_look", lambda tensor, looks: False)
+        monkeypatch.setattr(integration, "may_look", lambda tensor, looks: False)
+    hole, of_hole = torch.zeros(1, 3, dtype=torch.long), torch.tensor([6, 7, 8] if counts_holes else [1, 1, 1])
+    ids = torch.cat([texts[0], hole, texts[1], hole], dim=1)
+    positions = torch.cat([torch.arange(6), of_hole, torch.arange(5), of_hole])[None]
+    mask = torch.tensor([1] * 6 + [0] * 3 + [1] * 5 + [0] * 3)[None]
+    found = output_of(model, input_ids=ids, position_ids=positions, attention_mask=mask)
+    torch.testing.assert_close(found[:, :6], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:, 9:14], expected[1], atol=1e-5, rtol=1e-5)
+
+
 def test_positions_that_jump_ahead_are_one_document_as_for_eager() -> None:
     model, inputs = build("gemma3"), inputs_of("gemma3")
     inputs["position_ids"] = torch.cat([torch.arange(8), torch.arange(20, 31)])[None]
@@ -420,6 +466,15 @@ def test_offsets_beside_a_batch_are_refused() -> None:
         ValueError, match=r"cu_seq_lens_q was given with 2 rows of 19 queries .*; packed sequences are one row"
     ):
         model(**inputs_of("mistral"), cu_seq_lens_q=torch.tensor([0, 4, LENGTH], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("offsets", [[0, 4, LENGTH - 1], [0, 4, LENGTH + 1], [1, LENGTH], [0, 9, 4, LENGTH], []])
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_offsets_that_do_not_rise_to_the_number_of_tokens_are_refused(family: str, offsets: list[int]) -> None:
+    model = build(family)
+    use(model, "attnreg")
+    with pytest.raises(ValueError, match=rf"cu_seq_lens_q must rise from 0 to {LENGTH}, the number of tokens; got \["):
+        model(**inputs_of(family, batch=1), cu_seq_lens_q=torch.tensor(offsets, dtype=torch.int32))
 
 
 # Caches
@@ -689,10 +744,12 @@ def test_options_are_by_name_and_go_back_to_the_first() -> None:
         ({"name": "sdpa"}, "name must be a name that transformers does not have, got 'sdpa'"),
         ({"look": 1}, "look must be True or False, got 1"),
         ({"ignored": "temperature"}, "ignored must be a sequence of names, got 'temperature'"),
+        ({"backend": "nope"}, "no backend is called 'nope', asked for by register"),
+        ({"backend": "torch_block:blocks=4"}, "backend 'torch_block:blocks=4', asked for by register: .*blocks"),
     ],
 )
 def test_bad_options_are_told(given: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, BackendError), match=message):
         integration.register(**given)
 
 

@@ -364,18 +364,29 @@ def _with_breaks(tensors: Mapping[str, Tensor], breaks: Tensor, sizes: Sizes) ->
 
 
 def restarts(mask: BandMask, positions: Tensor) -> Tensor:
-    """(N, L), where the positions (N, L) of a mask of as many queries as keys go back, from one token to the next."""
-    begins = positions.diff(dim=-1, prepend=positions[:, :1] - 1) < 1
-    begins = begins.expand(mask.shape[0], -1)
-    keys = torch.arange(mask.shape[-1], device=begins.device)
+    """(N, L), where documents of a pack begin, by the positions (N, L) of a mask of as many queries as keys.
+
+    A row is a pack if each of its positions is 0 or the one after the last; padding's, which have numbers of their own, do not
+    count. Where a row repeats or skips positions in another way nothing begins.
+    """
+    batch, length = mask.shape[0], mask.shape[-1]
+    positions = positions.expand(batch, -1)
+    keys = torch.arange(length, device=positions.device)
+    is_token = torch.ones(batch, length, dtype=torch.bool, device=positions.device)
     if mask.key_starts is not None:
-        begins = begins & (keys > mask.key_starts[:, None])
+        is_token = is_token & (keys >= mask.key_starts[:, None])
     if mask.key_lengths is not None:
-        begins = begins & (keys < mask.key_lengths[:, None])
+        is_token = is_token & (keys < mask.key_lengths[:, None])
     if mask.visible is not None:
-        # Padded positions have numbers of their own.
-        begins = begins & mask.visible & pad(mask.visible[:, :-1], (1, 0))
-    return begins
+        is_token = is_token & mask.visible
+    # The token before each, past holes, which positions may count or leave out.
+    last = pad(torch.where(is_token, keys, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    steps = positions - positions.gather(-1, last.clamp_min(0))
+    follows = is_token & (last >= 0)
+    goes_on = follows & ((steps == 1) | (steps == keys - last))
+    begins = follows & (positions == 0)
+    is_pack = (goes_on | begins | ~follows).all(-1, keepdim=True) & goes_on.any(-1, keepdim=True)
+    return begins & is_pack
 
 
 def with_restarts(mask: BandMask, begins: Tensor, positions: Tensor) -> BandMask:

@@ -20,6 +20,7 @@ from transformers.utils.generic import TransformersKwargs
 
 import attnreg
 from attnreg import local_attention
+from attnreg.asking import check_known
 from attnreg.integrations._transformers_mask import (
     BandMask,
     Sizes,
@@ -39,7 +40,7 @@ from attnreg.integrations._transformers_mask import (
 )
 from attnreg.integrations._transformers_paths import LayerPath, ModelPaths, explain, is_recorded, record
 from attnreg.integrations._transformers_rule import MaskFunction, read_rule
-from attnreg.request import written
+from attnreg.request import parse_wish, written
 
 __all__ = ["NAME", "LayerPath", "ModelPaths", "Options", "explain", "register"]
 
@@ -116,6 +117,7 @@ def register(
 
     Raises:
         TypeError, ValueError: an argument is none of those.
+        attnreg.BackendError: no backend is called so, or has such an option.
     """
     known = [each for each in AttentionInterface._global_mapping if each not in (NAME, name)]
     if not isinstance(name, str) or not name or name == "eager" or "|" in name:
@@ -131,7 +133,10 @@ def register(
         raise TypeError(f"look must be True or False, got {look!r} ({type(look).__name__})")
     if isinstance(ignored, str) or not all(isinstance(each, str) for each in ignored):
         raise TypeError(f"ignored must be a sequence of names, got {ignored!r}")
-    options = Options(full, unsupported, written(backend), look, frozenset(ignored))
+    asked = written(backend)
+    if asked is not None:
+        check_known(parse_wish(asked, "register"))
+    options = Options(full, unsupported, asked, look, frozenset(ignored))
     AttentionInterface.register(name, partial(_attention, options))
     AttentionMaskInterface.register(name, partial(_mask, options))
     return options
@@ -305,10 +310,13 @@ def _documented(options: Options, call: _Call, mask: BandMask) -> BandMask:
     offsets_q, offsets_k = call.get("cu_seq_lens_q"), call.get("cu_seq_lens_k")
     query_length, key_length = mask.shape[2:]
     if offsets_q is not None:
+
+        def told() -> BandMask:
+            _check_offsets(options, call)
+            return with_offsets(mask, offsets_q, offsets_q if offsets_k is None else offsets_k)
+
         _check_packed(call, "query_starts" in tensors_of(mask))
-        return _remembered(
-            mask, offsets_q, lambda: with_offsets(mask, offsets_q, offsets_q if offsets_k is None else offsets_k)
-        )
+        return _remembered(mask, offsets_q, told)
     positions = call.get("position_ids")
     if mask.packed or not isinstance(positions, Tensor) or positions.dim() != 2:
         return mask
@@ -334,6 +342,7 @@ def _apart(options: Options, call: _Call) -> Any:
     if offsets is None or (call.mask is None and options.full not in _OWN):
         return call.mask
     _check_packed(call, has_past=False)
+    _check_offsets(options, call)
     number = torch.searchsorted(offsets, torch.arange(call.query.shape[2], device=offsets.device), right=True)
     apart = (number[:, None] != number)[None, None]
     if isinstance(call.mask, Tensor):
@@ -349,6 +358,18 @@ def _check_packed(call: _Call, has_past: bool) -> None:
             f"attnreg: cu_seq_lens_q was given with {batch} rows of {query_length} queries and {key_length} keys; packed "
             f"sequences are one row, without earlier tokens in a cache"
         )
+
+
+def _check_offsets(options: Options, call: _Call) -> None:
+    """Documents have all tokens between them, where their offsets may be read."""
+    for name, count in (("cu_seq_lens_q", call.query.shape[2]), ("cu_seq_lens_k", call.key.shape[2])):
+        offsets = call.get(name)
+        if offsets is None or not may_look(offsets, options.look):
+            continue
+        numbers = offsets.tolist()
+        if not numbers or numbers[0] != 0 or numbers[-1] != count or numbers != sorted(numbers):
+            shown = f"{numbers}" if len(numbers) < 10 else f"{str(numbers[:4])[:-1]}, ..., {numbers[-1]}]"
+            raise ValueError(f"attnreg: {name} must rise from 0 to {count}, the number of tokens; got {shown}")
 
 
 def _is_causal(call: _Call) -> bool:

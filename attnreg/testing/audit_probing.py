@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from attnreg.testing.audit_judging import Seen
+from attnreg.testing.audit_judging import Part, Seen
 
 # A call of a module in a run: its name, and how often it was called before.
 Key = tuple[str, int]
@@ -37,9 +37,29 @@ POSITIONWISE = (
     nn.Tanh,
     nn.Sigmoid,
 )
-# How large what comes in is, and what replaces it: the first pair of all, then others where keys seemed to be missing, as a
-# sharp softmax hides them. In units of the input's own size.
-DRAWS = ((1.0, 4.0), (0.05, 0.5), (0.005, 0.05), (1.0, 32.0))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What comes in, and what replaces it at one position.
+
+    Attributes:
+        scale: how large what comes in is, in units of its own size.
+        noise: how large what replaces it is.
+        order: of the positions of what comes in: 0 is as it came, others are other random orders, with other replacements.
+        sign: of what replaces it.
+    """
+
+    scale: float
+    noise: float
+    order: int = 0
+    sign: int = 1
+
+
+# The first of all, then others where keys seemed to be missing, as a sharp softmax hides them.
+DRAWS = (Draw(1.0, 4.0), Draw(0.05, 0.5), Draw(0.005, 0.05), Draw(1.0, 32.0))
+# Where keys are missing in scattered places, as an attention hides them that chooses keys by what they hold.
+OTHER_DRAWS = (Draw(1.0, 4.0, 0, -1), *(Draw(1.0, 4.0, order, sign) for order in (1, 2, 3) for sign in (1, -1)))
 # More than what runs that are told the same differ by.
 NOISE = 16.0
 
@@ -235,7 +255,7 @@ def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.M
     def replace(key: Key, leaves: list[Any], at: int | None) -> list[Any] | None:
         replaced = list(leaves)
         for place, (axes, base) in taken.get(key, {}).items():
-            replaced[place] = _with_noise(leaves[place], axes, base, [at] * batch, 1.0, 4.0, place)
+            replaced[place] = _with_noise(leaves[place], axes, base, [at] * batch, DRAWS[0], place)
         return replaced if taken.get(key) else None
 
     def replace_nothing(key: Key, leaves: list[Any]) -> list[Any] | None:
@@ -305,14 +325,18 @@ def _groups(axes: Axes, wrong: Tensor, head_dim: int | None) -> Tensor:
 
 
 def _with_noise(
-    like: Tensor, axes: Axes, base: Tensor, columns: Sequence[int | None], scale: float, noise: float, seed: int
+    like: Tensor, axes: Axes, base: Tensor, columns: Sequence[int | None], draw: Draw, seed: int
 ) -> Tensor:
     """What first came in, for every copy, with random numbers at the position of each; where that is None, as it was."""
     count = 1 if axes.batch is None else len(columns)
-    whole = (base * scale).movedim(axes.position, 0)
+    whole = (base * draw.scale).movedim(axes.position, 0)
+    if draw.order:
+        # The same order for all that comes in.
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(draw.order))
+        whole = whole[order.to(whole.device)]
     size = float(base.float().square().mean().sqrt()) or 1.0
-    generator = torch.Generator().manual_seed(1000 + seed)
-    one = torch.randn(whole.shape[1:], generator=generator) * (noise * size)
+    generator = torch.Generator().manual_seed(1000 * (1 + draw.order) + seed)
+    one = torch.randn(whole.shape[1:], generator=generator) * (draw.sign * draw.noise * size)
     copies = []
     for column in columns[:count]:
         copy = whole.clone()
@@ -365,16 +389,24 @@ class Measured:
         tables[tensor].found[rows, columns] |= found
         tables[tensor].known[rows, columns] = True
 
+    @staticmethod
+    def _is_output(place: Any) -> bool:
+        return isinstance(place, tuple) and place[1:] in (("out", 0), ("out with gradients", 0)) and place[0] == ...
+
     def seen(self, way: str) -> Seen:
         """Of the tensors and groups that see any key but the row's own, what some and what every one sees."""
         seen = Seen.nothing(self.length)
         seen.every |= True
         own = torch.eye(self.length, dtype=torch.bool)[:, :, None]
         active = torch.zeros(self.length, self.length, dtype=torch.bool)
-        for table in self.tables[way].values():
+        for place, table in self.tables[way].items():
             seen.known |= table.known
             sees = (table.found & ~own).any(0).any(0)
             if sees.any():
+                if self._is_output(place):
+                    # A head that sees nothing but itself, beside heads that see more.
+                    sees |= table.found.any(0).any(0)
+                seen.parts += [Part(table.found[:, :, group], table.known) for group in sees.nonzero()[:, 0].tolist()]
                 active |= table.known
                 some, every = table.found[:, :, sees].any(2), table.found[:, :, sees].all(2)
                 seen.some |= some
@@ -420,8 +452,7 @@ class Probe:
         self,
         batch: int,
         columns: Sequence[int | None],
-        scale: float,
-        noise: float,
+        draw: Draw,
         *,
         leaves: dict[Place, Tensor] | None = None,
     ) -> dict[Place, tuple[Axes, Tensor]]:
@@ -453,7 +484,7 @@ class Probe:
             for place, (axes, base) in site.sources.items():
                 if place >= len(given) or not isinstance(given[place], Tensor):
                     continue
-                whole = _with_noise(given[place], axes, base, list(columns), scale, noise, place)
+                whole = _with_noise(given[place], axes, base, list(columns), draw, place)
                 new = whole.narrow(axes.position, begin, end - begin)
                 if new.shape != given[place].shape:
                     raise ValueError(
@@ -511,15 +542,14 @@ class Probe:
         # Of a layer that is called several times, its children are, too, as often in each.
         return same[min(number * len(same) // max(self.hooked.counts.get(name, 1), 1), len(same) - 1)]
 
-    def forward(self, columns: Sequence[int], batch: int, draw: int = 0) -> None:
+    def forward(self, columns: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
         """Which rows' outputs change with each of these positions."""
-        scale, noise = DRAWS[draw]
         batch = _fitting(batch, len(columns))
         with self.hooked.hooked(), torch.no_grad():
-            before = self._record(batch, [None] * batch, scale, noise)
-            noises = self._noises(before, batch, scale, noise)
+            before = self._record(batch, [None] * batch, draw)
+            noises = self._noises(before, batch, draw)
             for chunk in _chunks(columns, batch):
-                now = self._record(batch, chunk, scale, noise)
+                now = self._record(batch, chunk, draw)
                 for place, (axes, base) in before.items():
                     if place in now and now[place][1].shape == base.shape:
                         self._differing("forward", place, axes, now[place][1], base, chunk, noises.get(place, 0.0))
@@ -534,11 +564,9 @@ class Probe:
             if copy < wrong.shape[0]:
                 self.found[site.key].saw(way, place, rows, torch.full_like(rows, column), wrong[copy])
 
-    def _noises(
-        self, before: dict[Place, tuple[Axes, Tensor]], batch: int, scale: float, noise: float
-    ) -> dict[Place, float]:
+    def _noises(self, before: dict[Place, tuple[Axes, Tensor]], batch: int, draw: Draw) -> dict[Place, float]:
         """By tensor, what two runs that are told the same differ by: nothing on most machines."""
-        again = self._record(batch, [None] * batch, scale, noise)
+        again = self._record(batch, [None] * batch, draw)
         found = {}
         for place, (_, base) in before.items():
             if place in again and again[place][1].shape == base.shape:
@@ -546,13 +574,12 @@ class Probe:
                 found[place] = NOISE * float(apart.max()) if apart.numel() else 0.0
         return found
 
-    def backward(self, rows: Sequence[int], batch: int, draw: int = 0) -> None:
+    def backward(self, rows: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
         """Which positions have a gradient of each of these rows' outputs."""
-        scale, _ = DRAWS[draw]
         batch = _fitting(batch, len(rows))
         with self.hooked.hooked(), torch.enable_grad():
             for chunk in _chunks(rows, batch):
-                gradients = self._gradients(batch, [None] * batch, chunk, scale, 1.0)
+                gradients = self._gradients(batch, [None] * batch, chunk, draw)
                 for place, (axes, gradient) in gradients.items():
                     site = self.sites[self._site_of(place)]
                     inside = place[0][0] in self.children
@@ -567,26 +594,25 @@ class Probe:
                                 "backward", place, torch.full_like(columns, row), columns, wrong[copy]
                             )
 
-    def dependence(self, rows: Sequence[int], columns: Sequence[int], batch: int, draw: int = 0) -> None:
+    def dependence(self, rows: Sequence[int], columns: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
         """Which positions the gradients of each of these rows' outputs change with; and the outputs, with gradients.
 
         A backward pass may forget the window in a gradient that only the row's own position gets, that of the query.
         """
-        scale, noise = DRAWS[draw]
         batch = _fitting(batch, len(columns))
         noises: dict[Place, float] = {}
         with self.hooked.hooked(), torch.enable_grad():
             for row in rows:
-                before = self._gradients(batch, [None] * batch, [row] * batch, scale, noise, taken=True)
+                before = self._gradients(batch, [None] * batch, [row] * batch, draw, taken=True)
                 if row == rows[0]:
-                    again = self._gradients(batch, [None] * batch, [row] * batch, scale, noise, taken=True)
+                    again = self._gradients(batch, [None] * batch, [row] * batch, draw, taken=True)
                     noises = {
                         place: NOISE * float((again[place][1] - first).abs().nan_to_num().max())
                         for place, (_, first) in before.items()
                         if place in again
                     }
                 for chunk in _chunks(columns, batch):
-                    now = self._gradients(batch, chunk, [row] * batch, scale, noise, taken=True)
+                    now = self._gradients(batch, chunk, [row] * batch, draw, taken=True)
                     for place, (axes, base) in before.items():
                         if place not in now or place not in noises:
                             continue
@@ -621,14 +647,13 @@ class Probe:
         batch: int,
         columns: Sequence[int | None],
         rows: Sequence[int],
-        scale: float,
-        noise: float,
+        draw: Draw,
         *,
         taken: bool = False,
     ) -> dict[Place, tuple[Axes, Tensor]]:
         """By what came in, and what children returned, its gradient where only these rows' outputs have an incoming one."""
         leaves: dict[Place, Tensor] = {}
-        outs = self._record(batch, columns, scale, noise, leaves=leaves)
+        outs = self._record(batch, columns, draw, leaves=leaves)
         results, incoming = [], []
         generator = torch.Generator().manual_seed(7)
         found: dict[Place, tuple[Axes, Tensor]] = {}
@@ -686,7 +711,7 @@ class Probe:
     def reference(self, batch: int) -> dict[Place, Tensor]:
         """What each layer gives for what first came in, of the first copy."""
         with self.hooked.hooked(), torch.no_grad():
-            outs = self._record(batch, [None] * batch, 1.0, 1.0)
+            outs = self._record(batch, [None] * batch, DRAWS[0])
         return {
             place: axes.first(out)[0].clone()
             for place, (axes, out) in outs.items()
