@@ -605,16 +605,19 @@ def test_dropout_is_that_of_attnreg_and_repeats_by_torchs_seed() -> None:
     assert torch.equal(output_of(model, **inputs), output_of(model, **inputs))
 
 
-def test_a_trainer_trains_as_with_eager(tmp_path: Any) -> None:
-    pytest.importorskip("accelerate", reason="Trainer needs accelerate, which is no development dependency")
+@pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed by DataCollatorWithFlattening"])
+def test_a_trainer_trains_as_with_eager(is_packed: bool, tmp_path: Any) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     weights = []
     for implementation in ("eager", "attnreg"):
         model = build("gemma3")
         use(model, implementation)
-        ids = inputs_of("gemma3", batch=4)["input_ids"]
-        rows = [{"input_ids": each, "labels": each} for each in ids]
+        rows = [{"input_ids": each, "labels": each} for each in inputs_of("gemma3", batch=4)["input_ids"].tolist()]
+        # Eager can be told of documents by their positions alone.
+        collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=implementation == "attnreg")
         asked = transformers.TrainingArguments(tmp_path, max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
-        transformers.Trainer(model, asked, train_dataset=rows).train()
+        given = {"data_collator": collator} if is_packed else {}
+        transformers.Trainer(model, asked, train_dataset=rows, **given).train()
         weights.append(torch.cat([each.detach().flatten() for each in model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,8 +203,7 @@ def _mask(
 # The attention function
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """A layer's call, as transformers makes it."""
 
     module: nn.Module
@@ -215,7 +214,7 @@ class _Call:
     dropout: float
     scaling: float | None
     is_causal: bool | None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any]
 
     def get(self, name: str) -> Any:
         """A keyword argument, or None."""
@@ -287,7 +286,7 @@ def _why_no_band(call: _Call, mask: BandMask) -> str | None:
         if call.get(name) is not None:
             return f"was given {name}"
     sinks = call.get("s_aux")
-    if sinks is None and getattr(call.module, "sinks", None) is not None:
+    if sinks is None and _keeps_sinks(call.module):
         return "has sinks that it does not pass on"
     if sinks is not None and sinks.dim() != 1:
         return f"was given s_aux of shape {tuple(sinks.shape)}"
@@ -299,6 +298,11 @@ def _why_no_band(call: _Call, mask: BandMask) -> str | None:
     return None
 
 
+def _keeps_sinks(module: nn.Module) -> bool:
+    """Whether a layer has sinks; where modules keep things, as asking one for what it lacks is slow."""
+    return any(kept.get("sinks") is not None for kept in (module._parameters, module._buffers, module.__dict__))
+
+
 def _fits(call: _Call, mask: BandMask) -> bool:
     """Whether a mask is one of as many queries and keys as there are."""
     query, (batch, _, query_length, key_length) = call.query.shape, mask.shape
@@ -308,21 +312,26 @@ def _fits(call: _Call, mask: BandMask) -> bool:
 def _documented(options: Options, call: _Call, mask: BandMask) -> BandMask:
     """The mask with the documents of packed sequences, where it has them not yet."""
     offsets_q, offsets_k = call.get("cu_seq_lens_q"), call.get("cu_seq_lens_k")
-    query_length, key_length = mask.shape[2:]
+    query_length = call.query.shape[2]
     if offsets_q is not None:
 
         def told() -> BandMask:
-            _check_offsets(options, call)
+            _check_offsets(call, options.look)
             return with_offsets(mask, offsets_q, offsets_q if offsets_k is None else offsets_k)
 
         _check_packed(call, "query_starts" in tensors_of(mask))
         return _remembered(mask, offsets_q, told)
     positions = call.get("position_ids")
-    if mask.packed or not isinstance(positions, Tensor) or positions.dim() != 2:
+    if (
+        query_length == 1
+        or mask.packed
+        or not isinstance(positions, Tensor)
+        or positions.dim() != 2
+        or positions.shape[1] != query_length
+    ):
         return mask
     # transformers finds where positions restart if there is neither a cache nor a padding mask, and else takes no notice of it.
-    has_past = "query_starts" in tensors_of(mask)
-    if has_past or query_length != key_length or query_length == 1 or positions.shape[1] != query_length:
+    if query_length != mask.shape[3] or "query_starts" in tensors_of(mask):
         return mask
     if mask.chunk_size is not None and not tensors_of(mask).keys() <= {"anchor", "offsets_q", "offsets_k"}:
         return mask
@@ -342,7 +351,7 @@ def _apart(options: Options, call: _Call) -> Any:
     if offsets is None or (call.mask is None and options.full not in _OWN):
         return call.mask
     _check_packed(call, has_past=False)
-    _check_offsets(options, call)
+    _check_offsets(call, looks=False)
     number = torch.searchsorted(offsets, torch.arange(call.query.shape[2], device=offsets.device), right=True)
     apart = (number[:, None] != number)[None, None]
     if isinstance(call.mask, Tensor):
@@ -360,11 +369,11 @@ def _check_packed(call: _Call, has_past: bool) -> None:
         )
 
 
-def _check_offsets(options: Options, call: _Call) -> None:
+def _check_offsets(call: _Call, looks: bool) -> None:
     """Documents have all tokens between them, where their offsets may be read."""
     for name, count in (("cu_seq_lens_q", call.query.shape[2]), ("cu_seq_lens_k", call.key.shape[2])):
         offsets = call.get(name)
-        if offsets is None or not may_look(offsets, options.look):
+        if offsets is None or not may_look(offsets, looks):
             continue
         numbers = offsets.tolist()
         if not numbers or numbers[0] != 0 or numbers[-1] != count or numbers != sorted(numbers):
@@ -456,8 +465,10 @@ def _dense(options: Options, call: _Call, mask: Any) -> tuple[Tensor, Tensor | N
 
 def _has_sdpa(call: _Call) -> bool:
     """Whether SDPA has all that a call asks for."""
-    lacking = any(call.get(name) is not None for name in ("softcap", "s_aux", *_EAGER))
-    return not (lacking or call.get("output_attentions") or getattr(call.module, "sinks", None) is not None)
+    for name in ("softcap", "s_aux", *_EAGER):
+        if call.get(name) is not None:
+            return False
+    return not (call.get("output_attentions") or _keeps_sinks(call.module))
 
 
 def _elsewhere(name: str, call: _Call, mask: Any) -> tuple[Tensor, Tensor | None]:
