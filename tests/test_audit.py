@@ -84,6 +84,29 @@ def shifted(row, key):
     return (key >= first) & (key < first + W)
 
 
+def without_own(row, key):
+    return sliding(row, key) & ((row != key) | (row == 0))
+
+
+def best(query, key, value, rule=sliding, keep=4):
+    """Attention that chooses the keys with the largest scores."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    position = torch.arange(query.shape[2])
+    scores = (query @ key.mT / 4).masked_fill(~rule(position[:, None], position), -math.inf)
+    least = scores.topk(keep).values[..., -1:]
+    return scores.masked_fill(scores < least, -math.inf).softmax(-1) @ value
+
+
+def rectified(query, key, value, rule=sliding):
+    """Linear attention whose weights are cut at 0."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    position = torch.arange(query.shape[2])
+    weights = (query @ key.mT).relu() * rule(position[:, None], position)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-3) @ value
+
+
 def in_first_head(lie):
     return lambda row, key: torch.stack([lie(row, key), *[sliding(row, key)] * 3])
 
@@ -109,7 +132,7 @@ LIES = {
     "one pair": (by(lambda r, k: sliding(r, k) | ((r == 50) & (k == 37))), r"row 50 sees key 37"),
     "one head": (by(in_first_head(causal)), r"left: the window is ignored in some heads"),
     "one head, one too many": (by(in_first_head(lambda r, k: sliding(r, k, W + 1))), r"left: 1 key too many in some heads"),
-    "one head, one too few": (by(in_first_head(lambda r, k: sliding(r, k, W - 1))), r"left: 1 key too few in some heads"),
+    "one head, one too few": (by(in_first_head(lambda r, k: sliding(r, k, W - 1))), r"left: 1 key too few in some heads; .*Window\(6, 0\) is seen there"),
     "backward": (backward(causal, causal, causal), r": backward: left: the window is ignored"),
     "backward, one": (backward(*[lambda r, k: sliding(r, k, W + 1)] * 3), r": backward: left: 1 key too many"),
     "backward, less": (backward(*[lambda r, k: sliding(r, k, W - 1)] * 3), r": backward: left: 1 key too few"),
@@ -123,13 +146,32 @@ LIES = {
     "alone": (when(lambda query: query.shape[0] == 1, causal), r"the window is ignored.*\(a batch of one\)"),
     "bf16": (when(lambda query: query.dtype == torch.bfloat16, causal), r"the window is ignored.*\(bfloat16\)"),
     "without gradients": (when(lambda query: not torch.is_grad_enabled(), causal), r": forward: left: the window is ignored"),
+    "one head, nothing but itself": (by(in_first_head(lambda r, k: k == r)), r"forward: left: no key is seen in some heads"),
+    "one head, a gap": (by(in_first_head(lambda r, k: sliding(r, k) & (r - k != 3))), r"left: keys missing in some heads; Window\(7, 0\) is claimed"),
+    "one head, chunks": (by(in_first_head(lambda r, k: causal(r, k) & (r // W == k // W))), r"keys missing in some heads; .*chunks of 8 is seen there"),
+    "never its own key": (by(without_own), r"backward and forward: no row sees its own key"),
+    "gradient of values, not its own": (backward(value=without_own), r": backward: no row sees its own key"),
+    "gradient of values, a gap": (backward(value=lambda r, k: sliding(r, k) & (r - k != 3)), r": backward: left: keys missing in some gradients"),
+    "no gradient of values": (lambda q, k, v: dense(q, k, v.detach(), sliding), r": backward: no gradient reaches the value"),
+    "no gradient of keys": (lambda q, k, v: dense(q, k.detach(), v, sliding), r": backward: no gradient reaches the key"),
+    "rows cut at blocks": (by(lambda r, k: sliding(r, k) & (r // 16 == k // 16)), r"left: up to 7 keys too few in some rows; Window\(7, 0\) is claimed"),
+    "a key is lost": (by(lambda r, k: sliding(r, k) & ((k != 30) | (r == k))), r"left: keys missing; .*keys 30 to 30"),
+    "the first key is lost": (by(lambda r, k: sliding(r, k) & ((k != 0) | (r == k))), r"left: up to 7 keys too few in some rows.*keys 0 to 0"),
+    "sparse, ignored": (lambda q, k, v: best(q, k, v, causal), r"left: (the window is ignored|\d+ keys too many) in some heads"),
+    "sparse, one too many": (lambda q, k, v: best(q, k, v, lambda r, k: sliding(r, k, W + 1)), r"left: 1 key too many"),
+    "sparse, one too few": (lambda q, k, v: best(q, k, v, lambda r, k: sliding(r, k, W - 1)), r"left: 1 key too few; .*Window\(6, 0\) is seen"),
     "with gradients": (when(lambda query: torch.is_grad_enabled() and query.requires_grad, causal), r"the window is ignored"),
 }  # fmt: skip
 
 
 # A length at which one audit takes a fraction of a second; some lies need another, or another way to run.
 SHORT = {"length": 61, "train": False, "dtypes": ()}
-EVERYTHING = {"long": {}, "short": {"dtypes": ()}, "bf16": {"length": 61}, "late rows": {"length": 149, "dtypes": ()}}
+EVERYTHING = {
+    "long": {"train": False, "dtypes": ()},
+    "short": {"train": False, "dtypes": ()},
+    "bf16": {"length": 61, "train": False},
+    "late rows": {**SHORT, "length": 149},
+}
 
 
 def lies_as(audit, said):
@@ -148,6 +190,8 @@ def test_a_lie_is_named(lie):
     lies_as(audit, said)
     with pytest.raises(WindowLie, match="LIES"):
         audit.raise_if_faulty()
+    # What is seen is never said to be what is claimed.
+    assert not any("Window(7, 0) is claimed, Window(7, 0) is seen" in fault for fault in audit.faults), str(audit)
 
 
 SINKS = torch.tensor([1.0, -1.0, 0.5, 2.0])
@@ -171,13 +215,113 @@ HONEST = {
 }  # fmt: skip
 
 
+# Length 41: every position, in half the time.
 @pytest.mark.parametrize("honest", HONEST)
 def test_an_honest_attention_is_not_accused(honest):
     attention, claim = HONEST[honest]
-    audit = audit_window(attention, window=claim, **{**SHORT, "train": True, "dtypes": (torch.bfloat16,)})
+    audit = audit_window(attention, window=claim, **{**SHORT, "length": 41, "dtypes": (torch.bfloat16,)})
     assert audit.ok, str(audit)
     assert not audit.faults
     audit.raise_if_faulty()
+
+
+def strided(row, key):
+    return (key <= row) & ((row - key < 4) | ((key % 8 == 7) & (row - key < 32)))
+
+
+def in_blocks(row, key):
+    return (key <= row) & (row - key < 32) & ((row // 8 == key // 8) | ((row // 8 * 7 + key // 8 * 3) % 4 != 1))
+
+
+SPARSE = {
+    "best four": (best, CLAIM),
+    "best two": (lambda q, k, v: best(q, k, v, keep=2), CLAIM),
+    "rectified": (rectified, CLAIM),
+    "strided": (by(strided), Window(31, 0)),
+    "blocks": (by(in_blocks), Window(31, 0)),
+    "full": (lambda q, k, v: best(q, k, v, causal, 8), full()),
+}
+
+
+@pytest.mark.parametrize("sparse", SPARSE)
+def test_an_attention_that_chooses_among_the_keys_of_its_window_is_sparse_and_does_not_lie(sparse):
+    attention, claim = SPARSE[sparse]
+    audit = audit_window(attention, window=claim, **SHORT)
+    assert audit.ok, str(audit)
+    assert audit.layers[0].faults == ()
+    assert re.search(r"left: keys inside .* are not seen by some rows", audit.gaps[0]), str(audit)
+    audit.raise_if_faulty()
+    assert "as claimed, sparse" in str(audit)
+    assert "1 of them is sparse inside the window, which is no lie" in str(audit)
+
+
+def test_a_sparse_layer_is_told_from_one_that_lies():
+    class Sparse(Attention):
+        def forward(self, hidden):
+            return self.out(best(*self.split(hidden), self.rule).transpose(1, 2).flatten(2))
+
+    audit = audit_window(Model(Sparse(), Sparse(lambda r, k: sliding(r, k, W + 1))), window=CLAIM, **SHORT)
+    assert [bool(layer.faults) for layer in audit.layers] == [False, True], str(audit)
+    lies_as(audit, r"layers\.1\.attention: .*left: 1 key too many")
+
+
+# How an attention is called
+
+
+def equal_heads(query, key, value):
+    position = torch.arange(query.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=sliding(position[:, None], position))
+
+
+def test_an_attention_without_grouped_heads_is_called_with_equal_ones():
+    audit = audit_window(equal_heads, window=CLAIM, **SHORT)
+    assert audit.ok, str(audit)
+    assert audit.called_with == "query (1, 4, 61, 16), key and value (1, 4, 61, 16), NHLE"
+    assert audit.called_with in str(audit)
+    assert any(re.search(r"grouped heads, .*key and value \(1, 2, 61, 16\): ", note) for note in audit.notes)
+    grouped = audit_window(by(sliding), window=CLAIM, **SHORT)
+    assert grouped.called_with == "query (1, 4, 61, 16), key and value (1, 2, 61, 16), NHLE"
+    assert not grouped.notes
+
+
+def test_heads_that_were_asked_for_are_not_replaced():
+    with pytest.raises(ValueError, match=r"key and value \(1, 2, 61, 16\)") as refused:
+        audit_window(equal_heads, window=CLAIM, kv_heads=2, **SHORT)
+    assert "(1, 4, 61, 16), key and value (1, 4" not in str(refused.value)
+
+
+def test_an_attention_that_cannot_be_called_is_told_with_the_shapes_it_was_given():
+    def fails(query, key, value):
+        if query.shape[-1] != 64:
+            raise RuntimeError("head_dim must be 64")
+        return equal_heads(query, key, value)
+
+    said = (
+        r"cannot be called with query \(1, 4, 61, 16\).*RuntimeError: head_dim must be 64; give the layout=.*head_dim="
+    )
+    with pytest.raises(ValueError, match=said) as refused:
+        audit_window(fails, window=CLAIM, **SHORT)
+    assert isinstance(refused.value.__cause__, RuntimeError)
+    assert audit_window(fails, window=CLAIM, head_dim=64, **SHORT).ok
+
+
+def test_an_attention_that_takes_one_sequence_is_audited():
+    def alone(query, key, value):
+        if len(query) > 1:
+            raise RuntimeError("one sequence at a time")
+        return equal_heads(query, key, value)
+
+    options = {**SHORT, "length": 31, "kv_heads": 4}
+    audit = audit_window(alone, window=CLAIM, **options)
+    assert audit.ok, str(audit)
+    assert audit.notes == ("a batch of more than one: RuntimeError: one sequence at a time",)
+    lies_as(audit_window(alone, window=Window(6, 0), **options), "left: 1 key too many")
+
+
+@pytest.mark.parametrize("output", [None, torch.zeros(3)], ids=["nothing", "no rows"])
+def test_an_attention_that_gives_no_rows_is_refused(output):
+    with pytest.raises(ValueError, match="must return a tensor of rows"):
+        audit_window(lambda query, key, value: output, window=CLAIM, **SHORT)
 
 
 def test_what_is_not_told_is_chosen():
@@ -350,6 +494,17 @@ def test_a_window_that_is_ignored_in_training_alone_is_named():
 def test_dropout_in_training_hides_and_invents_nothing():
     audit = audit_window(Model(Attention(dropout=0.5), Attention(dropout=0.5)), window=CLAIM, length=61, dtypes=())
     assert audit.ok, str(audit)
+
+
+def test_a_window_that_is_lost_where_dropout_drops_is_named():
+    class Dropped(Attention):
+        def forward(self, hidden):
+            self.rule = causal if self.training and self.dropout else sliding
+            return super().forward(hidden)
+
+    audit = audit_window(Model(Attention(dropout=0.5), Dropped(dropout=0.5)), window=CLAIM, length=61, dtypes=())
+    assert audit.layers[0].faults == (), str(audit)
+    lies_as(audit, r"layers\.1\.attention: forward.*: left: the window is ignored.*\(training with dropout\)")
 
 
 class Functional(nn.Module):
@@ -593,6 +748,22 @@ def test_a_model_whose_mask_ignores_the_window_is_named(family, implementation, 
     lies_as(audit, "chunks of 8 is claimed, full is seen" if family == "llama4" else "left: the window is ignored")
 
 
+def test_a_model_whose_window_is_off_says_that_it_is_full_and_is_held_to_a_window_that_is_given():
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**TINY, sliding_window=None)).eval()
+    options = {**TOGETHER, "train": False, "cache": False}
+    audit = audit_window(model, **options)
+    assert audit.ok
+    assert [str(layer.claimed) for layer in audit.layers] == ["full, causal"] * 2
+    assert "2 of them claim full attention, no window" in str(audit)
+    lies_as(
+        audit_window(model, window=CLAIM, **options),
+        r"layers\.1\.self_attn: forward and backward: left: the window is ignored; Window\(7, 0\) is claimed",
+    )
+
+
 def test_a_mask_that_is_off_by_one_is_named(monkeypatch):
     from transformers import masking_utils
 
@@ -794,7 +965,7 @@ def test_an_audit_leaves_the_model_and_random_numbers_as_they_were():
         ({"window": {"layers.*": 8}}, TypeError, "window must map patterns of layer names"),
         ({"window": None}, ValueError, "give window="),
         ({"window": CLAIM, "layout": "NHEL"}, ValueError, "layout must have the letters"),
-        ({"window": CLAIM, "heads": 3}, ValueError, "heads must be a multiple of kv_heads, got 3 and 2"),
+        ({"window": CLAIM, "heads": 3, "kv_heads": 2}, ValueError, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"window": CLAIM, "documents": (3, 0)}, ValueError, "documents must be lengths of at least 1"),
         (
             {"window": CLAIM, "documents": (30, 31), "length": 60},
@@ -829,6 +1000,11 @@ from torch.nn import functional as F
 def attention(query, key, value, keys=8):
     distance = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
     mask = (distance >= 0) & (distance < keys)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+def sparse(query, key, value):
+    row, column = torch.arange(query.shape[2])[:, None], torch.arange(query.shape[2])
+    mask = (column <= row) & ((row - column < 4) | ((column % 8 == 7) & (row - column < 32)))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 class Layer(torch.nn.Module):
@@ -892,6 +1068,28 @@ def test_the_command_makes_a_small_model_of_a_configuration(command, tmp_path):
     assert result.exit_code == 0, result.output
     assert "sliding_window 4096 -> 16" in result.stderr
     assert len(re.findall(r"self_attn +Window\(15, 0\).*as claimed", result.output)) == 2
+
+
+def test_the_command_holds_a_configuration_without_a_window_to_the_one_that_is_given(command, tmp_path):
+    config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ("--config", "config.json", "--length", "61", "--no-cache")
+    plain = command(*given)
+    assert plain.exit_code == 0, plain.output
+    assert len(re.findall(r"self_attn +full, causal +full +full +as claimed", plain.output)) == 2
+    assert "2 of them claim full attention, no window" in plain.output
+    held = command(*given, "--window", "15,0")
+    assert held.exit_code == 1
+    assert "left: the window is ignored; Window(15, 0) is claimed" in held.output
+
+
+def test_the_command_does_not_call_a_sparse_attention_a_lie(command):
+    result = command("HERE:sparse", "--window", "31,0", "--length", "61")
+    assert result.exit_code == 0, result.output
+    assert "as claimed, sparse" in result.output
+    assert json.loads(command("HERE:sparse", "--window", "31,0", "--length", "61", "--json").output)["layers"][0][
+        "gaps"
+    ]
 
 
 @pytest.mark.parametrize(

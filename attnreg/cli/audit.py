@@ -145,7 +145,8 @@ def _show(found: Audit) -> None:
     from attnreg.testing.audit import row_of, verdict
 
     print_table(("layer", "claimed", "forward", "backward", "verdict"), [row_of(layer) for layer in found.layers])
-    say("\n".join(["", *found.faults, *([""] if found.faults else []), *verdict(found)]))
+    told_each = [*found.faults, *found.gaps]
+    say("\n".join(["", *told_each, *([""] if told_each else []), *verdict(found)]))
 
 
 def _to_json(found: Audit) -> dict[str, Any]:
@@ -155,12 +156,20 @@ def _to_json(found: Audit) -> dict[str, Any]:
     return {
         "ok": found.ok,
         "layers": [
-            {"name": row[0], "claimed": row[1], "forward": row[2], "backward": row[3], "faults": layer.faults}
+            {
+                "name": row[0],
+                "claimed": row[1],
+                "forward": row[2],
+                "backward": row[3],
+                "faults": layer.faults,
+                "gaps": layer.gaps,
+            }
             for layer, row in rows
         ],
         "whole": found.whole,
         "ways": found.ways,
         "notes": found.notes,
+        "called_with": found.called_with,
     }
 
 

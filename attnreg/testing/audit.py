@@ -22,6 +22,7 @@ from attnreg.testing.audit_claims import (
     check_claims,
     chunks,
     claim_of,
+    claims_full,
     full,
     looks_like_attention,
     plain_name,
@@ -30,8 +31,8 @@ from attnreg.testing.audit_claims import (
     window_and_first,
 )
 from attnreg.testing.audit_inputs import Arguments, Inputs
-from attnreg.testing.audit_judging import Fault, Sequence, faults, measured
-from attnreg.testing.audit_probing import DRAWS, Key, NothingFound, Probe, Run, Site, discover
+from attnreg.testing.audit_judging import Fault, Sequence, Sparse, faults, gaps, holes, measured, own_key_fault
+from attnreg.testing.audit_probing import DRAWS, OTHER_DRAWS, Draw, Key, NothingFound, Probe, Run, Site, discover
 
 __all__ = ["Audit", "LayerAudit", "Pattern", "WindowLie", "audit_window", "chunks", "full", "window_and_first"]
 
@@ -64,6 +65,8 @@ class LayerAudit:
             window that was measured, a :class:`Pattern` where it is none; None is full attention, to the left or to both sides.
         backward: likewise what the gradient of its output at one position reaches.
         faults: how the claim is wrong, and in which ways to run it.
+        gaps: which keys inside the claimed window some rows do not see, though nothing is wrong with its border: what an
+            attention has that chooses among the keys of its window. They are no faults.
     """
 
     name: str
@@ -71,6 +74,7 @@ class LayerAudit:
     forward: Claim | None
     backward: Claim | None
     faults: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,24 @@ class Audit:
         whole: faults that belong to no layer.
         ways: in which it was run.
         notes: what was not tried, and why.
+        called_with: query, key and value, where the attention takes these; else nothing.
     """
 
     layers: tuple[LayerAudit, ...]
     whole: tuple[str, ...] = ()
     ways: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    called_with: str = ""
 
     @property
     def faults(self) -> tuple[str, ...]:
         """Every fault, with the layer's name."""
         return tuple(f"{layer.name}: {fault}" for layer in self.layers for fault in layer.faults) + self.whole
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """Every gap inside a window, with the layer's name: none is a fault."""
+        return tuple(f"{layer.name}: {gap}" for layer in self.layers for gap in layer.gaps)
 
     @property
     def ok(self) -> bool:
@@ -113,7 +124,8 @@ class Audit:
         rows = [headings, *map(row_of, self.layers)]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, *(["", *self.faults] if self.faults else []), "", *verdict(self)])
+        told_each = [*self.faults, *self.gaps]
+        return "\n".join([*lines, *(["", *told_each] if told_each else []), "", *verdict(self)])
 
 
 def row_of(layer: LayerAudit) -> tuple[str, str, str, str, str]:
@@ -123,8 +135,16 @@ def row_of(layer: LayerAudit) -> tuple[str, str, str, str, str]:
         told_claim(layer.claimed),
         told_claim(layer.forward, "full"),
         told_claim(layer.backward, "full"),
-        "LIES" if layer.faults else "as claimed" if layer.claimed is not None else "",
+        _verdict_of(layer),
     )
+
+
+def _verdict_of(layer: LayerAudit) -> str:
+    if layer.faults:
+        return "LIES"
+    if layer.claimed is None:
+        return ""
+    return "as claimed, sparse" if layer.gaps else "as claimed"
 
 
 def verdict(audit: Audit) -> list[str]:
@@ -139,9 +159,16 @@ def verdict(audit: Audit) -> list[str]:
         )
     elif claiming:
         said = f"{claiming} of {len(audit.layers)} layers claim something, and it holds"
+        without = sum(layer.claimed is not None and claims_full(layer.claimed) for layer in audit.layers)
+        sparse = sum(bool(layer.gaps) for layer in audit.layers)
+        if without:
+            said += f"; {without} of them {'claims' if without == 1 else 'claim'} full attention, no window"
+        if sparse:
+            said += f"; {sparse} of them {'is' if sparse == 1 else 'are'} sparse inside the window, which is no lie"
     else:
         said = "no layer says what its window is: nothing was proved; give window="
-    return [f"run: {'; '.join(audit.ways)}", *(f"not tried: {note}" for note in audit.notes), said]
+    called = [f"called with: {audit.called_with}"] if audit.called_with else []
+    return [*called, f"run: {'; '.join(audit.ways)}", *(f"not tried: {note}" for note in audit.notes), said]
 
 
 def audit_window(
@@ -152,7 +179,7 @@ def audit_window(
     layers: str | Sequence_[str] | None = None,
     layout: str | None = None,
     heads: int = 4,
-    kv_heads: int = 2,
+    kv_heads: int | None = None,
     head_dim: int = 16,
     length: int | None = None,
     documents: Sequence_[int] | None = None,
@@ -179,7 +206,7 @@ def audit_window(
         layout: of query, key and value, where ``attention`` takes these: the letters N (left out where there is no batch), H, L,
             E. None: "NHLE" where ``attention`` is no module and there are no ``inputs``.
         heads: of the query, where ``attention`` takes query, key and value.
-        kv_heads: likewise of key and value.
+        kv_heads: likewise of key and value; None: half as many as of the query, or as many where the attention refuses that.
         head_dim: likewise.
         length: of the sequence; None: more than any claim reaches, and 149 at least.
         documents: lengths of the documents that are packed in the sequence, which must not see each other. Language models of
@@ -215,7 +242,7 @@ def audit_window(
             raise ValueError("give layout, of query, key and value, or inputs, not both")
         if window is None:
             raise ValueError("an attention of query, key and value says nothing of its window: give window=")
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        if heads < 1 or (kv_heads is not None and (kv_heads < 1 or heads % kv_heads)):
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
     if compile is not False and compile is not True and not isinstance(compile, str) and not callable(compile):
         raise TypeError(f"compile must be a bool or a backend of torch.compile, got {brief(compile)}")
@@ -226,7 +253,8 @@ def audit_window(
         inputs=inputs,
         patterns=(layers,) if isinstance(layers, str) else None if layers is None else tuple(layers),
         layout=layout,
-        sizes={"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim},
+        sizes={"heads": heads, "kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim},
+        grouped=kv_heads is None and heads % 2 == 0,
         documents=None if documents is None else tuple(documents),
         padding=padding,
         device=torch.device("cpu" if device is None else device),
@@ -276,6 +304,8 @@ class _Way:
     thorough: bool = False
     # Whether the batch has no copies: libraries choose masks and kernels by that, too.
     alone: bool = False
+    # Whether dropout drops: then a key that is not seen may have been dropped.
+    dropout: bool = False
     # Whether the user asked for it: then it must run.
     asked: bool = False
 
@@ -290,6 +320,8 @@ class _Auditor:
     patterns: tuple[str, ...] | None
     layout: str | None
     sizes: dict[str, int]
+    # Whether half as many heads of key and value are tried first.
+    grouped: bool
     documents: tuple[int, ...] | None
     padding: tuple[int, int] | None
     device: torch.device
@@ -298,6 +330,9 @@ class _Auditor:
     ways: list[str] = field(default_factory=list)
     claims: dict[Key, Claim | None] = field(default_factory=dict)
     found: dict[Key, list[tuple[str, str, Fault]]] = field(default_factory=dict)
+    # Where keys are missing in scattered places: by the number of positions, which.
+    sparse: dict[Key, dict[int, Tensor]] = field(default_factory=dict)
+    open: dict[Key, list[tuple[str, str, Fault]]] = field(default_factory=dict)
     first: dict[Key, tuple[Claim | None, Claim | None]] = field(default_factory=dict)
 
     def audit(
@@ -309,7 +344,10 @@ class _Auditor:
         cache: bool | None,
         backend: Any,
     ) -> Audit:
+        called_with = ""
         with _as_it_was(self.model):
+            if self.layout is not None:
+                called_with = self._heads(length or self._fixed_length() or SHORTEST)
             ways = list(self._ways(length, dtypes, train, cache, backend))
             for number, way in enumerate(ways):
                 try:
@@ -324,7 +362,42 @@ class _Auditor:
                 else:
                     self.ways.append(way.name)
         layers = [self._layer(key) for key in self.first]
-        return Audit(tuple(layers), tuple(self.whole), tuple(self.ways), tuple(self.notes))
+        return Audit(tuple(layers), tuple(self.whole), tuple(self.ways), tuple(self.notes), called_with)
+
+    def _heads(self, length: int) -> str:
+        """Settle with how many heads of key and value the attention is called, and say it.
+
+        Raises:
+            ValueError: it cannot be called.
+        """
+        heads = self.sizes["heads"]
+        way = _Way("", length)
+        refused: Exception | None = None
+        for kv_heads in (heads // 2, heads) if self.grouped else (self.sizes["kv_heads"],):
+            self.sizes["kv_heads"] = kv_heads
+            tensors = self._arguments(way).tensors
+            shapes = f"query {tuple(tensors[0].shape)}, key and value {tuple(tensors[1].shape)}"
+            try:
+                self.model.eval()
+                with torch.no_grad():
+                    output = self.model(*tensors)
+            except Exception as error:
+                if refused is None:
+                    refused, given = error, shapes
+            else:
+                if refused is not None:
+                    self.notes.append(f"grouped heads, {given}: {told(refused)}")
+                if not _outputs(output, length):
+                    raise ValueError(
+                        f"the attention must return a tensor of rows, as the query has them, of {shapes}; got {brief(output)}"
+                    )
+                return f"{shapes}, {self.layout}"
+        assert refused is not None
+        tried = given if given == shapes else f"{given}, nor with as many heads, {shapes}"
+        raise ValueError(
+            f"the attention cannot be called with {tried}; in layout {self.layout}, {tensors[0].dtype} on {self.device}: "
+            f"{told(refused)}; give the layout=, heads=, kv_heads=, head_dim=, length= and device= that it takes"
+        ) from refused
 
     def _ways(
         self, length: int | None, dtypes: tuple[torch.dtype, ...] | None, train: bool, cache: bool | None, backend: Any
@@ -342,6 +415,8 @@ class _Auditor:
         yield _Way("a batch of one", main, padding, alone=True)
         if train:
             yield _Way("training", main, padding, training=True)
+            if any(True for _ in _dropouts(self.model)):
+                yield _Way("training with dropout", main, padding, training=True, dropout=True)
         for dtype in (torch.bfloat16,) if dtypes is None else dtypes:
             if dtype != self._dtype():
                 yield _Way(str(dtype).removeprefix("torch."), main, padding, dtype=dtype, asked=dtypes is not None)
@@ -432,7 +507,7 @@ class _Auditor:
         model.train(way.training)
         arguments = self._arguments(way)
         sequence = Sequence.of(way.length, self.documents, way.padding)
-        with _without_dropout(model) if way.training else nullcontext():
+        with _without_dropout(model) if way.training and not way.dropout else nullcontext():
             sites, batch = self._sites(model, arguments, way)
             if way.compiled is not None:
                 with _compiling():
@@ -465,6 +540,13 @@ class _Auditor:
             except NothingFound:
                 if batch == 1:
                     raise
+                batch = 1
+            except Exception as error:
+                # One copy is what it was first called with, where it is an attention.
+                if batch == 1 or self.layout is None:
+                    raise
+                note = f"a batch of more than one: {told(error)}"
+                self.notes += [note] if note not in self.notes else []
                 batch = 1
         sites = [site for site in sites if self._is_chosen(site.key[0])]
         if self.first:
@@ -522,19 +604,19 @@ class _Auditor:
                 dependence.append((way.length // 2, columns))
         for row, some in dependence:
             probe.dependence([row], some, batch)
-        for draw in range(1, len(DRAWS)):
-            rows, keys = self._missing(probe, sites, sequence)
-            if keys:
-                probe.forward(sorted(keys & set(columns)) or columns, batch, draw)
-            if rows and way.steps is None:
-                probe.backward(sorted(rows & set(columns)) or columns, batch, draw)
-            if rows or keys:
-                for row, some in dependence:
-                    probe.dependence([row], some, batch, draw)
+        for draw in (*DRAWS[1:], *OTHER_DRAWS):
+            if way.dropout:
+                break
+            rows, keys = self._missing(probe, sites, sequence, scattered=draw in OTHER_DRAWS)
+            if not rows and not keys:
+                break
+            self._again(probe, draw, rows, keys, columns, dependence, batch, forward_only=way.steps is not None)
         if way.steps is not None:
             self._compare_cached(way, probe, model, sites, arguments, sequence)
+        if self.layout is not None and way.thorough:
+            probe.keys_alone(columns[:: max(len(columns) // 16, 1)], batch)
         for site in sites:
-            self._judge(way, probe, site, sequence)
+            self._judge(way, probe, site, sequence, thorough)
 
     def _around(self, row: int, sites: list[Site], columns: list[int], length: int) -> list[int]:
         """Positions at the borders of what a row may see, and a few others."""
@@ -542,22 +624,48 @@ class _Auditor:
         near = {row + sign * (at + step) for at in far for sign in (-1, 1) for step in (-1, 0, 1, 2)}
         return sorted({each for each in (*near, *columns[:: max(len(columns) // 4, 1)]) if 0 <= each < length})
 
-    def _missing(self, probe: Probe, sites: list[Site], sequence: Sequence) -> tuple[set[int], set[int]]:
+    def _missing(
+        self, probe: Probe, sites: list[Site], sequence: Sequence, *, scattered: bool
+    ) -> tuple[set[int], set[int]]:
         """The rows that lack a key in the backward, and the keys that lack a row in the forward, of layers honest so far."""
         lacking: tuple[set[int], set[int]] = (set(), set())
         for site in sites:
             claim = self.claims[site.key]
             if claim is None or self.found.get(site.key):
                 continue
-            expected = sequence.expected(claim) & ~torch.eye(len(sequence), dtype=torch.bool)
-            for found, name, dim in zip((*lacking, lacking[0]), ("backward", "forward", "dependence"), (1, 0, 1)):
+            for found, name, dim in zip(lacking, ("backward", "forward"), (1, 0)):
                 seen = probe.found[site.key].seen(name)
-                found.update((seen.known & expected & ~seen.every).any(dim).nonzero()[:, 0].tolist())
+                for side in ("left", "right"):
+                    hidden = holes(seen, sequence, claim, side)
+                    pairs = hidden.scattered if scattered else hidden.scattered | hidden.systematic
+                    found.update(pairs.any(dim).nonzero()[:, 0].tolist())
         return lacking
 
-    def _judge(self, way: _Way, probe: Probe, site: Site, sequence: Sequence) -> None:
+    @staticmethod
+    def _again(
+        probe: Probe,
+        draw: Draw,
+        rows: set[int],
+        keys: set[int],
+        columns: list[int],
+        dependence: list[tuple[int, list[int]]],
+        batch: int,
+        *,
+        forward_only: bool,
+    ) -> None:
+        """Those rows and keys once more, with other numbers."""
+        if keys:
+            probe.forward(sorted(keys & set(columns)) or columns, batch, draw)
+        if rows and not forward_only:
+            probe.backward(sorted(rows & set(columns)) or columns, batch, draw)
+        # It has the forward with gradients, too.
+        for row, some in dependence if keys else ():
+            probe.dependence([row], sorted(keys & set(some)) or some, batch, draw)
+
+    def _judge(self, way: _Way, probe: Probe, site: Site, sequence: Sequence, thorough: bool) -> None:
         claim, found = self.claims[site.key], probe.found[site.key]
         noted = self.found.setdefault(site.key, [])
+        open_ = self.open.setdefault(site.key, [])
         here = []
         # Nothing at all: an output that is multiplied by 0, as one that is about to be trained may be.
         without = found.without_gradient or not found.touched
@@ -566,13 +674,48 @@ class _Auditor:
                 continue
             seen = found.seen(name)
             parts = "heads" if name == "forward" else "gradients"
-            noted += [(way.name, name, fault) for fault in faults(seen, sequence, claim, parts)]
+            sparse = None
+            if site.key in self.sparse:
+                sparse = Sparse(self.sparse[site.key].get(len(sequence)), not thorough)
+            if way.dropout or name == "dependence":
+                # What a row's gradients do not change with, its backward told already: by every row.
+                seen = seen.beyond(sequence, claim)
+            noted += [(way.name, name, fault) for fault in faults(seen, sequence, claim, parts, sparse)]
+            if name != "dependence" and not way.dropout:
+                texts, pairs = gaps(seen, sequence, claim, parts, sparse)
+                open_ += [(way.name, name, gap) for gap in texts]
+                if thorough and texts:
+                    self.sparse[site.key] = self.sparse.get(site.key, {})
+                    known = self.sparse[site.key].get(len(sequence), torch.zeros_like(pairs))
+                    self.sparse[site.key][len(sequence)] = known | pairs
+            if name == "backward" and not way.dropout:
+                noted += [(way.name, name, fault) for fault in own_key_fault(seen, sequence, claim)]
             if name != "dependence":
                 here.append(measured(seen, sequence, claim))
+        if claim is not None and site.key not in self.first and not found.seen("forward").known.any():
+            # Nothing that can be compared came out: that is no proof.
+            self.claims[site.key] = None
+            self.notes.append(
+                f"{way.name}: {plain_name(site.key[0]) or 'the model'}, which claims {told_claim(claim)}, "
+                "gives no tensor with the positions in a dimension of their own"
+            )
         if without and way.steps is None:
             self.notes.append(
                 f"{way.name}: the backward of {plain_name(site.key[0]) or 'the model'}, whose output gives no gradient"
             )
+        if self.layout is not None:
+            alone = found.seen("keys alone")
+            noted += [(way.name, "forward", fault) for fault in own_key_fault(alone, sequence, claim)]
+            if not without:
+                noted += [
+                    (
+                        way.name,
+                        "backward",
+                        Fault(f"no gradient reaches the {tensor}", "though the output depends on it"),
+                    )
+                    for place, tensor in enumerate(("query", "key", "value"))
+                    if place in found.depends_on and not found.has_gradient(place)
+                ]
         if found.not_finite:
             noted.append((way.name, "backward", Fault("a gradient is not finite", f"of {len(sequence)} positions")))
         if site.key not in self.first:
@@ -619,6 +762,7 @@ class _Auditor:
             forward,
             backward,
             tuple(_gathered(self.found.get(key, []), self.ways)),
+            tuple(_gathered(self.open.get(key, []), self.ways)),
         )
 
 
@@ -721,7 +865,18 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     """Every dropout that says so is 0: a dropped weight would look like a key that is not seen."""
-    changed = []
+    changed = list(_dropouts(model))
+    for owner, name, _ in changed:
+        setattr(owner, name, 0.0)
+    try:
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[Any, str, float]]:
+    """The probabilities of dropout that are not 0: whose, the name, the value."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     owners: list[Any] = [*model.modules(), *(each for each in configs.values() if hasattr(each, "__dict__"))]
     for owner in owners:
@@ -731,10 +886,4 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
                 and 0 < value < 1
                 and ("drop" in name or (name == "p" and isinstance(owner, nn.modules.dropout._DropoutNd)))
             ):
-                changed.append((owner, name, value))
-                setattr(owner, name, 0.0)
-    try:
-        yield
-    finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+                yield owner, name, value

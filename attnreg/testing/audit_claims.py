@@ -80,6 +80,11 @@ def told_claim(claim: Claim | None, otherwise: str = "nothing") -> str:
     return otherwise if claim is None else told_window(claim) if isinstance(claim, Window) else str(claim)
 
 
+def claims_full(claim: Claim) -> bool:
+    """Whether it is full attention that is claimed, as :func:`full` does."""
+    return isinstance(claim, Pattern) and claim.name in (full().name, full(causal=False).name)
+
+
 def reach(claim: Claim | None) -> int:
     """How many positions a sequence must have for a claim's border to be inside it; 0 where there is none."""
     if isinstance(claim, Window):
@@ -182,7 +187,15 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
         # A module that has the attribute, and nothing in it, says that it is no layer with a window.
         if kind is None and any(hasattr(each, attribute) for attribute in _ATTRIBUTES):
             return full(causal=causal)
-    return _configured_window(config, causal)
+    configured = _configured_window(config, causal)
+    if configured is None and looks_like_attention(module) and _has_no_window(config):
+        return full(causal=causal)
+    return configured
+
+
+def _has_no_window(config: Any) -> bool:
+    """Whether a configuration that could have a window says that there is none."""
+    return getattr(config, "sliding_window", 1) is None or getattr(config, "use_sliding_window", True) is False
 
 
 def _chain(name: str, model: nn.Module) -> list[nn.Module]:

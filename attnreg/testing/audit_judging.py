@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -20,6 +20,9 @@ from attnreg.testing.audit_claims import (
     window_and_first,
 )
 from attnreg.window import Window
+
+# What is called so follows no rule.
+IRREGULAR = "irregular"
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,28 @@ class Fault:
     example: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """What was measured of one head, or of one gradient.
+
+    Attributes:
+        found: which rows see which keys: bool (L, L).
+        known: of which pairs it is known: bool (L, L).
+    """
+
+    found: Tensor
+    known: Tensor
+
+
 @dataclass
 class Seen:
     """What was measured of one layer in one way.
 
     Attributes:
+        parts: those heads or gradients that see any other key than the row's own.
         known: of which pairs of a row and a key it is known: bool (L, L); a row's own key is not asked for.
-        some: which rows see which keys in some head or part.
-        every: likewise, in every one of those that see any other key than the row's own.
+        some: which rows see which keys in some part.
+        every: likewise, in every one.
         parted: which rows see which keys in some heads, or by some gradients, and not in others.
     """
 
@@ -85,11 +102,20 @@ class Seen:
     some: Tensor
     every: Tensor
     parted: Tensor
+    parts: list[Part] = field(default_factory=list)
 
     @classmethod
     def nothing(cls, length: int) -> Seen:
         """Nothing is known yet."""
-        return cls(*(torch.zeros(length, length, dtype=torch.bool) for _ in range(4)))
+        known, some, every, parted = (torch.zeros(length, length, dtype=torch.bool) for _ in range(4))
+        return cls(known, some, every, parted)
+
+    def beyond(self, sequence: Sequence, claim: Claim | None) -> Seen:
+        """What is known of the pairs that a claim says to be unseen; all of it where nothing is claimed."""
+        if claim is None:
+            return self
+        known = self.known & ~sequence.expected(claim)
+        return Seen(known, self.some & known, self.every & known, self.parted & known)
 
 
 def measured(seen: Seen, sequence: Sequence, claim: Claim | None) -> Claim | None:
@@ -101,7 +127,7 @@ def measured(seen: Seen, sequence: Sequence, claim: Claim | None) -> Claim | Non
     for rule in _rules(seen.some & asked, sequence, claim):
         if torch.equal(sequence.expected(rule) & asked, seen.some & asked):
             return None if isinstance(rule, Pattern) and rule.name.startswith("full") else rule
-    return Pattern("irregular", lambda row, key: row == key)
+    return Pattern(IRREGULAR, lambda row, key: row == key)
 
 
 def _rules(seen: Tensor, sequence: Sequence, claim: Claim | None) -> Iterator[Claim]:
@@ -159,7 +185,126 @@ def _shifted(seen: Tensor, sequence: Sequence) -> Iterator[Claim]:
     yield Pattern(f"{told_window(Window(left, right))}, shifted at the ends", rule)
 
 
-def faults(seen: Seen, sequence: Sequence, claim: Claim | None, parts: str) -> list[Fault]:
+@dataclass(frozen=True)
+class Holes:
+    """The keys that a claim names and that no row sees, or not every one, on one side.
+
+    Attributes:
+        systematic: a whole distance, the far end of rows, whole keys, or what another rule explains: bool (L, L).
+        scattered: others, as of an attention that chooses among the keys in its window: bool (L, L).
+        actual: the window of a part that has the systematic ones.
+        in_some: whether other parts see the systematic ones.
+    """
+
+    systematic: Tensor
+    scattered: Tensor
+    actual: Claim | None = None
+    in_some: bool = False
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What is known of an attention in whose window keys are missing in scattered places.
+
+    Attributes:
+        pairs: which row and key they are, where it was run with as many positions: bool (L, L); they are no news.
+        few: whether few positions are tried now: what is whole among these need not be.
+    """
+
+    pairs: Tensor | None
+    few: bool
+
+
+# A whole distance counts as never seen by no fewer pairs than these, of a window, of a pattern and of what is sparse.
+FEWEST = 8
+FEWEST_OF_PATTERN = 16
+FEWEST_OF_SPARSE = 16
+# Keys and ends of rows that are missing are no chance if they are as many as these.
+NO_CHANCE = 3
+
+
+def holes(seen: Seen, sequence: Sequence, claim: Claim, side: str, sparse: Sparse | None = None) -> Holes:
+    """Which keys of a claim are not seen on one side, "left" or "right", each head and each gradient judged alone."""
+    length = len(sequence)
+    systematic, scattered, some = (torch.zeros(length, length, dtype=torch.bool) for _ in range(3))
+    actual: Claim | None = None
+    row, key = sequence.position[:, None], sequence.position[None]
+    inside = (key < row if side == "left" else key > row) & sequence.expected(claim) & seen.known
+    # Where no part sees any key, none can be told from another.
+    for part in seen.parts or [Part(seen.some, seen.known)]:
+        asked = inside & part.known
+        missing = asked & ~part.found
+        if not missing.any():
+            some |= asked
+            continue
+        if sparse is None:
+            wrong, rule = _systematic(part, missing, asked, sequence, claim)
+        else:
+            wrong, rule = _systematic_of_sparse(part, missing, asked, sequence, claim, sparse)
+        if rule is not claim and not systematic.any():
+            actual = rule
+        systematic |= wrong
+        scattered |= missing & ~wrong
+        some |= part.found & asked
+    return Holes(systematic, scattered, actual, bool((systematic & some).any()))
+
+
+def _systematic_of_sparse(
+    part: Part, missing: Tensor, asked: Tensor, sequence: Sequence, claim: Claim, sparse: Sparse
+) -> tuple[Tensor, Claim | None]:
+    if not sparse.few:
+        return _systematic(part, missing, asked, sequence, claim)
+    if sparse.pairs is None:
+        return torch.zeros_like(missing), claim
+    missing, asked = missing & ~sparse.pairs, asked & ~sparse.pairs
+    if not missing.any():
+        return missing, claim
+    distance = (sequence.position[:, None] - sequence.position[None]).abs()
+    whole = _whole_distances(missing, asked, distance, FEWEST_OF_SPARSE)
+    return (whole, Pattern(IRREGULAR, lambda row, key: row == key)) if whole.any() else (whole, claim)
+
+
+def _whole_distances(missing: Tensor, asked: Tensor, distance: Tensor, fewest: int) -> Tensor:
+    """The missing pairs of a row and a key so far apart that no such pair is seen, of so many as were tried at least."""
+    of = torch.bincount(distance[asked])
+    never = torch.bincount(distance[missing], minlength=len(of)) == of
+    return missing & (never & (of >= fewest))[distance.clamp_max(len(of) - 1)]
+
+
+def _systematic(
+    part: Part, missing: Tensor, asked: Tensor, sequence: Sequence, claim: Claim
+) -> tuple[Tensor, Claim | None]:
+    """Of the missing keys of one part those that no choice among keys explains, and the window that is seen instead."""
+    alone = Seen(part.known, part.found, part.found, torch.zeros_like(part.found))
+    rule = measured(alone, sequence, claim)
+    if not (isinstance(rule, Pattern) and rule.name == IRREGULAR):
+        return missing, rule
+    distance = (sequence.position[:, None] - sequence.position[None]).abs()
+    most = int(torch.bincount(distance[asked]).max())
+    fewest = min(FEWEST if isinstance(claim, Window) else FEWEST_OF_PATTERN, max(most, NO_CHANCE))
+    whole = _whole_distances(missing, asked, distance, fewest)
+    if whole.any():
+        return whole, rule
+    if int(missing.sum()) < NO_CHANCE:
+        return whole, claim
+    keys = missing.any(0)
+    if torch.equal(asked & keys, missing) and 4 * int(keys.sum()) <= int(asked.any(0).sum()):
+        return missing, rule
+    tried = asked.sum(1)[missing.any(1)].float().mean()
+    if _cut(missing, asked, distance) and (tried >= NO_CHANCE or _cut(missing.T, asked.T, distance.T)):
+        return missing, rule
+    return whole, claim
+
+
+def _cut(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:
+    """Whether what each row misses is its far end."""
+    nearest = distance.where(missing, torch.tensor(len(distance) + 1)).amin(1, keepdim=True)
+    return not bool((asked & ~missing & (distance > nearest)).any())
+
+
+def faults(
+    seen: Seen, sequence: Sequence, claim: Claim | None, parts: str, sparse: Sparse | None = None
+) -> list[Fault]:
     """How what was seen differs from the claim; of padding and documents alone where nothing is claimed.
 
     ``parts`` are what a layer that lies in some of them lies in, "heads".
@@ -182,20 +327,74 @@ def faults(seen: Seen, sequence: Sequence, claim: Claim | None, parts: str) -> l
     actual = measured(seen, sequence, claim)
     row, key = sequence.position[:, None], sequence.position[None]
     for side, here in (("left", key < row), ("right", key > row)):
-        for pairs, wrong, kind in (
-            (asked & here, seen.some & ~expected, "too many"),
-            (asked & here, expected & ~seen.every, "too few"),
-        ):
-            if (pairs & wrong).any():
-                found.append(_told(side, kind, pairs & wrong, seen, pairs, sequence, claim, actual, parts))
+        pairs = asked & here
+        beyond = pairs & seen.some & ~expected
+        if beyond.any():
+            in_some = bool((beyond & seen.parted).any())
+            found.append(_told(side, "too many", beyond, in_some, pairs, sequence, claim, actual, parts))
+        lacking = holes(seen, sequence, claim, side, sparse)
+        if lacking.systematic.any():
+            found.append(
+                _told(
+                    side,
+                    "too few",
+                    lacking.systematic,
+                    lacking.in_some,
+                    pairs & expected,
+                    sequence,
+                    claim,
+                    lacking.actual,
+                    parts,
+                )
+            )
     return found
+
+
+def own_key_fault(seen: Seen, sequence: Sequence, claim: Claim | None) -> list[Fault]:
+    """That no row sees its own key, in a gradient that others' keys have: that of keys, or of values.
+
+    What comes into a layer is its own row's query, too, and tells nothing of its key.
+    """
+    if claim is None:
+        return []
+    expected = sequence.expected(claim)
+    own = torch.eye(len(sequence), dtype=torch.bool)
+    # The weight of an only key has no gradient, and an attention that hides it may make an exception there.
+    asked = own & expected & (expected & ~own).any(1, keepdim=True)
+    for part in seen.parts:
+        here = asked & part.known
+        if int(here.sum()) >= NO_CHANCE and not (part.found & here).any():
+            at = int(here.diagonal().nonzero()[-1])
+            return [Fault(f"no row sees its own key; {told_claim(claim)} is claimed", f"row {at} of {len(sequence)}")]
+    return []
+
+
+def gaps(
+    seen: Seen, sequence: Sequence, claim: Claim | None, parts: str, sparse: Sparse | None = None
+) -> tuple[list[Fault], Tensor]:
+    """That some rows do not see some keys in the window, which is no lie: an attention may choose among them; and which."""
+    pairs = torch.zeros_like(seen.known)
+    found: list[Fault] = []
+    for side in ("left", "right") if claim is not None else ():
+        assert claim is not None
+        lacking = holes(seen, sequence, claim, side, sparse)
+        pairs |= lacking.scattered
+        if lacking.scattered.any() and not lacking.systematic.any():
+            some = f" of some {parts}" if bool((lacking.scattered & seen.some).any()) else ""
+            found.append(
+                Fault(
+                    f"{side}: keys inside {told_claim(claim)} are not seen by some rows{some}",
+                    _example(lacking.scattered, sequence, sees=False),
+                )
+            )
+    return found, pairs
 
 
 def _told(
     side: str,
     kind: str,
     wrong: Tensor,
-    seen: Seen,
+    in_some: bool,
     asked: Tensor,
     sequence: Sequence,
     claim: Claim,
@@ -203,44 +402,40 @@ def _told(
     parts: str,
 ) -> Fault:
     example = _example(wrong, sequence, sees=kind == "too many")
-    said = told_claim(claim)
-    in_some = bool((wrong & seen.parted).any())
+    irregular = isinstance(actual, Pattern) and actual.name == IRREGULAR
     heads = f" in some {parts}" if in_some else ""
+    said = f"{told_claim(claim)} is claimed"
+    # Of a head that sees too few that is what this head sees; of one that sees too many, what all together see.
+    there = " there" if in_some and kind == "too few" else ""
+    compared = said if irregular else f"{said}, {told_claim(actual, 'full')} is seen{there}"
+    distance = (sequence.position[:, None] - sequence.position[None]).abs()
+    furthest = int(distance[wrong].max())
     if isinstance(claim, Window):
         limit = claim.left if side == "left" else claim.right
-        distance = (sequence.position[:, None] - sequence.position[None]).abs()
-        if kind == "too few" and not (seen.some & asked).any() and limit:
-            return Fault(f"{side}: no key is seen{heads}; {said} is claimed", example)
         whole = asked & (distance > limit) & sequence.one_document
-        if kind == "too many" and (wrong == whole).all() and int(distance[wrong].max()) > limit + 1:
-            return Fault(f"{side}: the window is ignored{heads}; {said} is claimed", example)
+        if kind == "too many" and (wrong == whole).all() and furthest > limit + 1:
+            return Fault(f"{side}: the window is ignored{heads}; {said}", example)
         if kind == "too many" and (isinstance(actual, Window) or in_some):
-            count = int(distance[wrong].max()) - limit
+            return Fault(f"{side}: {_keys(furthest - limit)} too many{heads}; {compared}", example)
+        if kind == "too many" and irregular:
             return Fault(
-                f"{side}: {_keys(count)} too many{heads}; {said} is claimed, {told_claim(actual, 'full')} is seen",
-                example,
+                f"{side}: up to {_keys(furthest - limit)} too many in some rows{heads}; {said}",
+                f"{example}; {_rows(wrong, asked)}",
             )
         if kind == "too few":
-            hidden = distance[wrong]
+            nearest = int(distance[wrong].min())
+            if torch.equal(wrong, asked):
+                return Fault(f"{side}: no key is seen{heads}; {said}", example)
             # From the border inward, without a gap.
-            inward = asked & (distance >= int(hidden.min())) & (distance <= limit)
-            if torch.equal(inward, wrong):
-                count = limit - int(hidden.min()) + 1
+            if torch.equal(asked & (distance >= nearest), wrong):
+                return Fault(f"{side}: {_keys(limit - nearest + 1)} too few{heads}; {compared}", example)
+            if irregular and _cut(wrong, asked, distance):
                 return Fault(
-                    f"{side}: {_keys(count)} too few{heads}; {said} is claimed, {told_claim(actual, 'full')} is seen",
-                    example,
+                    f"{side}: up to {_keys(limit - nearest + 1)} too few in some rows{heads}; {said}",
+                    f"{example}; {_rows(wrong, asked)}",
                 )
-    irregular = isinstance(actual, Pattern) and actual.name == "irregular"
-    if irregular and kind == "too many" and isinstance(claim, Window):
-        limit = claim.left if side == "left" else claim.right
-        count = int((sequence.position[:, None] - sequence.position[None]).abs()[wrong].max()) - limit
-        return Fault(
-            f"{side}: up to {_keys(count)} too many in some rows{heads}; {said} is claimed",
-            f"{example}; {_rows(wrong, asked)}",
-        )
     return Fault(
-        f"{side}: keys {'seen that are not to be' if kind == 'too many' else 'missing'}{heads}; {said} is claimed, "
-        f"{told_claim(actual, 'full')} is seen",
+        f"{side}: keys {'seen that are not to be' if kind == 'too many' else 'missing'}{heads}; {compared}",
         f"{example}; {_rows(wrong, asked)}" if irregular else example,
     )
 

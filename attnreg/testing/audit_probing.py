@@ -7,7 +7,7 @@ changed each. For gradients the input is a leaf of its own, so that no gradient 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -199,7 +199,8 @@ class Hooked:
         """Run the model with the random numbers of every other run."""
         self.counts.clear()
         self.open.clear()
-        torch.manual_seed(run.seed)
+        # Of the CPU alone where nothing else is: many runs are short.
+        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(run.seed)
         return run.call(batch)
 
 
@@ -324,9 +325,7 @@ def _groups(axes: Axes, wrong: Tensor, head_dim: int | None) -> Tensor:
     return first.flatten(2).any(2, keepdim=True)
 
 
-def _with_noise(
-    like: Tensor, axes: Axes, base: Tensor, columns: Sequence[int | None], draw: Draw, seed: int
-) -> Tensor:
+def _with_noise(like: Tensor, axes: Axes, base: Tensor, columns: Sequence[int | None], draw: Draw, seed: int) -> Tensor:
     """What first came in, for every copy, with random numbers at the position of each; where that is None, as it was."""
     count = 1 if axes.batch is None else len(columns)
     whole = (base * draw.scale).movedim(axes.position, 0)
@@ -363,20 +362,29 @@ class Measured:
     """What was measured of a site.
 
     Attributes:
+        key: of the site.
         length: L.
-        tables: by way, "forward", "backward" or "dependence", and by tensor.
+        tables: by way, "forward", "backward", "dependence" or "keys alone", and by tensor.
         without_gradient: whether its output has no gradient.
         touched: whether any gradient is other than 0.
         not_finite: whether a gradient is not finite.
+        depends_on: with which of the tensors that come in alone, by place, the output changes.
     """
 
+    key: Key
     length: int
     tables: dict[str, dict[Any, Table]] = field(
-        default_factory=lambda: {"forward": {}, "backward": {}, "dependence": {}}
+        default_factory=lambda: {"forward": {}, "backward": {}, "dependence": {}, "keys alone": {}}
     )
     without_gradient: bool = False
     touched: bool = False
     not_finite: bool = False
+    depends_on: set[int] = field(default_factory=set)
+
+    def has_gradient(self, place: int) -> bool:
+        """Whether any of what comes in at that place has a gradient other than 0."""
+        table = self.tables["backward"].get((self.key, "in", place))
+        return table is not None and bool(table.found.any())
 
     def saw(self, way: str, tensor: Any, rows: Tensor, columns: Tensor, found: Tensor) -> None:
         """Note ``found`` (n, groups) for pairs of ``rows`` and ``columns``, each (n,)."""
@@ -389,9 +397,8 @@ class Measured:
         tables[tensor].found[rows, columns] |= found
         tables[tensor].known[rows, columns] = True
 
-    @staticmethod
-    def _is_output(place: Any) -> bool:
-        return isinstance(place, tuple) and place[1:] in (("out", 0), ("out with gradients", 0)) and place[0] == ...
+    def _is_output(self, place: Any) -> bool:
+        return place in ((self.key, "out", 0), (self.key, "out with gradients", 0))
 
     def seen(self, way: str) -> Seen:
         """Of the tensors and groups that see any key but the row's own, what some and what every one sees."""
@@ -445,7 +452,7 @@ class Probe:
                         self.children[inside] = name
                         modules[inside] = part
         self.hooked = Hooked(modules)
-        self.found = {site.key: Measured(run.length) for site in sites}
+        self.found = {site.key: Measured(site.key, run.length) for site in sites}
 
     # What a run records: by tensor, with its axes.
     def _record(
@@ -454,6 +461,7 @@ class Probe:
         columns: Sequence[int | None],
         draw: Draw,
         *,
+        only: Container[int] | None = None,
         leaves: dict[Place, Tensor] | None = None,
     ) -> dict[Place, tuple[Axes, Tensor]]:
         outs: dict[Place, list[tuple[Axes, Tensor]]] = {}
@@ -484,7 +492,8 @@ class Probe:
             for place, (axes, base) in site.sources.items():
                 if place >= len(given) or not isinstance(given[place], Tensor):
                     continue
-                whole = _with_noise(given[place], axes, base, list(columns), draw, place)
+                here = list(columns) if only is None or place in only else [None] * len(columns)
+                whole = _with_noise(given[place], axes, base, here, draw, place)
                 new = whole.narrow(axes.position, begin, end - begin)
                 if new.shape != given[place].shape:
                     raise ValueError(
@@ -553,6 +562,25 @@ class Probe:
                 for place, (axes, base) in before.items():
                     if place in now and now[place][1].shape == base.shape:
                         self._differing("forward", place, axes, now[place][1], base, chunk, noises.get(place, 0.0))
+
+    def keys_alone(self, columns: Sequence[int], batch: int) -> None:
+        """Of layers that take query, key and value, whether rows see their own key, and on which of the three they depend."""
+        draw, batch = DRAWS[0], _fitting(batch, len(columns))
+        with self.hooked.hooked(), torch.no_grad():
+            before = self._record(batch, [None] * batch, draw)
+            noises = self._noises(before, batch, draw)
+            for chunk in _chunks(columns, batch):
+                now = self._record(batch, chunk, draw, only=(1, 2))
+                for place, (axes, base) in before.items():
+                    if place in now and now[place][1].shape == base.shape:
+                        self._differing("keys alone", place, axes, now[place][1], base, chunk, noises.get(place, 0.0))
+            for tensor in range(3):
+                now = self._record(batch, list(columns[:1]) * batch, draw, only=(tensor,))
+                for place, (_, base) in before.items():
+                    if place in now and now[place][1].shape == base.shape:
+                        changed = _unlike(now[place][1], base, noises.get(place, 0.0)).any()
+                        if changed and place[0] in self.sites:
+                            self.found[place[0]].depends_on.add(tensor)
 
     def _differing(
         self, way: str, place: Place, axes: Axes, now: Tensor, base: Tensor, chunk: Sequence[int], noise: float
