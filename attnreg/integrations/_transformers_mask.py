@@ -54,6 +54,7 @@ class BandMask(Tensor):
         unused: how many keys at the end belong to no token yet, as in a static cache at its first call.
         query_starts, key_starts, key_lengths: (N,), as ``attnreg.local_attention`` takes them, or None.
         offsets_q, offsets_k: (S + 1,), where documents begin in N * Lq queries and N * Lk keys, one sequence after the other.
+            Where they are given they say what the three say too.
         visible: (N, Lk), False for keys that are hidden beside all this.
     """
 
@@ -181,17 +182,12 @@ def visibility(mask: BandMask) -> Tensor:
     """Which keys a query sees: boolean, (N, 1, Lq, Lk)."""
     batch, _, query_length, _ = mask.shape
     key_length, device = key_length_of(mask), mask.anchor.device
-    folds = batch if mask.offsets_q is not None else 1
-    rows = rows_of(
-        folds * query_length,
-        folds * key_length,
-        device,
-        key_lengths=mask.key_lengths,
-        key_starts=mask.key_starts,
-        query_starts=mask.query_starts,
-        cu_seqlens_q=mask.offsets_q,
-        cu_seqlens_k=mask.offsets_k,
-    )
+    if mask.offsets_q is None:
+        folds = 1
+        given = {"key_lengths": mask.key_lengths, "key_starts": mask.key_starts, "query_starts": mask.query_starts}
+    else:
+        folds, given = batch, {"cu_seqlens_q": mask.offsets_q, "cu_seqlens_k": mask.offsets_k}
+    rows = rows_of(folds * query_length, folds * key_length, device, **given)
     first, last = rows.seen(folds * query_length, window_of(mask))
     if mask.offsets_q is not None:
         begin = key_length * torch.arange(batch, device=device)[:, None]
@@ -338,8 +334,7 @@ def _with_breaks(tensors: Mapping[str, Tensor], breaks: Tensor, sizes: Sizes) ->
     breaks = breaks | (keys == 0)
     for name in ("key_starts", "key_lengths"):
         if name in tensors:
-            breaks = breaks | (keys == tensors.pop(name)[:, None])
-    tensors.pop("query_starts", None)
+            breaks = breaks | (keys == tensors[name][:, None])
     if starts is not None:
         breaks = breaks | (keys == (starts + sizes.query_length)[:, None])
     count = batch * length
@@ -363,35 +358,52 @@ def _with_breaks(tensors: Mapping[str, Tensor], breaks: Tensor, sizes: Sizes) ->
     return tensors
 
 
+def _places(mask: BandMask, count: int) -> Tensor:
+    """(N, Lq), the keys at which this many queries stand."""
+    batch, device = mask.shape[0], mask.anchor.device
+    first = key_length_of(mask) - count if mask.query_starts is None else mask.query_starts[:, None]
+    return (first + torch.arange(count, device=device)).expand(batch, -1)
+
+
 def restarts(mask: BandMask, positions: Tensor) -> Tensor:
-    """(N, L), where documents of a pack begin, by the positions (N, L) of a mask of as many queries as keys.
+    """(N, Lq), where documents of a pack begin, by the positions (N, Lq) of the queries.
 
     A row is a pack if each of its positions is 0 or the one after the last; padding's, which have numbers of their own, do not
     count. Where a row repeats or skips positions in another way nothing begins.
     """
-    batch, length = mask.shape[0], mask.shape[-1]
-    positions = positions.expand(batch, -1)
-    keys = torch.arange(length, device=positions.device)
+    batch, length = mask.shape[0], positions.shape[1]
+    positions = positions.long().expand(batch, -1)
+    places = _places(mask, length)
     is_token = torch.ones(batch, length, dtype=torch.bool, device=positions.device)
     if mask.key_starts is not None:
-        is_token = is_token & (keys >= mask.key_starts[:, None])
+        is_token = is_token & (places >= mask.key_starts[:, None])
     if mask.key_lengths is not None:
-        is_token = is_token & (keys < mask.key_lengths[:, None])
+        is_token = is_token & (places < mask.key_lengths[:, None])
     if mask.visible is not None:
-        is_token = is_token & mask.visible
+        is_token = is_token & mask.visible.gather(1, places.clamp(0, mask.visible.shape[1] - 1))
     # The token before each, past holes, which positions may count or leave out.
-    last = pad(torch.where(is_token, keys, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    rows = torch.arange(length, device=positions.device)
+    last = pad(torch.where(is_token, rows, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
     steps = positions - positions.gather(-1, last.clamp_min(0))
     follows = is_token & (last >= 0)
-    goes_on = follows & ((steps == 1) | (steps == keys - last))
+    goes_on = follows & ((steps == 1) | (steps == rows - last))
     begins = follows & (positions == 0)
     is_pack = (goes_on | begins | ~follows).all(-1, keepdim=True) & goes_on.any(-1, keepdim=True)
     return begins & is_pack
 
 
 def with_restarts(mask: BandMask, begins: Tensor, positions: Tensor) -> BandMask:
-    """The mask with documents that begin where ``restarts`` found."""
-    return _with_documents(mask, begins, positions)
+    """The mask with documents that begin at these queries (N, Lq), whose positions within their documents are given."""
+    if mask.chunk_size is not None:
+        begins = begins | (positions % mask.chunk_size == 0)
+    batch, query_length, length = mask.shape[0], mask.shape[2], key_length_of(mask)
+    places = _places(mask, query_length)
+    breaks = torch.zeros(batch, length + 1, dtype=torch.bool, device=places.device)
+    # What lies past the keys of a static cache begins nothing.
+    breaks = breaks.scatter(1, places.clamp(0, length), begins.expand(batch, -1))[:, :length]
+    kept = {name: each for name, each in tensors_of(mask).items() if name not in ("offsets_q", "offsets_k")}
+    sizes = Sizes(batch, query_length, length, 0, 0, mask.anchor.device)
+    return BandMask(tuple(mask.shape), mask.facts, _with_breaks(kept, breaks, sizes))
 
 
 def with_offsets(mask: BandMask, offsets_q: Tensor, offsets_k: Tensor) -> BandMask:
@@ -399,18 +411,9 @@ def with_offsets(mask: BandMask, offsets_q: Tensor, offsets_k: Tensor) -> BandMa
     if mask.plain and not mask.unused:
         given = {"anchor": mask.anchor, "offsets_q": offsets_q.int(), "offsets_k": offsets_k.int()}
         return BandMask(tuple(mask.shape), mask.facts, given)
-    length = mask.shape[-1]
+    length = mask.shape[2]
     begins = torch.zeros(length + 1, dtype=torch.bool, device=mask.anchor.device)
     begins = begins.scatter(0, offsets_q.long(), True)[:length]
-    keys = torch.arange(length, device=begins.device)
-    positions = keys - torch.where(begins, keys, 0).cummax(0).values
-    return _with_documents(mask, begins[None], positions[None])
-
-
-def _with_documents(mask: BandMask, breaks: Tensor, positions: Tensor) -> BandMask:
-    batch, _, query_length, key_length = mask.shape
-    if mask.chunk_size is not None:
-        breaks = breaks | (positions % mask.chunk_size == 0)
-    kept = {name: each for name, each in tensors_of(mask).items() if name not in ("offsets_q", "offsets_k")}
-    sizes = Sizes(batch, query_length, key_length, 0, 0, mask.anchor.device)
-    return BandMask(tuple(mask.shape), mask.facts, _with_breaks(kept, breaks, sizes))
+    rows = torch.arange(length, device=begins.device)
+    positions = rows - torch.where(begins, rows, 0).cummax(0).values
+    return with_restarts(mask, begins[None], positions[None])

@@ -107,6 +107,8 @@ def read_rule(function: MaskFunction, device: torch.device, *, is_given: bool) -
 def _made_of(part: Any) -> Any:
     """What decides which operations a function does, as far as it is a closure of numbers, tensors and such functions."""
     if isinstance(part, FunctionType):
+        if any(type(part.__globals__.get(name)) in (int, bool, float, Tensor) for name in part.__code__.co_names):
+            return None  # such a number may be another one at the next call
         parts = [_made_of(cell.cell_contents) for cell in part.__closure__ or ()]
         return None if None in parts or part.__defaults__ or part.__kwdefaults__ else (part.__code__, *parts)
     if isinstance(part, (tuple, list)):

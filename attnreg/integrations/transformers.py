@@ -62,6 +62,7 @@ _HARMLESS = frozenset(
             "max_length_k",
             "max_length_q",
         ),
+        *("ignore_index", "shift_labels"),  # of losses
         *("mm_token_type_ids", "output_router_logits", "past_key_value", "past_key_values", "position_embeddings"),
         *("position_ids", "return_dict", "seq_idx", "sliding_window", "token_type_ids", "use_cache"),
     }
@@ -103,8 +104,9 @@ def register(
     Args:
         name: for ``attn_implementation``. Not one that transformers has.
         full: where layers without a window go, and masks that no band can say: "sdpa", "eager", "attnreg", whose window is
-            then the whole sequence, or any other implementation that transformers knows. Layers with a soft cap or sinks, which
-            SDPA lacks, run on attnreg where this is "sdpa", and on the model's own eager function where their mask is no band.
+            then the whole sequence, or any other implementation that attnreg did not register. Layers with a soft cap or sinks,
+            which SDPA lacks, run on attnreg where this is "sdpa", and on the model's own eager function where their mask is no
+            band.
         unsupported: what becomes of a layer with a window whose mask or arguments no band can say: "dense" sends it with a
             dense mask where full layers go, "raise" raises NotImplementedError.
         backend: attnreg's backend, see :func:`attnreg.local_attention`.
@@ -117,13 +119,13 @@ def register(
 
     Raises:
         TypeError, ValueError: an argument is none of those.
-        attnreg.BackendError: no backend is called so, or has such an option.
+        attnreg.BackendError: none of these backends is registered, or one has not such an option.
     """
-    known = [each for each in AttentionInterface._global_mapping if each not in (NAME, name)]
+    registered = AttentionInterface._global_mapping
+    known = [each for each, function in registered.items() if getattr(function, "func", None) is not _attention]
     if not isinstance(name, str) or not name or name == "eager" or "|" in name:
         raise ValueError(f"name must be a name that transformers does not have, got {name!r}")
-    registered = AttentionInterface._global_mapping.get(name)
-    if registered is not None and getattr(registered, "func", None) is not _attention:
+    if name in known:
         raise ValueError(f"name must be a name that transformers does not have, got {name!r}")
     if full not in (*_OWN, *known):
         raise ValueError(f"full must be one of {', '.join(dict.fromkeys((*_OWN, *known)))}; got {full!r}")
@@ -131,7 +133,7 @@ def register(
         raise ValueError(f'unsupported must be "dense" or "raise", got {unsupported!r}')
     if not isinstance(look, bool):
         raise TypeError(f"look must be True or False, got {look!r} ({type(look).__name__})")
-    if isinstance(ignored, str) or not all(isinstance(each, str) for each in ignored):
+    if not isinstance(ignored, (list, tuple, set, frozenset)) or not all(isinstance(each, str) for each in ignored):
         raise TypeError(f"ignored must be a sequence of names, got {ignored!r}")
     asked = written(backend)
     if asked is not None:
@@ -184,7 +186,10 @@ def _mask(
     device = torch.device(device)
     rule = read_rule(mask_function, device, is_given=use_vmap)
     if local_size is None and (rule is None or rule.first is None) and options.full not in _OWN:
-        return _registered(AttentionMaskInterface, options.full)(**given, mask_function=mask_function)
+        made = _registered(AttentionMaskInterface, options.full)(**given, mask_function=mask_function)
+        if rule is not None and rule.packed and hasattr(made, "__dict__"):
+            made.attnreg_is_packed = True
+        return made
     if rule is not None:
         sizes = Sizes(batch_size, q_length, kv_length, q_offset, kv_offset, device)
         band = band_of(rule, sizes, mask_function, attention_mask, dtype, options.look)
@@ -237,6 +242,15 @@ def _attention(
     _check(options, module, kwargs)
     call = _Call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     if not isinstance(attention_mask, BandMask):
+        if (
+            options.unsupported == "raise"
+            and isinstance(attention_mask, Tensor)
+            and call.get("sliding_window") is not None
+        ):
+            raise NotImplementedError(
+                f"attnreg: {type(module).__name__} has a window and was given a mask {tuple(attention_mask.shape)} that the "
+                f'model or the user made, which no band can say; register(unsupported="dense") sends such layers elsewhere'
+            )
         return _dense(options, call, _apart(options, call))
     mask = _documented(options, call, attention_mask)
     why_not = _why_no_band(call, mask)
@@ -258,6 +272,9 @@ def _attention(
     return _dense(options, call, mask)
 
 
+# Keys that layers of sparse attention choose for themselves, which their models tell other implementations by a mask.
+_CHOSEN_KEYS = ("indices", "block_indices")
+
 # Arguments that are the model's own business: its eager function knows them.
 _EAGER = ("position_bias", "sinks")
 
@@ -268,6 +285,11 @@ def _check(options: Options, module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if value is None or name in known or name in _HARMLESS or name in options.ignored:
             continue
+        if name in _CHOSEN_KEYS:
+            raise NotImplementedError(
+                f"attnreg: {type(module).__name__} was given {name}={_shown(value)}, keys that it chose for each query, which no "
+                f'window says; choose attn_implementation="sdpa" or "eager" for this model'
+            )
         raise TypeError(
             f"attnreg: {type(module).__name__} was given {name}={_shown(value)}, which attnreg does not know and will not drop; "
             f"where it changes no number, allow it by attnreg.integrations.transformers.register(ignored=[{name!r}])"
@@ -331,7 +353,7 @@ def _documented(options: Options, call: _Call, mask: BandMask) -> BandMask:
     ):
         return mask
     # transformers finds where positions restart if there is neither a cache nor a padding mask, and else takes no notice of it.
-    if query_length != mask.shape[3] or "query_starts" in tensors_of(mask):
+    if mask.shape[2] != query_length or key_length_of(mask) < query_length:
         return mask
     if mask.chunk_size is not None and not tensors_of(mask).keys() <= {"anchor", "offsets_q", "offsets_k"}:
         return mask
@@ -342,7 +364,15 @@ def _documented(options: Options, call: _Call, mask: BandMask) -> BandMask:
             return mask
         return with_restarts(mask, begins, positions)
 
-    return _remembered(mask, positions, found)
+    return _remembered(mask, call.kwargs["position_ids"], found)
+
+
+def _positions(call: _Call) -> Tensor | None:
+    """The positions (N, L) of tokens, in time where there are several kinds of them, as of images."""
+    positions = call.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
+        return None
+    return positions if positions.dim() == 2 else positions[0]
 
 
 def _apart(options: Options, call: _Call) -> Any:
@@ -457,7 +487,7 @@ def _dense(options: Options, call: _Call, mask: Any) -> tuple[Tensor, Tensor | N
     """A layer on the implementation of full layers; its mask is a BandMask, or whatever the model made."""
     name = "sdpa" if options.full == NAME else options.full
     if name not in _OWN and not isinstance(mask, BandMask):
-        return _elsewhere(name, call, mask)
+        return _elsewhere(options, name, call, mask)
     if name == "eager" or not _has_sdpa(call):
         return _eager(call, mask)
     return _sdpa(call, mask)
@@ -471,12 +501,13 @@ def _has_sdpa(call: _Call) -> bool:
     return not (call.get("output_attentions") or _keeps_sinks(call.module))
 
 
-def _elsewhere(name: str, call: _Call, mask: Any) -> tuple[Tensor, Tensor | None]:
+def _elsewhere(options: Options, name: str, call: _Call, mask: Any) -> tuple[Tensor, Tensor | None]:
     """A full layer on an implementation that gets the mask made for it."""
-    if name == "flex_attention" and call.get("cu_seq_lens_q") is not None:
+    given = _documents_of(options, call) if name == "flex_attention" else None
+    if given is not None:
         raise ValueError(
-            'attnreg: cu_seq_lens_q was given, and full="flex_attention" cannot be told of documents but by position_ids and '
-            'use_cache=False; leave cu_seq_lens_q out, or register(full="sdpa")'
+            f'attnreg: {given}, and full="flex_attention" cannot be told of documents but by position_ids with '
+            f'use_cache=False and no attention_mask; or register(full="sdpa")'
         )
     record(call.module, mask, name)
     found: tuple[Tensor, Tensor | None] = _registered(AttentionInterface, name)(
@@ -491,6 +522,24 @@ def _elsewhere(name: str, call: _Call, mask: Any) -> tuple[Tensor, Tensor | None
         **call.kwargs,
     )
     return found
+
+
+def _documents_of(options: Options, call: _Call) -> str | None:
+    """What tells of documents that a mask of FlexAttention does not have, as far as it may be read."""
+    if call.get("cu_seq_lens_q") is not None:
+        return "cu_seq_lens_q was given"
+    positions, mask = _positions(call), call.mask
+    query_length = call.query.shape[2]
+    if positions is None or not may_look(positions, options.look):
+        return None
+    if mask is None or hasattr(mask, "attnreg_is_packed") or query_length == 1 or positions.shape[1] != query_length:
+        return None
+    known = mask.__dict__.get("attnreg_restarts")
+    if known is None or known[0] is not call.kwargs["position_ids"]:
+        shape = (call.query.shape[0], 1, query_length, query_length)
+        plain = BandMask(shape, (None, None, False, None, 0, call.query.dtype), {"anchor": positions})
+        known = mask.attnreg_restarts = (call.kwargs["position_ids"], bool(restarts(plain, positions).any()))
+    return "position_ids restart" if known[1] else None
 
 
 class _As:
