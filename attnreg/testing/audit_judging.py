@@ -375,8 +375,9 @@ def gaps(
     """That some rows do not see some keys in the window, which is no lie: an attention may choose among them; and which."""
     pairs = torch.zeros_like(seen.known)
     found: list[Fault] = []
-    for side in ("left", "right") if claim is not None else ():
-        assert claim is not None
+    if claim is None:
+        return found, pairs
+    for side in ("left", "right"):
         lacking = holes(seen, sequence, claim, side, sparse)
         pairs |= lacking.scattered
         if lacking.scattered.any() and not lacking.systematic.any():
