@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from attnreg.request import parse_wish, written
 __all__ = ["NAME", "LayerPath", "ModelPaths", "Options", "explain", "register"]
 
 NAME = "attnreg"
+Made = TypeVar("Made")
 
 # Where full layers may go that take the masks that are made here; those of another name get the masks registered for it.
 _OWN = ("sdpa", "eager", NAME)
@@ -343,14 +344,8 @@ def _documented(options: Options, call: _Call, mask: BandMask) -> BandMask:
 
         _check_packed(call, "query_starts" in tensors_of(mask))
         return _remembered(mask, offsets_q, told)
-    positions = call.get("position_ids")
-    if (
-        query_length == 1
-        or mask.packed
-        or not isinstance(positions, Tensor)
-        or positions.dim() != 2
-        or positions.shape[1] != query_length
-    ):
+    positions = _positions(call)
+    if query_length == 1 or mask.packed or positions is None or positions.shape[1] != query_length:
         return mask
     # transformers finds where positions restart if there is neither a cache nor a padding mask, and else takes no notice of it.
     if mask.shape[2] != query_length or key_length_of(mask) < query_length:
@@ -364,15 +359,13 @@ def _documented(options: Options, call: _Call, mask: BandMask) -> BandMask:
             return mask
         return with_restarts(mask, begins, positions)
 
-    return _remembered(mask, call.kwargs["position_ids"], found)
+    return _remembered(mask, positions, found)
 
 
 def _positions(call: _Call) -> Tensor | None:
-    """The positions (N, L) of tokens, in time where there are several kinds of them, as of images."""
+    """The positions (N, L) of tokens, where the layer was told them; None where it was not."""
     positions = call.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
-        return None
-    return positions if positions.dim() == 2 else positions[0]
+    return positions if isinstance(positions, Tensor) and positions.dim() == 2 else None
 
 
 def _apart(options: Options, call: _Call) -> Any:
@@ -416,14 +409,14 @@ def _is_causal(call: _Call) -> bool:
     return bool(getattr(call.module, "is_causal", False) if call.is_causal is None else call.is_causal)
 
 
-def _remembered(mask: BandMask, key: Tensor, make: Callable[[], BandMask]) -> BandMask:
+def _remembered(mask: Any, key: Tensor, make: Callable[[], Made]) -> Made:
     """What was made of a mask and a tensor, which all layers of a forward share."""
     if torch.compiler.is_compiling():
         return make()
     known = mask.__dict__.get("documented")
     if known is None or known[0] is not key:
-        known = mask.documented = (key, make())  # type: ignore[attr-defined]
-    found: BandMask = known[1]
+        known = mask.documented = (key, make())
+    found: Made = known[1]
     return found
 
 
@@ -534,12 +527,10 @@ def _documents_of(options: Options, call: _Call) -> str | None:
         return None
     if mask is None or hasattr(mask, "attnreg_is_packed") or query_length == 1 or positions.shape[1] != query_length:
         return None
-    known = mask.__dict__.get("attnreg_restarts")
-    if known is None or known[0] is not call.kwargs["position_ids"]:
-        shape = (call.query.shape[0], 1, query_length, query_length)
-        plain = BandMask(shape, (None, None, False, None, 0, call.query.dtype), {"anchor": positions})
-        known = mask.attnreg_restarts = (call.kwargs["position_ids"], bool(restarts(plain, positions).any()))
-    return "position_ids restart" if known[1] else None
+    shape = (call.query.shape[0], 1, query_length, query_length)
+    plain = BandMask(shape, (None, None, False, None, 0, call.query.dtype), {"anchor": positions})
+    is_pack = _remembered(mask, positions, lambda: bool(restarts(plain, positions).any()))
+    return "position_ids restart" if is_pack else None
 
 
 class _As:
