@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -451,6 +452,54 @@ def test_documents_that_are_padded_one_by_one_are_kept_apart(
     torch.testing.assert_close(found[:, 9:14], expected[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+def test_documents_of_a_pack_do_not_see_each_other_in_a_static_cache(family: str) -> None:
+    model, given = build(family), packed()
+    use(model, "attnreg")
+    expected = one_by_one(model, given)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    given = {name: given[name] for name in ("input_ids", "position_ids")}
+    found = output_of(model, **given, use_cache=True, past_key_values=cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
+def test_documents_that_begin_in_a_later_call_do_not_see_what_a_cache_holds(family: str) -> None:
+    model, given = build(family), packed()
+    use(model, "attnreg")
+    expected = one_by_one(model, given)
+    cache = transformers.DynamicCache(config=model.config)
+    # The first call ends inside the first document, and the others begin in the second call.
+    parts = [
+        {name: given[name][:, some] for name in ("input_ids", "position_ids")} for some in (slice(4), slice(4, None))
+    ]
+    found = torch.cat([output_of(model, **part, use_cache=True, past_key_values=cache) for part in parts], dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama4", "mistral", "gemma3"])
+def test_padding_of_a_pack_told_by_offsets_is_not_seen(family: str) -> None:
+    model, inputs = build(family), inputs_of(family, batch=1)
+    use(model, "attnreg")
+    given = {
+        "attention_mask": torch.tensor([[0] * 3 + [1] * (LENGTH - 3)]),
+        "cu_seq_lens_q": torch.tensor([0, 8, LENGTH], dtype=torch.int32),
+    }
+    ids = inputs["input_ids"]
+    other = torch.cat([ids[:, :3].flip(1) + 1, ids[:, 3:]], dim=1)
+    found, again = (output_of(model, input_ids=each, **given) for each in (ids, other))
+    assert torch.equal(found[:, 3:], again[:, 3:])
+
+
+def test_positions_that_restart_beside_flex_attention_are_refused_where_its_mask_has_no_documents() -> None:
+    model, given = build("gemma3"), packed()
+    integration.register(full="flex_attention")
+    use(model, "attnreg")
+    given = {name: given[name] for name in ("input_ids", "position_ids")}
+    with pytest.raises(ValueError, match='position_ids restart, and full="flex_attention" cannot be told of documents'):
+        model(**given, use_cache=True)
+
+
 def test_positions_that_jump_ahead_are_one_document_as_for_eager() -> None:
     model, inputs = build("gemma3"), inputs_of("gemma3")
     inputs["position_ids"] = torch.cat([torch.arange(8), torch.arange(20, 31)])[None]
@@ -754,6 +803,60 @@ def test_options_are_by_name_and_go_back_to_the_first() -> None:
 def test_bad_options_are_told(given: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError, BackendError), match=message):
         integration.register(**given)
+
+
+def test_a_mask_of_the_users_own_is_no_band() -> None:
+    model, inputs = build("gemma3"), inputs_of("gemma3")
+    use(model, "attnreg")
+    inputs["attention_mask"] = torch.zeros(2, 1, LENGTH, LENGTH)
+    integration.register(unsupported="raise")
+    with pytest.raises(
+        NotImplementedError, match=r"has a window and was given a mask .* that the model or the user made"
+    ):
+        model(**inputs)
+
+
+def test_a_name_does_not_send_its_full_layers_to_another_of_ours() -> None:
+    integration.register("attnreg-reference", backend="torch")
+    with pytest.raises(ValueError, match=r"full must be one of .*; got 'attnreg-reference'"):
+        integration.register(full="attnreg-reference")
+
+
+def test_keys_that_a_layer_chose_are_refused() -> None:
+    model = build("dots3_note", layer_types=["sliding_attention", "full_attention"] * 2)
+    use(model, "attnreg")
+    with pytest.raises(
+        NotImplementedError, match=r"Dots3NoteTextAttention was given indices=a tensor .*, keys that it chose"
+    ):
+        model(**inputs_of("dots3_note"))
+
+
+def test_arguments_of_the_loss_pass() -> None:
+    model, inputs = build("mistral"), inputs_of("mistral")
+    inputs["labels"] = inputs["input_ids"]
+    inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    expected = model(**inputs).loss
+    use(model, "attnreg")
+    torch.testing.assert_close(model(**inputs).loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_that_a_mask_function_takes_from_a_global_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build("mistral").config
+    config.sliding_window, config._attn_implementation = None, "attnreg"
+    given = {"config": config, "inputs_embeds": torch.zeros(1, 9, 32), "attention_mask": None, "past_key_values": None}
+    for window in (4, 2):
+        monkeypatch.setattr(sys.modules[__name__], "WINDOW_OF_OVERLAY", window)
+        mask = masking_utils.create_causal_mask(**given, and_mask_function=overlay)
+        rows = torch.arange(9)
+        expected = (rows <= rows[:, None]) & (rows > rows[:, None] - window)
+        assert torch.equal(mask[0, 0] == 0, expected)
+
+
+WINDOW_OF_OVERLAY = 4
+
+
+def overlay(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return key > query - WINDOW_OF_OVERLAY
 
 
 def test_a_window_that_hides_nothing_is_a_full_layer() -> None:
