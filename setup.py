@@ -28,9 +28,13 @@ def compiled() -> list[tuple[str, Extension, Target]]:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         return []
     sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
+    from attnreg_cpu import build as cpu
     from attnreg_cublas import build as cublas
 
-    libraries = [("attnreg_cublas", cublas.LIBRARY, cublas.target(cublas.PORTABLE_ARCHS))]
+    libraries = [
+        ("attnreg_cpu", cpu.LIBRARY, cpu.TARGET),
+        ("attnreg_cublas", cublas.LIBRARY, cublas.target(cublas.PORTABLE_ARCHS)),
+    ]
     return [each for each in libraries if each[1].find_compiler() is not None]
 
 

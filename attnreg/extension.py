@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,19 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Unit:
+    """A file that is compiled; all others are included by one.
+
+    Attributes:
+        file: its name among the sources.
+        flags: what the compiler is told for this file alone.
+    """
+
+    file: str
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Extension:
     """A library of kernels: where its sources are, how it is compiled, and where its builds lie.
 
@@ -66,8 +80,8 @@ class Extension:
         name: the backend's; its folder among the builds.
         package: the folder of the backend's package. A wheel has the sources in ``csrc`` there, and may have builds in ``lib``.
         checkout: the sources in a checkout.
-        main: the file there that is compiled; all others are included by it.
-        flags: of every build, beside ``TORCH_FLAGS`` and torch's folders.
+        units: the files there that are compiled: side by side, and then linked; a single one in one go.
+        flags: of every compilation and of linking, beside ``TORCH_FLAGS`` and torch's folders.
         find_compiler: the compiler, or None where there is none.
         no_compiler: says so, and where it was looked for.
     """
@@ -75,7 +89,7 @@ class Extension:
     name: str
     package: Path
     checkout: Path
-    main: str
+    units: tuple[Unit, ...]
     flags: tuple[str, ...]
     find_compiler: Callable[[], str | None]
     no_compiler: str
@@ -149,24 +163,40 @@ class Extension:
         return library
 
     def _compile(self, compiler: str, target: Target, library: Path) -> None:
-        root = Path(torch.__file__).parent
+        root, sources = Path(torch.__file__).parent, self.sources()
+        torch_folders = ("-isystem", str(root / "include"), f"-L{root / 'lib'}")
         # Built under another name and renamed, so that no process ever loads half a library.
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=_UNFINISHED) as scratch:
             unfinished = Path(scratch) / library.name
-            torch_folders = ("-isystem", str(root / "include"), f"-L{root / 'lib'}")
-            files = (str(self.sources() / self.main), "-o", str(unfinished))
-            command = [compiler, *self.flags, *TORCH_FLAGS, *target.flags, *torch_folders, *files]
-            result = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-            )
-            if result.returncode != 0:
-                last_lines = "\n".join(result.stdout.splitlines()[-_LINES_SHOWN:])
-                raise BuildError(f"building {self.name} failed: {' '.join(command)}\n{last_lines}")
+
+            def run(unit: Unit, *files: Path | str) -> None:
+                flags = (*self.flags, *TORCH_FLAGS, *target.flags, *unit.flags, *torch_folders)
+                self._run([compiler, *flags, *map(str, files)])
+
+            if len(self.units) == 1:
+                run(self.units[0], sources / self.units[0].file, "-o", unfinished)
+            else:
+                objects = [unfinished.with_name(f"{unit.file}.o") for unit in self.units]
+                with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                    compiled = [
+                        pool.submit(run, unit, "-c", sources / unit.file, "-o", made)
+                        for unit, made in zip(self.units, objects)
+                    ]
+                    for each in compiled:
+                        each.result()
+                run(Unit("linked"), *objects, "-o", unfinished)
             unfinished.chmod(0o700)
             unfinished.replace(library)
 
+    def _run(self, command: list[str]) -> None:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        if result.returncode != 0:
+            last_lines = "\n".join(result.stdout.splitlines()[-_LINES_SHOWN:])
+            raise BuildError(f"building {self.name} failed: {' '.join(command)}\n{last_lines}")
+
     def _folder(self, root: Path) -> Path:
-        return root / self.name / _fingerprint(self.sources(), (*self.flags, *TORCH_FLAGS))
+        flags = (*self.flags, *TORCH_FLAGS, *(word for unit in self.units for word in (unit.file, *unit.flags)))
+        return root / self.name / _fingerprint(self.sources(), flags)
 
     def _file_name(self, target: Target, compiler: str | None) -> str:
         """The name of a build; a pattern where any compiler's will do."""

@@ -832,7 +832,7 @@ def test_a_section_of_info_that_fails_says_why_and_costs_only_itself(monkeypatch
 
 def test_info_tells_every_variable_that_is_read():
     read = set()
-    for package in ("attnreg", "attnreg_torch", "attnreg_triton", "attnreg_cublas", "attnreg_adapters"):
+    for package in ("attnreg", "attnreg_torch", "attnreg_triton", "attnreg_cublas", "attnreg_cpu", "attnreg_adapters"):
         for file in Path(__import__(package).__file__).parent.rglob("*.py"):
             read |= set(re.findall(r"(?:environ|variables)(?:\.get\(|\[)b?[\"']([A-Z_0-9]+)", file.read_text()))
     assert read >= {"ATTNREG_TABLE", "ATTNREG_CACHE_DIR"}

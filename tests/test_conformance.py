@@ -27,6 +27,7 @@ QUICKLY = [each.name for each in chosen_properties(None) if each.name not in (*N
 
 test_torch = conformance_tests("torch")
 test_torch_block = conformance_tests("torch_block")
+test_attnreg_cpu = conformance_tests("attnreg_cpu")
 if torch.cuda.is_available():
     test_triton = pytest.mark.gpu(conformance_tests("triton", device="cuda"))
 else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attnreg import extension
-from attnreg.extension import NO_NVCC, BuildError, Extension, Target, find_nvcc
+from attnreg.extension import NO_NVCC, BuildError, Extension, Target, Unit, find_nvcc
 
 # Built ahead of time for these; the last one also as PTX, which later GPUs compile for themselves.
 PORTABLE_ARCHS = ("80", "90", "90+PTX")
@@ -22,7 +22,7 @@ LIBRARY = Extension(
     name="cublas_block",
     package=_PACKAGE,
     checkout=_PACKAGE.parents[1] / "csrc" / "cuda",
-    main="library.cu",
+    units=(Unit("library.cu"),),
     flags=(
         "-O3",
         "-std=c++17",

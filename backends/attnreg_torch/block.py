@@ -4,6 +4,8 @@ A block of B query rows sees B + W - 1 consecutive keys. All blocks go through o
 row is a skewed view of the block's dense result, whose row pitch P = B + W - 1 is taken as P + 1. Memory is O(L (B + W)), or
 O(Lq Lk) where that is less and no tensor has a column per slot.
 
+Where it can, attention on a CPU goes through torch's fused kernel instead, see :mod:`attnreg_torch.fused`.
+
 Products are made and summed in the accumulator's dtype, at least float32; a result is rounded once, when it is written.
 """
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnreg import Problem, Window, empty_like
+from attnreg_torch import fused
 from attnreg_torch.blocks import Blocks, block_rows
 from attnreg_torch.hidden import Hidden, bytes_of_generator
 from attnreg_torch.products import accumulator, operand
@@ -20,7 +23,10 @@ from attnreg_torch.rows import naming_rows
 
 
 def workspace(problem: Problem) -> int:
-    """Bytes: dense blocks of scores and of weights, with gradients those of these, too; what blocks see of the keys; masks."""
+    """Bytes: dense blocks of scores and of weights, with gradients those of these, too; what blocks see of the keys; masks.
+
+    That is the most: torch's kernel needs a few megabytes for each thread, but which calls it takes hangs on their scores.
+    """
     length, key_length = problem.query_length, problem.key_length
     rows = min(block_rows(problem.window), max(length, 1))
     keys, count = rows + problem.window.size - 1, -(-length // rows)
@@ -144,6 +150,10 @@ def local_attention(
     **rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output (N, H, Lq, D) and log-sum-exp (N, H, Lq): softmax on the dense blocks, so that no band is ever copied."""
+    if fused.takes(query, value, scale, bias, softcap, dropout_p):
+        found = fused.local_attention(query, key, value, window, scale, sinks, rows)
+        if found is not None:
+            return found
     hidden = Hidden(query, key, window, bias, rows, by_slot=bias is not None and bias.shape[3] > 1)
     blocks = hidden.blocks
     query_rows, keys = blocks.split_rows(query, None), blocks.split_keys(key, None)
@@ -190,6 +200,12 @@ def local_attention_backward(
 
     A sink is a score whose value is 0. Where weights are dropped, dV is that of those that are left, and dP is 0 at the others.
     """
+    # A softmax of one number is constant: the kernel's derivative is but nearly 0.
+    if window.size > 1 and fused.takes(query, value, scale, bias, softcap, dropout_p, grad_log_sum_exp):
+        given = (grad_output, query, key, value, output, log_sum_exp)
+        gradients_of_kernel = fused.local_attention_backward(*given, window, scale, sinks, rows, needs_grad)
+        if gradients_of_kernel is not None:
+            return gradients_of_kernel
     del output, log_sum_exp  # both are made again here, at no more rounding than the forward's
     hidden = Hidden(query, key, window, bias, rows, by_slot=bias is not None and bias.shape[3] > 1)
     blocks = hidden.blocks

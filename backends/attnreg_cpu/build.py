@@ -1,0 +1,108 @@
+"""The library of ``csrc/cpu/``: compiled by the machine's C++ compiler once, or ahead of time, and loaded once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from attnreg import extension
+from attnreg.extension import NO_CXX, BuildError, Extension, Target, Unit, find_cxx
+
+# The kernels are compiled once for each instruction set; which ones run is chosen where they run.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+)
+_UNITS_OF_X86 = (Unit("isa_avx512.cpp", _AVX512), Unit("isa_avx2.cpp", _AVX2))
+
+_MACHINE = platform.machine()
+_PACKAGE = Path(__file__).resolve().parent
+
+LIBRARY = Extension(
+    name="attnreg_cpu",
+    package=_PACKAGE,
+    checkout=_PACKAGE.parents[1] / "csrc" / "cpu",
+    # Those first that take the compiler longest.
+    units=(
+        *(_UNITS_OF_X86 if _MACHINE == "x86_64" else ()),
+        Unit("isa_baseline.cpp"),
+        Unit("library.cpp"),
+    ),
+    flags=("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,--no-as-needed"),
+    find_compiler=find_cxx,
+    no_compiler=NO_CXX,
+)
+
+TARGET = Target(_MACHINE, (), _MACHINE)
+
+OPS = (
+    *("dot_product", "dot_product_backward", "weighted_average", "weighted_average_backward"),
+    *("attention", "attention_backward", "plain_attention"),
+)
+
+_loaded: Any = None
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run on this machine, or None."""
+    return LIBRARY.unavailable() if _loaded is None else None
+
+
+def prepare() -> str | None:
+    """Builds the library, if there is none, and loads it. Returns None, or the reason why that failed."""
+    try:
+        ops()
+    except (BuildError, OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None
+
+
+def ops() -> Any:
+    """The ops of the library, which is built and loaded by the first call."""
+    if _loaded is None:
+        reason = unavailable()
+        if reason is not None:
+            raise BuildError(reason)
+        load(LIBRARY.find((TARGET,)) or LIBRARY.build(TARGET))
+    return _loaded
+
+
+def load(library: Path) -> None:
+    """Loads a built library.
+
+    Raises:
+        BuildError: it could not be loaded, or lacks the kernels that ``ATTNREG_CPU_ISA`` names.
+    """
+    global _loaded
+    if _loaded is None:
+        extension.load(library)
+        choose_isa(os.environ.get("ATTNREG_CPU_ISA", ""))
+        # One overload each: a call need not look for it.
+        _loaded = SimpleNamespace(**{name: getattr(torch.ops.attnreg_cpu, name).default for name in OPS})
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that the loaded library has kernels for and the processor has, the best one first."""
+    return tuple(torch.ops.attnreg_cpu.isas().split())
+
+
+def choose_isa(name: str) -> str:
+    """Runs the kernels of this instruction set from now on, or of the best one where ``name`` is empty.
+
+    Returns:
+        Its name.
+
+    Raises:
+        BuildError: there are none.
+    """
+    if name and name not in isas():
+        raise BuildError(f"ATTNREG_CPU_ISA={name!r}: it must be one of {', '.join(isas())} on this machine")
+    chosen: str = torch.ops.attnreg_cpu.choose_isa(name)
+    return chosen

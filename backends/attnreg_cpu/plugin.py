@@ -1,0 +1,36 @@
+"""What attnreg finds through the entry point: the backend's name and capability, and its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from attnreg import Backend, Capability, hookimpl
+from attnreg_cpu import build, functions
+
+
+@hookimpl
+def attnreg_backends() -> Iterator[Backend]:
+    """Offer ``attnreg_cpu``; it is built when it is first used."""
+    yield Backend(
+        name="attnreg_cpu",
+        summary="C++ for every instruction set of a CPU, tile by tile; built with the C++ compiler at first use",
+        capability=Capability(
+            devices={"cpu"},
+            dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+            takes=(
+                *("bias", "key_lengths", "key_starts", "query_starts", "cu_seqlens_q", "cu_seqlens_k"),
+                *("softcap", "sinks", "dropout_p", "seed", "grad_log_sum_exp"),
+            ),
+        ),
+        local_dot_product=functions.local_dot_product,
+        local_dot_product_backward=functions.local_dot_product_backward,
+        local_weighted_average=functions.local_weighted_average,
+        local_weighted_average_backward=functions.local_weighted_average_backward,
+        local_attention=functions.local_attention,
+        local_attention_backward=functions.local_attention_backward,
+        unavailable=build.unavailable,
+        prepare=build.prepare,
+        rank=10,
+    )

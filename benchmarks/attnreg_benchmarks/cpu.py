@@ -1,0 +1,255 @@
+"""attnreg on a CPU beside what a user would write: SDPA with a mask, SDPA over blocks, FlexAttention, fast-transformers.
+
+``python -m attnreg_benchmarks.cpu --json FILE``. All that is compared is measured in turns, in one process; medians. Gradients:
+a forward and a backward. The peers get what they need beforehand: masks, compiled functions. FlexAttention has no backward on a
+CPU; fast-transformers' C++ kernel is measured where that package is installed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+import attnreg
+from attnreg import Window, local_attention, local_dot_product, local_weighted_average
+from attnreg.printable import trouble
+from attnreg_benchmarks.machine import ceilings, environment
+from attnreg_benchmarks.results import now, write
+
+TURNS = 9
+# Calls shorter than this are repeated.
+SECONDS_A_TURN = 0.01
+BLOCK = 128
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is compared.
+
+    Attributes:
+        op: "local_attention", "local_dot_product" or "local_weighted_average".
+        batch, heads, length, head_dim: N, H, L, E.
+        size: W, of a causal window.
+        dtype: of all tensors.
+    """
+
+    op: str
+    batch: int
+    heads: int
+    length: int
+    size: int
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def window(self) -> Window:
+        """The window."""
+        return Window.causal(self.size)
+
+    @property
+    def multiplications(self) -> int:
+        """Of one product: those of queries and keys that see each other."""
+        inside = sum(min(row + 1, self.size) for row in range(self.length))
+        return self.batch * self.heads * inside * self.head_dim
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op} N={self.batch} H={self.heads} L={self.length} W={self.size} E={self.head_dim} {dtype}"
+
+
+ATTENTION = tuple(
+    Line("local_attention", 1, heads, length, size)
+    for heads, length, size in ((4, 1024, 16), (4, 2048, 128), (8, 8192, 128), (4, 4096, 1024), (4, 2048, 1024))
+)
+CURVE = tuple(Line("local_attention", 1, 4, 4096, 2**power) for power in range(1, 12))
+PRODUCTS = tuple(
+    Line(op, 2, 4, 1024, size)
+    for op in ("local_dot_product", "local_weighted_average")
+    for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+)
+HALF = tuple(
+    Line("local_attention", 1, heads, length, size, dtype=torch.bfloat16)
+    for heads, length, size in ((4, 2048, 128), (4, 4096, 1024))
+)
+TINY = tuple(Line("local_attention", 1, 4, length, 4) for length in (1, 16))
+GROUPS = {"attention": ATTENTION, "curve": CURVE, "products": PRODUCTS, "bf16": HALF, "tiny": TINY}
+
+
+def masked(line: Line) -> Function:
+    """SDPA with a boolean mask of L x L."""
+    rows, keys = torch.arange(line.length)[:, None], torch.arange(line.length)
+    mask = (keys <= rows) & (keys > rows - line.size)
+    return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def over_blocks(line: Line) -> Function:
+    """SDPA over blocks of queries, each against the keys that it sees: what a careful user writes."""
+    block = min(BLOCK, line.length)
+    count, before = -(-line.length // block), line.size - 1
+    rows, keys = torch.arange(block)[:, None], torch.arange(block + before)
+    mask = (keys <= rows + before) & (keys > rows + before - line.size)
+    starts = torch.arange(count)[:, None, None] * block - before
+    mask = (mask & (starts + keys >= 0))[:, None].expand(count, line.heads, -1, -1)
+    missing = count * block - line.length
+
+    def blocks_of(tensor: Tensor) -> Tensor:
+        padded = pad(tensor, (0, 0, before, missing))
+        return padded.unfold(2, block + before, block)[0].permute(1, 0, 3, 2)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries = pad(query, (0, 0, 0, missing))[0].unflatten(1, (count, block)).transpose(0, 1)
+        output = scaled_dot_product_attention(queries, blocks_of(key), blocks_of(value), attn_mask=mask)
+        return output.transpose(0, 1).flatten(1, 2)[None, :, : line.length]
+
+    return attend
+
+
+def flex(line: Line) -> Function:
+    """FlexAttention, compiled, with a block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (j > i - line.size)
+
+    mask = create_block_mask(visible, None, None, line.length, line.length, device="cpu")
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return lambda query, key, value: compiled(query, key, value, block_mask=mask)
+
+
+def of_fast_transformers(line: Line) -> Function:
+    """The C++ kernels of fast-transformers, whose windows are centred."""
+    from fast_transformers import local_product
+
+    product = (
+        local_product.local_dot_product if line.op == "local_dot_product" else local_product.local_weighted_average
+    )
+    if line.op == "local_dot_product":
+        mask, lengths = torch.zeros(line.length, line.length), torch.full((line.batch,), line.length)
+        return lambda query, key: product(query, key, mask, lengths, line.size)
+    return product
+
+
+def contenders(line: Line, backends: list[str]) -> Iterator[tuple[str, Callable[[], Function], bool]]:
+    """Who is compared on a line: the name, what makes the function, whether it has gradients."""
+    op: Any = {"local_dot_product": local_dot_product, "local_weighted_average": local_weighted_average}.get(
+        line.op, local_attention
+    )
+    for backend in backends:
+        yield backend, lambda backend=backend: lambda *tensors: op(*tensors, line.window, backend=backend), True
+    if line.op == "local_attention":
+        yield "sdpa, mask", lambda: masked(line), True
+        yield "sdpa over blocks", lambda: over_blocks(line), True
+        if line.length >= BLOCK:
+            yield "flex_attention", lambda: flex(line), False
+    elif find_spec("fast_transformers") is not None:
+        yield "fast-transformers", lambda: of_fast_transformers(line), True
+
+
+def tensors_of(line: Line) -> list[Tensor]:
+    """What the functions of a line are given."""
+    shape = (line.batch, line.heads, line.length, line.head_dim)
+    weights = (*shape[:3], line.size)
+    shapes = {"local_dot_product": (shape, shape), "local_weighted_average": (weights, shape)}
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(each, generator=generator).to(line.dtype) for each in shapes.get(line.op, (shape,) * 3)]
+
+
+def calls_of(function: Function, tensors: list[Tensor], *, has_gradients: bool) -> dict[str, Callable[[], object]]:
+    """A forward, and a forward with its backward."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function(*tensors)
+
+    leaves = [each.clone().requires_grad_() for each in tensors]
+    upstream = torch.randn_like(function(*tensors))
+
+    def both() -> object:
+        return torch.autograd.grad(function(*leaves), leaves, upstream)
+
+    return {"forward": forward, "with gradients": both} if has_gradients else {"forward": forward}
+
+
+def seconds_of(call: Callable[[], object], repeats: int) -> float:
+    """Of one call, of so many in a row."""
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def compare(line: Line, backends: list[str]) -> dict[str, Any]:
+    """Milliseconds of all contenders, in turns; or the reason why there are none."""
+    tensors = tensors_of(line)
+    found: dict[str, Any] = {}
+    ready: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, make, has_gradients in contenders(line, backends):
+        try:
+            for direction, call in calls_of(make(), tensors, has_gradients=has_gradients).items():
+                call()
+                ready[name, direction] = call
+        except Exception as error:
+            found[name] = trouble(error)
+    repeats = {each: max(1, int(SECONDS_A_TURN / seconds_of(call, 1))) for each, call in ready.items()}
+    times: dict[tuple[str, str], list[float]] = {each: [] for each in ready}
+    for _ in range(TURNS):
+        for each, call in ready.items():
+            times[each].append(seconds_of(call, repeats[each]))
+    for (name, direction), samples in times.items():
+        found.setdefault(name, {})[direction] = round(statistics.median(samples) * 1e3, 4)
+    return found
+
+
+def shares(line: Line, times: Mapping[str, Any], rate: float) -> dict[str, float]:
+    """What a forward reaches of the machine's rate of products in float32, of the products inside the window."""
+    operations = 2 * line.multiplications * (2 if line.op == "local_attention" else 1)
+    return {
+        name: round(operations / (each["forward"] * 1e-3) / rate, 3)
+        for name, each in times.items()
+        if isinstance(each, dict)
+    }
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the results go.")],
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0: all.")] = 1,
+    backend: Annotated[list[str] | None, typer.Option(help="Which backends; repeatable.")] = None,
+    group: Annotated[list[str] | None, typer.Option(help=f"Which lines: {', '.join(GROUPS)}; repeatable.")] = None,
+) -> None:
+    """Measure all, print the times and store everything."""
+    if threads:
+        torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    rate = ceilings(device).flops_per_second["fp32"]
+    names = backend or ["attnreg_cpu", "torch_block"]
+    rows = []
+    print(f"torch.mm: {rate / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads", flush=True)
+    for name in group or GROUPS:
+        for line in GROUPS[name]:
+            torch._dynamo.reset()
+            times = compare(line, names)
+            rows.append({"line": str(line), "ms": times, "share of torch.mm": shares(line, times, rate)})
+            print(line, flush=True)
+            for contender, each in times.items():
+                print(f"  {contender:18}", each, rows[-1]["share of torch.mm"].get(contender, ""), flush=True)
+            stored = {"date": now(), "environment": asdict(environment(device)), "torch.mm, FLOP/s": rate, "rows": rows}
+            write(
+                {**stored, "attnreg": attnreg.__version__, "command": "python -m attnreg_benchmarks.cpu --json FILE"},
+                json_file,
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,236 @@
+// Bands: a number for each row and each slot of its window, read and written as tensors hold them.
+//
+// What lies in a hidden slot, or in a key or a row that is not seen at all, is never used.
+#pragma once
+
+#include "band_tile.h"
+#include "convert.h"
+#include "kernels.h"
+#include "rows.h"
+#include "scratch.h"
+#include "vector.h"
+
+namespace attnreg::cpu {
+namespace {
+
+// Rows of a unit, keys that are read together, keys whose weights are, and keys of a unit of average_to_keys.
+constexpr int64_t kRowsOfUnit = 256;
+constexpr int64_t kKeysAtOnce = 256;
+constexpr int64_t kKeysOfGroup = 4 * kRowsOfTile;
+constexpr int64_t kKeysOfUnit = 10 * kKeysOfGroup;
+
+// One product of a band, rows and keys, of which one is made of the two others.
+struct Band {
+  Sizes sizes;  // head_dim is that of rows and keys
+  Type type;
+  const Rows* window;
+  double scale = 1.0;
+  View band, rows, keys;
+  Bias bias;
+  double hidden = 0.0;  // what multiply_to_band writes into hidden slots
+
+  int64_t group() const { return sizes.heads / sizes.kv_heads; }
+  int64_t slots() const { return window->left + window->right + 1; }
+};
+
+// Calls `run` with a zero of the type that numbers of this one are computed in.
+template <class Run>
+inline void in_accumulator(Type type, const Run& run) {
+  if (type == Type::kDouble) {
+    run(0.0);
+  } else {
+    run(0.0f);
+  }
+}
+
+// About how many multiplications a product makes.
+inline double operations_of(const Sizes& sizes, const Rows& window) {
+  const int64_t slots = least(window.left, sizes.key_length) + least(window.right, sizes.key_length) + 1;
+  const double rows = static_cast<double>(sizes.batch) * sizes.heads * sizes.query_length;
+  return rows * least(slots, sizes.key_length) * sizes.head_dim;
+}
+
+inline int64_t units_of_rows(const Sizes& sizes) {
+  return sizes.batch * sizes.kv_heads * ceil_div(sizes.query_length, kRowsOfUnit);
+}
+
+inline int64_t units_of_keys(const Sizes& sizes) {
+  return sizes.batch * sizes.kv_heads * ceil_div(sizes.key_length, kKeysOfUnit);
+}
+
+inline int64_t place_of(const View& view, int64_t n, int64_t h, int64_t l) { return n * view.n + h * view.h + l * view.l; }
+
+template <class T>
+inline int64_t whole_vectors(int64_t width) {
+  return rounded_up(width, kLanes<T>);
+}
+
+// Rows of a tensor as vectors of T can read them: where they lie, or a copy whose rows are padded with zeros.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t row;
+};
+
+// Whether rows of this width can be read where they lie.
+template <class T>
+inline bool lies_ready(Type type, int64_t width) {
+  return type == kTypeOf<T> && width % kLanes<T> == 0;
+}
+
+template <class T>
+inline Operand<T> operand(const View& view, Type type, int64_t n, int64_t h, int64_t first, int64_t count, int64_t width,
+                          T* copy) {
+  const int64_t start = place_of(view, n, h, first);
+  if (lies_ready<T>(type, width)) return {static_cast<const T*>(view.data) + start, view.l};
+  const int64_t padded = whole_vectors<T>(width);
+  for (int64_t l = 0; l < count; ++l) {
+    T* to = copy + l * padded;
+    widen(at(view.data, type, start + l * view.l), type, 1, width, to);
+    for (int64_t e = width; e < padded; ++e) to[e] = 0;
+  }
+  return {copy, padded};
+}
+
+// `count` numbers of the bias of row i, from a slot on. None but -inf becomes -inf, which hides.
+template <class T>
+inline void read_bias(const Bias& bias, int64_t n, int64_t h, int64_t i, int64_t slot, int64_t count, T* to) {
+  const void* const from = at(bias.data, bias.type, n * bias.n + h * bias.h + i * bias.l + slot * bias.w);
+  widen(from, bias.type, bias.w, count, to);
+  if (sizeof(T) == sizeof(double) || bias.type != Type::kDouble) return;
+  const double* const wider = static_cast<const double*>(from);
+  for (int64_t c = 0; c < count; ++c) {
+    if (to[c] == -Limits<T>::kInfinity && wider[c * bias.w] != -Limits<double>::kInfinity) to[c] = -Limits<T>::kLargest;
+  }
+}
+
+// `count` weights of row i from the key `low` on, 0 where the bias hides; `seen` is set where it does not.
+template <class T>
+inline void read_weights(const Band& call, int64_t n, int64_t h, int64_t i, const Place& place, int64_t low, int64_t count,
+                         T* bias, T* to, uint8_t* seen) {
+  const int64_t slot = low - place.origin;
+  widen(at(call.band.data, call.type, place_of(call.band, n, h, i) + slot), call.type, 1, count, to);
+  if (call.bias.data == nullptr) return;
+  read_bias<T>(call.bias, n, h, i, slot, count, bias);
+  for (int64_t c = 0; c < count; ++c) {
+    const bool hidden = bias[c] == -Limits<T>::kInfinity;
+    if (hidden) to[c] = 0;
+    seen[c] |= !hidden;
+  }
+}
+
+// Rows of sums, scaled, as the tensor has them.
+template <class T>
+inline void write_sums(const Band& call, const View& view, int64_t n, int64_t h, int64_t first, int64_t count, T* sums,
+                       int64_t padded) {
+  const int64_t width = call.sizes.head_dim;
+  const T scale = static_cast<T>(call.scale);
+  for (int64_t l = 0; l < count; ++l) {
+    narrow_to(sums + l * padded, scale, width, at(view.data, call.type, place_of(view, n, h, first + l)), call.type);
+  }
+}
+
+// Writing a band
+
+inline double lowest_of(Type type) {
+  switch (type) {
+    case Type::kDouble:
+      return -Limits<double>::kLargest;
+    case Type::kBFloat16:
+      return wide(BFloat16{0xff7f});
+    case Type::kHalf:
+      return -65504.0;
+    default:
+      return -Limits<float>::kLargest;
+  }
+}
+
+// What a visible score is at least, so that it is not taken for a hidden one.
+template <class T>
+inline T lowest_score(const Band& call) {
+  return call.hidden == 0.0 ? -Limits<T>::kInfinity : static_cast<T>(lowest_of(call.type));
+}
+
+// `count` times what a hidden slot holds.
+template <class S>
+inline void fill_span(S* to, int64_t count, double hidden) {
+  S value;
+  narrow(hidden, &value);
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+inline void fill_slots(const Band& call, int64_t first, int64_t count) {
+  void* const to = at(call.band.data, call.type, first);
+  switch (call.type) {
+    case Type::kFloat:
+      return fill_span(static_cast<float*>(to), count, call.hidden);
+    case Type::kDouble:
+      return fill_span(static_cast<double*>(to), count, call.hidden);
+    case Type::kBFloat16:
+      return fill_span(static_cast<BFloat16*>(to), count, call.hidden);
+    case Type::kHalf:
+      return fill_span(static_cast<Half*>(to), count, call.hidden);
+  }
+}
+
+// The first `count` numbers of a vector; fewer than it has.
+template <class T>
+ATTNREG_INLINE void store_some(T* to, Vector<T> vector, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), (__m512)vector);
+  } else {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1u), (__m512d)vector);
+  }
+#else
+  for (int i = 0; i < count; ++i) to[i] = vector[i];
+#endif
+}
+
+// Scores of a tile's row, for the slots from `slot` on: `to` may be `from`.
+template <class T>
+inline void finish_scores(const Band& call, int64_t count, const T* from, const T* bias, T lowest, T* to) {
+  const T scale = static_cast<T>(call.scale);
+  const T hidden = static_cast<T>(call.hidden);
+  int64_t c = 0;
+  const Vector<T> below = all(lowest);
+  for (; c < count; c += kLanes<T>) {
+    Vector<T> score = load(from + c) * all(scale);
+    if (bias != nullptr) {
+      const Vector<T> added = load(bias + c);
+      score += added;
+      score = score < below ? below : score;
+      score = added == all(-Limits<T>::kInfinity) ? all(hidden) : score;
+    } else {
+      score = score < below ? below : score;
+    }
+    if (c + kLanes<T> <= count) {
+      store(to + c, score);
+    } else {
+      store_some(to + c, score, static_cast<int>(count - c));
+    }
+  }
+}
+
+// Scores of row i for the keys [low, high), from `scores` to where they belong; the numbers behind them may be changed.
+template <class T>
+inline void finish_row(const Band& call, int64_t n, int64_t h, int64_t i, const Place& place, int64_t low, int64_t high,
+                       T* scores, T* bias, T lowest) {
+  if (low >= high) return;
+  const int64_t slot = low - place.origin;
+  const T* added = nullptr;
+  if (call.bias.data != nullptr) {
+    read_bias<T>(call.bias, n, h, i, slot, high - low, bias);
+    added = bias;
+  }
+  void* const to = at(call.band.data, call.type, place_of(call.band, n, h, i) + slot);
+  if (call.type == kTypeOf<T>) {
+    finish_scores<T>(call, high - low, scores, added, lowest, static_cast<T*>(to));
+  } else {
+    finish_scores<T>(call, high - low, scores, added, lowest, scores);
+    narrow_to(scores, T{1}, high - low, to, call.type);
+  }
+}
+
+}  // namespace
+}  // namespace attnreg::cpu

@@ -1,0 +1,201 @@
+// Products of bands of small windows, pair by pair: a tile's product would be wasted on keys that few of its rows see.
+#pragma once
+
+#include "band.h"
+
+namespace attnreg::cpu {
+namespace {
+
+constexpr int64_t kSmallWindow = 16;
+// The same for sums by key.
+constexpr int64_t kSmallWindowOfKeys = 8;
+// Pairs of a row and a key whose products are summed up together.
+constexpr int64_t kPairsAtOnce = 256;
+
+// The products of a row with `count` keys, a vector of sums for each.
+template <class T, int N>
+ATTNREG_INLINE void multiply_keys(const T* row, const T* keys, int64_t keys_row, int64_t count, T* sums) {
+  Vector<T> left[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) left[v] = load(row + v * kLanes<T>);
+  for (int64_t c = 0; c < count; ++c, keys += keys_row) {
+    Vector<T> sum = left[0] * load(keys);
+#pragma GCC unroll 8
+    for (int v = 1; v < N; ++v) sum = multiply_add(left[v], load(keys + v * kLanes<T>), sum);
+    store(sums + c * kLanes<T>, sum);
+  }
+}
+
+template <class T>
+inline void multiply_keys(int64_t vectors, const T* row, const T* keys, int64_t keys_row, int64_t count, T* sums) {
+  switch (vectors) {
+    case 1:
+      return multiply_keys<T, 1>(row, keys, keys_row, count, sums);
+    case 2:
+      return multiply_keys<T, 2>(row, keys, keys_row, count, sums);
+    case 4:
+      return multiply_keys<T, 4>(row, keys, keys_row, count, sums);
+    case 8:
+      return multiply_keys<T, 8>(row, keys, keys_row, count, sums);
+    default:
+      for (int64_t c = 0; c < count; ++c, keys += keys_row) {
+        Vector<T> sum = load(row) * load(keys);
+        for (int64_t v = 1; v < vectors; ++v) sum = multiply_add(load(row + v * kLanes<T>), load(keys + v * kLanes<T>), sum);
+        store(sums + c * kLanes<T>, sum);
+      }
+  }
+}
+
+// Adds up the lanes of `2 * kStep` vectors, of which the first kStep hold the sums of two each from then on; until one is left.
+template <class T, int kStep = kLanes<T> / 2>
+ATTNREG_INLINE void add_lanes(Vector<T>* vectors) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kStep; ++i) {
+    exchange<T, kStep>(vectors[i], vectors[i + kStep]);
+    vectors[i] += vectors[i + kStep];
+  }
+  if constexpr (kStep > 1) add_lanes<T, kStep / 2>(vectors);
+}
+
+// to[i] = the sum of the lanes of vector i; rounded up to as many as a vector has.
+template <class T>
+__attribute__((noinline)) void sum_lanes(const T* sums, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    Vector<T> vectors[kLanes<T>];
+#pragma GCC unroll 16
+    for (int v = 0; v < kLanes<T>; ++v) vectors[v] = load(sums + (i + v) * kLanes<T>);
+    add_lanes<T>(vectors);
+    store(to + i, vectors[0]);
+  }
+}
+
+// How many rows from `row` on see keys so close together that they are read together: `span` at most, or one row.
+inline int64_t rows_within(const Place* places, int64_t row, int64_t count, int64_t most_rows, int64_t span) {
+  int64_t together = 1;
+  while (together < most_rows && row + together < count && places[row + together].last - places[row].first <= span) ++together;
+  return together;
+}
+
+// One unit of units_of_rows(), of a small window.
+template <class T>
+inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head, int64_t begin, int64_t count,
+                                   const Place* places) {
+  const int64_t width = call.sizes.head_dim, padded = whole_vectors<T>(width), slots = call.slots();
+  const bool has_bias = call.bias.data != nullptr, direct = call.type == kTypeOf<T>, ready = lies_ready<T>(call.type, width);
+  const int64_t most_rows = kPairsAtOnce / slots, span = 2 * most_rows + slots;
+  Scratch& scratch = Scratch::begin();
+  T* const copy_of_keys = scratch.take<T>(ready ? 0 : span * padded);
+  T* const copy_of_rows = scratch.take<T>(ready ? 0 : most_rows * padded);
+  T* const sums = scratch.take<T>((kPairsAtOnce + kLanes<T>) * kLanes<T>);
+  T* const scores = scratch.take<T>(kPairsAtOnce + 2 * kLanes<T>);
+  T* const bias = scratch.take<T>(slots + kLanes<T>);
+  const T lowest = lowest_score<T>(call);
+  memset(sums, 0, (kPairsAtOnce + kLanes<T>) * kLanes<T> * sizeof(T));
+  for (int64_t r = 0, together; r < count; r += together) {
+    together = rows_within(places, r, count, most_rows, span);
+    const int64_t first = places[r].first, last = places[r + together - 1].last;
+    if (first >= last) continue;
+    const Operand<T> keys = operand<T>(call.keys, call.type, n, kv_head, first, last - first, width, copy_of_keys);
+    for (int64_t g = 0; g < call.group(); ++g) {
+      const int64_t h = kv_head * call.group() + g;
+      const Operand<T> rows = operand<T>(call.rows, call.type, n, h, begin + r, together, width, copy_of_rows);
+      int64_t pairs = 0;
+      for (int64_t m = 0; m < together; ++m) {
+        const Place& place = places[r + m];
+        multiply_keys<T>(padded / kLanes<T>, rows.data + m * rows.row, keys.data + (place.first - first) * keys.row, keys.row,
+                         place.last - place.first, sums + pairs * kLanes<T>);
+        pairs += place.last - place.first;
+      }
+      sum_lanes<T>(sums, pairs, scores);
+      if (pairs == together * slots && direct && !has_bias && call.band.l == slots) {
+        finish_scores<T>(call, pairs, scores, nullptr, lowest,
+                         static_cast<T*>(call.band.data) + place_of(call.band, n, h, begin + r));
+        continue;
+      }
+      T* from = scores;
+      for (int64_t m = 0; m < together; ++m) {
+        const Place& place = places[r + m];
+        finish_row<T>(call, n, h, begin + r + m, place, place.first, place.last, from, bias, lowest);
+        from += place.last - place.first;
+      }
+    }
+  }
+}
+
+// sums[vectors] += sum over `count` terms of weight * the vectors of row.
+template <class T, int N, class Weight>
+ATTNREG_INLINE void add_some(int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T* sums) {
+  Vector<T> total[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) total[v] = load(sums + v * kLanes<T>);
+  for (int64_t c = 0; c < count; ++c, rows += rows_row) {
+    T number;
+    if (!weight(c, number)) continue;
+    const Vector<T> left = all(number);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) total[v] = multiply_add(left, load(rows + v * kLanes<T>), total[v]);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) store(sums + v * kLanes<T>, total[v]);
+}
+
+// The same of any number of vectors; `weight(c, number)` says whether there is one.
+template <class T, class Weight>
+ATTNREG_INLINE void add_weighted(int64_t vectors, int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T* sums) {
+  for (; vectors >= 4; vectors -= 4, rows += 4 * kLanes<T>, sums += 4 * kLanes<T>) {
+    add_some<T, 4>(count, weight, rows, rows_row, sums);
+  }
+  if (vectors >= 2) {
+    add_some<T, 2>(count, weight, rows, rows_row, sums);
+    vectors -= 2;
+    rows += 2 * kLanes<T>;
+    sums += 2 * kLanes<T>;
+  }
+  if (vectors > 0) add_some<T, 1>(count, weight, rows, rows_row, sums);
+}
+
+// One unit of units_of_rows(), of a small window.
+template <class T>
+inline void average_to_small_rows(const Band& call, int64_t n, int64_t kv_head, int64_t begin, int64_t count,
+                                  const Place* places) {
+  const int64_t width = call.sizes.head_dim, padded = whole_vectors<T>(width), slots = call.slots();
+  const bool has_bias = call.bias.data != nullptr, ready = lies_ready<T>(call.type, width);
+  const bool as_they_lie = call.type == kTypeOf<T> && !has_bias;
+  const int64_t most_rows = kPairsAtOnce / slots, span = 2 * most_rows + slots;
+  Scratch& scratch = Scratch::begin();
+  T* const copy = scratch.take<T>(ready ? 0 : span * padded);
+  T* const sums = scratch.take<T>(padded);
+  T* const few = scratch.take<T>(slots);
+  T* const bias = scratch.take<T>(slots);
+  uint8_t* const seen = scratch.take<uint8_t>(slots);
+  for (int64_t r = 0, together; r < count; r += together) {
+    together = rows_within(places, r, count, most_rows, span);
+    const int64_t first = places[r].first, last = places[r + together - 1].last;
+    Operand<T> keys = {copy, padded};
+    if (first < last) keys = operand<T>(call.keys, call.type, n, kv_head, first, last - first, width, copy);
+    for (int64_t g = 0; g < call.group(); ++g) {
+      const int64_t h = kv_head * call.group() + g;
+      for (int64_t m = 0; m < together; ++m) {
+        const Place& place = places[r + m];
+        const int64_t visible = place.last - place.first;
+        const T* right = keys.data + (place.first - first) * keys.row;
+        memset(sums, 0, padded * sizeof(T));
+        if (visible > 0 && as_they_lie) {
+          const T* weights =
+              static_cast<const T*>(call.band.data) + place_of(call.band, n, h, begin + r + m) + place.first - place.origin;
+          const auto weight = [&](int64_t c, T& number) { return number = weights[c], true; };
+          add_weighted<T>(padded / kLanes<T>, visible, weight, right, keys.row, sums);
+        } else if (visible > 0) {
+          memset(seen, !has_bias, slots);
+          read_weights<T>(call, n, h, begin + r + m, place, place.first, visible, bias, few, seen);
+          const auto weight = [&](int64_t c, T& number) { return number = few[c], seen[c] != 0; };
+          add_weighted<T>(padded / kLanes<T>, visible, weight, right, keys.row, sums);
+        }
+        write_sums<T>(call, call.rows, n, h, begin + r + m, 1, sums, padded);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attnreg::cpu

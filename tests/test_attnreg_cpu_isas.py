@@ -1,0 +1,25 @@
+"""The kernels of every instruction set that the processor has pass the kit; by default that of the best one alone does."""
+
+from __future__ import annotations
+
+import pytest
+from attnreg_cpu import build
+
+from attnreg.testing import conformance_tests
+
+PROPERTIES = ("values", "gradients", "windows", "layouts", "bias", "packed", "dropout", "hidden")
+
+
+@pytest.fixture(params=["avx2", "baseline"])
+def _isa(request):
+    reason = build.prepare()
+    if reason is not None:
+        pytest.skip(reason)
+    if request.param not in build.isas():
+        pytest.skip(f"this processor has no {request.param}")
+    build.choose_isa(request.param)
+    yield
+    build.choose_isa("")
+
+
+test_attnreg_cpu = pytest.mark.usefixtures("_isa")(conformance_tests("attnreg_cpu", properties=PROPERTIES, quick=True))

@@ -1,0 +1,85 @@
+"""Libraries of several files: each is compiled on its own, at the same time as the others, with its own flags, and then linked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+from attnreg_cpu import build
+
+from attnreg.extension import BuildError, Unit
+
+# Writes what it was called with into a log, makes what -o names, and answers --version.
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo "g++ (made up) 12.3.4"; exit 0; fi
+echo "$@" >> {folder}/log
+{commands}
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then touch "$2"; fi; shift; done
+"""
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """The library of the CPU, to be built by a compiler that also runs some shell commands."""
+    monkeypatch.setenv("ATTNREG_CACHE_DIR", str(tmp_path / "cache"))
+
+    def of(commands="", units=None):
+        path = tmp_path / "g++"
+        path.write_text(COMPILER.format(folder=tmp_path, commands=commands))
+        path.chmod(0o755)
+        units = build.LIBRARY.units if units is None else units
+        # Beside its own package there may be a build.
+        return dataclasses.replace(build.LIBRARY, package=tmp_path, units=units, find_compiler=lambda: str(path))
+
+    return of
+
+
+def calls(tmp_path):
+    return (tmp_path / "log").read_text().splitlines()
+
+
+def test_every_unit_is_compiled_with_its_flags_and_all_are_linked(library, tmp_path):
+    units = (Unit("isa_avx2.cpp", ("-mavx2", "-mfma")), Unit("isa_baseline.cpp"), Unit("library.cpp"))
+    built = library(units=units).build(build.TARGET)
+    *compiled, linked = calls(tmp_path)
+    assert len(compiled) == 3
+    for unit in units:
+        (command,) = (each for each in compiled if f"/{unit.file} " in each)
+        assert " -c " in command
+        assert ("-mavx2 -mfma" in command) == bool(unit.flags)
+        assert f"{unit.file}.o" in linked
+    assert " -c " not in linked
+    assert "-mavx2" not in linked
+    assert "-ltorch" in linked
+    assert [path.name for path in built.parent.iterdir() if not path.name.endswith(".lock")] == [built.name]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_units_are_compiled_at_the_same_time(library, tmp_path):
+    wait = f'case "$*" in *" -c "*) n=0; until [ "$(wc -l < {tmp_path}/log)" -ge 2 ]; do sleep 0.1; n=$((n+1)); [ $n -lt 100 ] || exit 9; done;; esac'
+    library(wait, (Unit("isa_baseline.cpp"), Unit("library.cpp"))).build(build.TARGET)
+
+
+def test_the_unit_that_fails_is_quoted_and_leaves_nothing_to_load(library, tmp_path):
+    fail = 'case "$*" in *"/library.cpp "*) echo "library.cpp:1: error: broken"; exit 1;; esac'
+    broken = library(fail)
+    with pytest.raises(BuildError) as refusal:
+        broken.build(build.TARGET)
+    shown = str(refusal.value).splitlines()
+    assert shown[0].startswith("building attnreg_cpu failed: ")
+    assert shown[-1] == "library.cpp:1: error: broken"
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    assert broken.find((build.TARGET,)) is None
+
+
+def test_a_build_with_other_flags_of_a_unit_is_another_one(library):
+    one = library(units=(Unit("isa_baseline.cpp"), Unit("library.cpp")))
+    built = one.build(build.TARGET)
+    assert one.find((build.TARGET,)) == built
+    for units in (
+        (Unit("isa_baseline.cpp", ("-mavx",)), Unit("library.cpp")),
+        (Unit("isa_baseline.cpp"), Unit("library.cpp", ("-mavx",))),
+        (Unit("library.cpp"),),
+    ):
+        assert dataclasses.replace(one, units=units).find((build.TARGET,)) is None
