@@ -43,6 +43,15 @@ if library is not None:
     packed = torch.empty(4, 1, 8)
     torch.ops.attnreg_cublas.pack(torch.ones(1, 1, 4, 8), packed, [], 4, False, 4, 0, 0, True, 0, 1)
     assert (packed == 1).all()
+from attnreg_cpu import build
+sources = build.LIBRARY.sources()
+assert (sources / "library.cpp").is_file() and str(sources).startswith({folder!r}), sources
+library = build.LIBRARY.packaged()
+assert (library is None) == (build.LIBRARY.find_compiler() is None), (library, build.LIBRARY.find_compiler())
+if library is not None:
+    build.load(library)
+    out = attnreg.local_attention(query, query, query, attnreg.Window.causal(1), backend="attnreg_cpu")
+    assert torch.allclose(out, query)
 """
 
 

@@ -23,6 +23,9 @@ def test_every_module_source_and_table_of_the_tree_belongs_into_the_wheel():
         "attnreg_triton/hopper/attention.py",
         "attnreg_cublas/csrc/library.cu",
         "attnreg_cublas/csrc/unpack.cuh",
+        "attnreg_cpu/csrc/library.cpp",
+        "attnreg_cpu/csrc/kernels.h",
+        "attnreg_cpu/py.typed",
         "attnreg_benchmarks/peers/flash2.py",
     } <= check_wheel.needed()
 
