@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The library of csrc/cpu/ lies beside the package, as in a wheel.
+BUILT := $(VENV)/.built
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
 .PHONY: demo test lint bench docs clean
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) $(BUILT)
 	$(BIN)/attnreg demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(BUILT)
 	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(INSTALLED)
@@ -18,7 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(BUILT)
 	$(BIN)/python -m pytest benchmarks/test_overhead.py -s --benchmark-storage=benchmarks/results --benchmark-save=overhead
 	$(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-storage=benchmarks/results --benchmark-save=speed
 
@@ -27,11 +29,16 @@ docs: $(DOCS_INSTALLED)
 	@echo "build/docs/index.html"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info backends/attnreg_cpu/lib
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(BUILT): $(wildcard csrc/cpu/*) backends/attnreg_cpu/build.py $(INSTALLED)
+	rm -rf backends/attnreg_cpu/lib
+	$(BIN)/python -m attnreg_cpu --output backends/attnreg_cpu/lib || echo "attnreg_cpu is not built: on the CPU torch_block runs"
 	touch $@
 
 $(DOCS_INSTALLED): $(INSTALLED)

@@ -1,12 +1,12 @@
 """What pyproject.toml cannot say: a wheel built where torch and a compiler are carries the libraries of backends.
 
-torch is what they are compiled against, so build without isolation for that: ``python -m build --wheel --no-isolation``.
-Anywhere else the wheel holds the sources alone, and a library is built when it is first used.
+Where there is none the wheel holds the sources alone, and a library is built when it is first used.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent
 # What building imports beyond setuptools.
-NEEDED = ("filelock", "pluggy", "torch")
+NEEDED = ("filelock", "platformdirs", "pluggy", "torch")
 
 
 def compiled() -> list[tuple[str, Extension, Target]]:
@@ -46,9 +46,21 @@ class BuildWithLibraries(build_py):
         super().run()
         if self.editable_mode:
             return
-        for package, library, target in compiled():
-            built = library.build(target, Path(self.build_lib) / package / "lib")
-            Path(f"{built}.lock").unlink(missing_ok=True)
+        libraries = compiled()
+        if not libraries:
+            return
+        from attnreg.extension import BuildError
+
+        for package, library, target in libraries:
+            folder = Path(self.build_lib) / package / "lib"
+            try:
+                built = library.build(target, folder)
+            except (BuildError, OSError) as error:
+                # The rest of the package serves without it, and the first use builds again and says why not.
+                print(f"attnreg: the wheel is built without {package}'s library: {error}", file=sys.stderr)
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                Path(f"{built}.lock").unlink(missing_ok=True)
 
 
 class WheelWithLibraries(bdist_wheel):
