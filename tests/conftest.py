@@ -40,21 +40,24 @@ def _no_tables(tmp_path_factory):
 
 
 @pytest.fixture
-def no_interpreter(monkeypatch):
-    """Triton's interpreter would be a candidate on the CPU, and a slow one: neither here nor in a child process."""
+def torch_alone(monkeypatch):
+    """Of what can run on a CPU, the backends in PyTorch: ``torch_block`` is the default, on every machine.
+
+    ``attnreg_cpu`` needs a compiler; Triton's interpreter is slow, and off in child processes too.
+    """
     from attnreg.registry import registry
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     attnreg.reset()
     for entry in registry.entries:
-        if entry.backend.name == "triton":
+        if entry.backend.name in ("attnreg_cpu", "triton"):
             registry.remove(entry.backend)
     yield
     attnreg.reset()
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, no_interpreter):
+def folder(tmp_path, monkeypatch, torch_alone):
     """The user's tables lie here, and none is shipped."""
     from attnreg.registry import registry
     from attnreg.tables import store

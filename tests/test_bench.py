@@ -489,7 +489,7 @@ def test_the_example_in_the_help_fits_a_workload_on_every_device():
     [
         (("--workload", "nothing"), "no workload here fits 'nothing'; the groups are cpu-fused"),
         (("--op", "softmax"), "'softmax' is not one of local_dot_product"),
-        (("--backend", "nobody"), "no backend is called 'nobody'; registered: cublas_block"),
+        (("--backend", "nobody"), "no backend is called 'nobody'; registered: attnreg_cpu, cublas_block"),
         (("--direction", "up"), "'up' is neither forward nor backward"),
         (("--repeat", "0"), "expected an integer of at least 1; got '0'"),
         (("--backend", "torhc"), "no backend is called 'torhc'"),

@@ -640,7 +640,7 @@ def test_a_refusal_is_a_message_and_exit_code_1(command):
     assert isinstance(result.exception, SystemExit)
 
 
-REGISTERED = "; registered: cublas_block, "
+REGISTERED = "; registered: attnreg_cpu, cublas_block, "
 
 
 @pytest.mark.parametrize("command", ["explain", "demo", "tune", "bench", "conform"])
@@ -1049,6 +1049,7 @@ def losses(output: str) -> list[str]:
     return re.findall(r"^ +\d+ +(?:-|\d\.\d+) +\d\.\d+$", output, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_demo_prints_losses_then_a_row_for_each_window_then_a_sentence(small_demo, columns):
     result = attnreg_command("demo", "--device", "cpu", "--text", small_demo, "--steps", "4", columns=columns)

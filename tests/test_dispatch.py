@@ -14,6 +14,8 @@ import torch
 import attnreg
 from attnreg import Backend, BackendError, Capability, Window, asking, use_backend
 
+pytestmark = pytest.mark.usefixtures("torch_alone")
+
 QUERY = torch.randn(1, 2, 6, 4)
 WINDOW = Window(2, 1)
 

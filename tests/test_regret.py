@@ -72,7 +72,7 @@ def test_a_choice_that_was_not_measured_is_an_error(measured):
         regrets(repeat=1)
 
 
-@pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.usefixtures("torch_alone")
 def test_the_command_stores_every_call_and_a_summary_of_every_op(tmp_path, monkeypatch):
     monkeypatch.setitem(regret.GRIDS, "cpu", ({name: value for name, value in SMALL.items() if name != "batch"},))
     file = tmp_path / "regret.json"
