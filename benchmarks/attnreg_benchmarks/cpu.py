@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,29 +133,31 @@ def of_fast_transformers(line: Line) -> Function:
     """The C++ kernels of fast-transformers, whose windows are centred."""
     from fast_transformers import local_product
 
-    product = (
-        local_product.local_dot_product if line.op == "local_dot_product" else local_product.local_weighted_average
-    )
-    if line.op == "local_dot_product":
-        mask, lengths = torch.zeros(line.length, line.length), torch.full((line.batch,), line.length)
-        return lambda query, key: product(query, key, mask, lengths, line.size)
-    return product
+    if line.op == "local_weighted_average":
+        average: Function = local_product.local_weighted_average
+        return average
+    mask, lengths = torch.zeros(line.length, line.length), torch.full((line.batch,), line.length)
+    return lambda query, key: local_product.local_dot_product(query, key, mask, lengths, line.size)
+
+
+def of_attnreg(line: Line, backend: str) -> Function:
+    """The op, by one backend."""
+    ops = {"local_dot_product": local_dot_product, "local_weighted_average": local_weighted_average}
+    op: Any = ops.get(line.op, local_attention)
+    return lambda *tensors: op(*tensors, line.window, backend=backend)
 
 
 def contenders(line: Line, backends: list[str]) -> Iterator[tuple[str, Callable[[], Function], bool]]:
     """Who is compared on a line: the name, what makes the function, whether it has gradients."""
-    op: Any = {"local_dot_product": local_dot_product, "local_weighted_average": local_weighted_average}.get(
-        line.op, local_attention
-    )
     for backend in backends:
-        yield backend, lambda backend=backend: lambda *tensors: op(*tensors, line.window, backend=backend), True
+        yield backend, partial(of_attnreg, line, backend), True
     if line.op == "local_attention":
-        yield "sdpa, mask", lambda: masked(line), True
-        yield "sdpa over blocks", lambda: over_blocks(line), True
+        yield "sdpa, mask", partial(masked, line), True
+        yield "sdpa over blocks", partial(over_blocks, line), True
         if line.length >= BLOCK:
-            yield "flex_attention", lambda: flex(line), False
+            yield "flex_attention", partial(flex, line), False
     elif find_spec("fast_transformers") is not None:
-        yield "fast-transformers", lambda: of_fast_transformers(line), True
+        yield "fast-transformers", partial(of_fast_transformers, line), True
 
 
 def tensors_of(line: Line) -> list[Tensor]:
@@ -234,16 +237,17 @@ def main(
     device = torch.device("cpu")
     rate = ceilings(device).flops_per_second["fp32"]
     names = backend or ["attnreg_cpu", "torch_block"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"torch.mm: {rate / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads", flush=True)
     for name in group or GROUPS:
         for line in GROUPS[name]:
             torch._dynamo.reset()
             times = compare(line, names)
-            rows.append({"line": str(line), "ms": times, "share of torch.mm": shares(line, times, rate)})
+            share = shares(line, times, rate)
+            rows.append({"line": str(line), "ms": times, "share of torch.mm": share})
             print(line, flush=True)
             for contender, each in times.items():
-                print(f"  {contender:18}", each, rows[-1]["share of torch.mm"].get(contender, ""), flush=True)
+                print(f"  {contender:18}", each, share.get(contender, ""), flush=True)
             stored = {"date": now(), "environment": asdict(environment(device)), "torch.mm, FLOP/s": rate, "rows": rows}
             write(
                 {**stored, "attnreg": attnreg.__version__, "command": "python -m attnreg_benchmarks.cpu --json FILE"},

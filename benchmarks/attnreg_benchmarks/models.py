@@ -2,8 +2,9 @@
 
 ``python -m attnreg_benchmarks.models --json FILE`` needs transformers. The layers have the shapes of real models, in bf16 on a
 GPU and float32 on a CPU; weights and tokens are random. A step is the forward of the model without its head, a loss of the mean
-square of what it gives, and the backward. All attentions of a model are measured in turns, in one process, and beside the time
-of a step that of its kernels, which tells where the host is what takes so long.
+square of what it gives, and the backward. ``--forward`` measures the forward alone, ``--generate`` 256 tokens after a prompt of
+the model's length, chosen greedily, one at a time. All attentions of a model are measured in turns, in one process, and beside
+the time of a step that of its kernels, which tells where the host is what takes so long.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from attnreg_benchmarks.machine import environment
 from attnreg_benchmarks.results import now, write
 
 TURNS = 5
+GENERATED = 256
 GIB = 2**30
 
 
@@ -37,6 +39,7 @@ class Model:
         settings: of its configuration.
         batch: sequences of a step.
         length: tokens of each.
+        generates: whether the next token can be asked of it.
     """
 
     name: str
@@ -45,12 +48,13 @@ class Model:
     settings: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
     length: int = 8192
+    generates: bool = True
 
 
 # The shapes of answerdotai/ModernBERT-base, google/gemma-3-1b, mistralai/Mistral-7B-v0.1 with a window of 1024, and
 # openai/gpt-oss-120b with four of its experts.
 ON_A_GPU = (
-    Model("ModernBERT-base", "modernbert", 22, {"vocab_size": 50368}, batch=4),
+    Model("ModernBERT-base", "modernbert", 22, {"vocab_size": 50368}, batch=4, generates=False),
     Model(
         "Gemma-3-1B", "gemma3_text", 26,
         {
@@ -75,7 +79,7 @@ ON_A_GPU = (
     ),
 )  # fmt: skip
 ON_A_CPU = (
-    Model("ModernBERT-base", "modernbert", 6, {"vocab_size": 50368}, length=4096),
+    Model("ModernBERT-base", "modernbert", 6, {"vocab_size": 50368}, length=4096, generates=False),
     Model(
         "Mistral-like, W=512", "mistral", 2,
         {
@@ -87,29 +91,37 @@ ON_A_CPU = (
 )  # fmt: skip
 
 
-def built(model: Model, device: torch.device) -> Any:
-    """The model, in training mode."""
-    from transformers import AutoConfig, AutoModel
+def built(model: Model, device: torch.device, does: str) -> Any:
+    """The model, in training mode if that is what it does; with its head if it generates."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model.kind, num_hidden_layers=model.layers, use_cache=False, **model.settings)
-    config.max_position_embeddings = max(config.max_position_embeddings, model.length)
+    kind: Any = AutoModelForCausalLM if does == "generate" else AutoModel
+    config = AutoConfig.for_model(
+        model.kind, num_hidden_layers=model.layers, use_cache=does == "generate", **model.settings
+    )
+    config.max_position_embeddings = max(config.max_position_embeddings, model.length + GENERATED)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AutoModel.from_config(config).to(device, dtype).train()
+    return kind.from_config(config).to(device, dtype).train(does == "train")
 
 
-def step_of(model: Any, tokens: torch.Tensor, *, trains: bool) -> Callable[[], None]:
-    """A training step without the optimizer; or a forward alone."""
+def step_of(model: Any, tokens: torch.Tensor, does: str) -> Callable[[], None]:
+    """A training step without the optimizer; a forward alone; or the tokens that are generated after a prompt."""
 
-    def step() -> None:
-        with torch.set_grad_enabled(trains):
-            hidden = model(input_ids=tokens).last_hidden_state
-            if trains:
-                hidden.float().square().mean().backward()
-                model.zero_grad(set_to_none=True)
+    def train() -> None:
+        model(input_ids=tokens).last_hidden_state.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
 
-    return step
+    @torch.no_grad()
+    def forward() -> None:
+        model(input_ids=tokens)
+
+    def generate() -> None:
+        given = {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, "eos_token_id": None}
+        model.generate(tokens, **given, do_sample=False, min_new_tokens=GENERATED, max_new_tokens=GENERATED)
+
+    return {"train": train, "forward": forward, "generate": generate}[does]
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:
@@ -151,11 +163,11 @@ def on_the_gpu(step: Callable[[], None], device: torch.device) -> float | None:
     return float(sum(event.self_device_time_total for event in found.key_averages())) / 1000
 
 
-def compare(line: Model, attentions: list[str], device: torch.device, *, trains: bool) -> dict[str, Any]:
+def compare(line: Model, attentions: list[str], device: torch.device, does: str) -> dict[str, Any]:
     """Milliseconds and GiB of a step by each attention, and of its kernels; or the reason why there are none."""
-    model = built(line, device)
-    tokens = torch.randint(0, line.settings["vocab_size"], (line.batch, line.length), device=device)
-    step = step_of(model, tokens, trains=trains)
+    model = built(line, device, does)
+    tokens = torch.randint(1, line.settings["vocab_size"], (line.batch, line.length), device=device)
+    step = step_of(model, tokens, does)
     found: dict[str, Any] = {}
     for name in attentions:
         try:
@@ -188,22 +200,28 @@ def main(
     attention: Annotated[list[str] | None, typer.Option(help="Which attentions; repeatable.")] = None,
     only: Annotated[str, typer.Option(help="Models whose names have this in them.")] = "",
     forward: Annotated[bool, typer.Option("--forward", help="A forward alone instead of a training step.")] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate", help=f"{GENERATED} tokens instead of a training step.")
+    ] = False,
 ) -> None:
     """Measure all, print the times and store everything."""
     import attnreg.integrations.transformers  # noqa: F401
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     names = attention or ["attnreg", "sdpa", "flex_attention", "flash_attention_2", "eager"]
+    does = "generate" if generate else "forward" if forward else "train"
     rows = []
     for line in lines(device, only):
+        if generate and not line.generates:
+            continue
         # FlexAttention is compiled for each line, more often than torch lets one function be.
         torch._dynamo.reset()
-        compared = compare(line, names, device, trains=not forward)
+        compared = compare(line, names, device, does)
         rows.append({"model": asdict(line), "times": compared})
         print(line.name, flush=True)
         for name, times in compared.items():
             print(f"  {name:18}", times, flush=True)
-        stored = {"date": now(), "environment": asdict(environment(device)), "trains": not forward, "rows": rows}
+        stored = {"date": now(), "environment": asdict(environment(device)), "does": does, "rows": rows}
         write({**stored, "command": "python -m attnreg_benchmarks.models --json FILE"}, json_file)
 
 
