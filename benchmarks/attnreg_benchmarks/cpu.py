@@ -23,6 +23,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import attnreg
 from attnreg import Window, local_attention, local_dot_product, local_weighted_average
+from attnreg.drawing import check_picture, latency_axes
 from attnreg.printable import trouble
 from attnreg_benchmarks.machine import ceilings, environment
 from attnreg_benchmarks.results import now, write
@@ -225,25 +226,57 @@ def shares(line: Line, times: Mapping[str, Any], rate: float) -> dict[str, float
     }
 
 
+def draw(measured: Mapping[Line, Mapping[str, Any]], title: str, path: Path) -> None:
+    """Latency against window, forward and with gradients; backends solid, peers dashed.
+
+    Raises:
+        ValueError: the curve was not measured.
+    """
+    from matplotlib.figure import Figure
+
+    curve = {line.size: times for line, times in measured.items() if line in CURVE}
+    if not curve:
+        raise ValueError("there is no curve to draw; measure it with --group curve")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    contenders = dict.fromkeys(name for times in curve.values() for name in times)
+    for axes, direction in zip(figure.subplots(1, 2), ("forward", "with gradients")):
+        for name in contenders:
+            timed = {size: times[name] for size, times in curve.items() if isinstance(times.get(name), dict)}
+            points = [(size, each[direction]) for size, each in timed.items() if direction in each]
+            if points:
+                solid = any(each.name == name for each in attnreg.backends())
+                axes.plot(*zip(*points), "-" if solid else "--", marker="o", markersize=3, label=name)
+        latency_axes(axes, curve, "window W")
+        axes.set_title(direction, fontsize=9)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{title}: {str(CURVE[0]).replace(f' W={CURVE[0].size}', '')}", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 def main(
     json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the results go.")],
     threads: Annotated[int, typer.Option(help="Threads of torch; 0: all.")] = 1,
     backend: Annotated[list[str] | None, typer.Option(help="Which backends; repeatable.")] = None,
     group: Annotated[list[str] | None, typer.Option(help=f"Which lines: {', '.join(GROUPS)}; repeatable.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curve (needs attnreg[plot]).")] = None,
 ) -> None:
     """Measure all, print the times and store everything."""
+    if plot is not None:
+        check_picture(plot)
     if threads:
         torch.set_num_threads(threads)
     device = torch.device("cpu")
     rate = ceilings(device).flops_per_second["fp32"]
     names = backend or ["attnreg_cpu", "torch_block"]
     rows: list[dict[str, Any]] = []
+    measured: dict[Line, dict[str, Any]] = {}
     print(f"torch.mm: {rate / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads", flush=True)
     for name in group or GROUPS:
         for line in GROUPS[name]:
             torch._dynamo.reset()
             times = compare(line, names)
             share = shares(line, times, rate)
+            measured[line] = times
             rows.append({"line": str(line), "ms": times, "share of torch.mm": share})
             print(line, flush=True)
             for contender, each in times.items():
@@ -253,6 +286,8 @@ def main(
                 {**stored, "attnreg": attnreg.__version__, "command": "python -m attnreg_benchmarks.cpu --json FILE"},
                 json_file,
             )
+    if plot is not None:
+        draw(measured, environment(device).cpu, plot)
 
 
 if __name__ == "__main__":
