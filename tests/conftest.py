@@ -57,6 +57,18 @@ def torch_alone(monkeypatch):
 
 
 @pytest.fixture
+def library_for_cpus():
+    """The library of ``attnreg_cpu`` is loaded and runs its best kernels. Where there is a compiler, one that fails is a fault."""
+    from attnreg_cpu import build
+
+    reason = build.prepare()
+    if reason is not None:
+        (pytest.skip if build.LIBRARY.find_compiler() is None else pytest.fail)(reason)
+    yield
+    build.choose_isa("")
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch, torch_alone):
     """The user's tables lie here, and none is shipped."""
     from attnreg.registry import registry

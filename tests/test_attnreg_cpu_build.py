@@ -71,16 +71,7 @@ def test_the_command_builds_where_it_is_told_to_and_says_why_not(no_compiler, mo
     assert f"building attnreg_cpu for {build.TARGET.title} with {compiler}" in said.err
 
 
-@pytest.fixture
-def built():
-    reason = build.prepare()
-    if reason is not None:
-        pytest.skip(reason)
-    yield
-    build.choose_isa("")
-
-
-def test_the_best_instruction_set_runs_unless_another_one_is_chosen(built):
+def test_the_best_instruction_set_runs_unless_another_one_is_chosen(library_for_cpus):
     names = build.isas()
     assert names[-1] == "baseline"
     assert build.choose_isa("") == names[0]
@@ -92,7 +83,7 @@ def test_the_best_instruction_set_runs_unless_another_one_is_chosen(built):
         build.choose_isa("sse9")
 
 
-def test_the_environment_chooses_the_instruction_set(built):
+def test_the_environment_chooses_the_instruction_set(library_for_cpus):
     script = (
         "import torch, attnreg; torch.manual_seed(0); query = torch.randn(1, 2, 64, 32)\n"
         "out = attnreg.local_attention(query, query, query, attnreg.Window.causal(9), backend='attnreg_cpu')\n"
@@ -112,7 +103,7 @@ def test_the_environment_chooses_the_instruction_set(built):
     assert "ATTNREG_CPU_ISA='sse9': it must be one of" in run("sse9").stderr
 
 
-def test_an_op_refuses_tensors_that_do_not_fit_before_it_touches_memory(built):
+def test_an_op_refuses_tensors_that_do_not_fit_before_it_touches_memory(library_for_cpus):
     ops = build.ops()
     query, rows = torch.randn(1, 2, 8, 4), (None,) * 5
     for key, scores in (

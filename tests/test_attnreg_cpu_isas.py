@@ -11,15 +11,10 @@ PROPERTIES = ("values", "gradients", "windows", "layouts", "bias", "packed", "dr
 
 
 @pytest.fixture(params=["avx2", "baseline"])
-def _isa(request):
-    reason = build.prepare()
-    if reason is not None:
-        pytest.skip(reason)
+def _isa(request, library_for_cpus):
     if request.param not in build.isas():
         pytest.skip(f"this processor has no {request.param}")
     build.choose_isa(request.param)
-    yield
-    build.choose_isa("")
 
 
 test_attnreg_cpu = pytest.mark.usefixtures("_isa")(conformance_tests("attnreg_cpu", properties=PROPERTIES, quick=True))

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from attnreg_cpu import build
 
 # Of a length L and a window W: what the peak of the process grows by, in MiB, when attention runs with gradients.
 SCRIPT = """
@@ -30,10 +29,8 @@ def growth(length, size):
     return float(done.stdout)
 
 
+@pytest.mark.usefixtures("library_for_cpus")
 def test_attention_holds_no_band_and_grows_with_the_length_alone():
-    reason = build.prepare()
-    if reason is not None:
-        pytest.skip(reason)
     tensor, band = 32768 * 16 * 4 / 2**20, 32768 * 2048 * 4 / 2**20
     # Queries, keys, values, the output, its gradient and three more: 8 tensors of 2 MiB. The band would have 256.
     narrow, wide = growth(32768, 64), growth(32768, 2048)

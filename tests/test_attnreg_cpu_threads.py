@@ -8,7 +8,6 @@ import select
 
 import pytest
 import torch
-from attnreg_cpu import build
 from cases import OPS
 
 import attnreg
@@ -17,11 +16,7 @@ from attnreg import Window
 WINDOW = Window(40, 23)
 
 
-@pytest.fixture(autouse=True)
-def _built(as_set):
-    reason = build.prepare()
-    if reason is not None:
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("library_for_cpus", "as_set")
 
 
 def prepared(op, dtype=torch.float32):
