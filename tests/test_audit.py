@@ -733,6 +733,34 @@ def test_a_model_of_hugging_face_is_not_accused(family, implementation):
     assert audit.ways == ("eval, 61 positions", "a batch of one", "training", *padded, *cached)
 
 
+ON_A_GPU = [
+    *((family, each) for family in ("mistral", "gemma3") for each in ("eager", "sdpa", "attnreg")),
+    *(("modernbert", each) for each in ("eager", "sdpa", "attnreg")),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("family", "implementation"), ON_A_GPU, ids=["-".join(each) for each in ON_A_GPU])
+def test_a_model_on_a_gpu_is_audited(family, implementation):
+    import attnreg.integrations.transformers  # noqa: F401
+
+    audit = audit_window(hugging_face(family, implementation).cuda(), **TOGETHER)
+    assert audit.ok, str(audit)
+    assert tuple(each.forward for each in audit.layers) == FAMILIES[family][4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_attention_on_a_gpu_is_audited():
+    def attention(query, key, value):
+        return local_attention(query, key, value, CLAIM)
+
+    found = {"device": "cuda", "length": 61, "dtypes": (torch.float32, torch.bfloat16)}
+    assert audit_window(attention, window=CLAIM, **found).ok
+    lies_as(audit_window(attention, window=Window.causal(W + 1), **found), "left: 1 key too few")
+
+
 @pytest.mark.parametrize(("family", "implementation"), PAIRS)
 def test_a_model_whose_mask_ignores_the_window_is_named(family, implementation, monkeypatch):
     from transformers import masking_utils

@@ -150,6 +150,20 @@ def test_values_and_gradients_are_those_of_transformers(mask, dtype, window):
     assert_alike(gradients, true_gradients, 2e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [8, 24])
+@pytest.mark.parametrize("mask", MASKS)
+def test_values_and_gradients_on_a_gpu_are_those_of_transformers(mask, window):
+    theirs, ours = pair(window)
+    states, upstream = torch.randn(2, 2, LENGTH, SIZE)
+    true, true_gradients, _ = with_gradients(theirs, states, upstream, **arguments(MASKS[mask]))
+    given = {name: each.cuda() if torch.is_tensor(each) else each for name, each in arguments(MASKS[mask]).items()}
+    output, gradients, _ = with_gradients(ours.cuda(), states.cuda(), upstream.cuda(), **given)
+    torch.testing.assert_close(output.cpu(), true, rtol=2e-5, atol=1e-5)
+    assert_alike({name: each.cpu() for name, each in gradients.items()}, true_gradients, 5e-5)
+
+
 @pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("length", [24, 23, 7, 1])
