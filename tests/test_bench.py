@@ -337,7 +337,9 @@ def test_no_peer_has_the_name_of_a_backend_by_which_results_are_kept_apart():
 
 
 def test_peers_refuse_with_a_reason_what_they_cannot_run():
-    assert {peer.name for peer in PEERS} == {"flash2-torch", "cudnn", "sdpa-dense", "seed-design"}
+    assert {peer.name for peer in PEERS} == {
+        *("flash2-torch", "cudnn", "sdpa-dense", "sdpa-blocks", "flex-attention", "seed-design"),
+    }
     half, single = WORKLOADS["fused-e64/w64"], small(FUSED, needs_grad=True)
     for peer in PEERS:
         if peer.name == "seed-design":
@@ -348,17 +350,29 @@ def test_peers_refuse_with_a_reason_what_they_cannot_run():
         if peer.name == "sdpa-dense":
             assert "a dense mask is tried up to" in peer.refuse(half)
             assert peer.refuse(single) is None
+        elif peer.name in ("sdpa-blocks", "flex-attention"):
+            assert "the device is cuda" in peer.refuse(half)
+            assert peer.refuse(replace(single, needs_grad=False, query_length=128, key_length=128)) is None
         else:
             reason = peer.refuse(replace(half, device=CPU))
             assert "the device is cpu" in reason or "not installed" in reason
 
 
 @pytest.mark.parametrize("window", [Window(5, 3), Window(64, 0), Window(0, 2)])
-def test_the_dense_peer_is_right(window):
-    stage = set_stage(small(FUSED, window=window))
-    (dense,) = (peer for peer in PEERS if peer.name == "sdpa-dense")
-    for direction in DIRECTIONS:
-        assert verify(stage, dense, direction).fault is None
+@pytest.mark.parametrize("name", ["sdpa-dense", "sdpa-blocks"])
+def test_what_users_write_with_torchs_attention_is_right(name, window):
+    (peer,) = (peer for peer in PEERS if peer.name == name)
+    for length in (100, 300):
+        stage = set_stage(small(FUSED, window=window, length=length))
+        for direction in DIRECTIONS:
+            assert verify(stage, peer, direction).fault is None
+
+
+def test_flex_attention_on_a_cpu_is_right_and_has_no_backward():
+    (peer,) = (peer for peer in PEERS if peer.name == "flex-attention")
+    problem = small(FUSED, window=Window(5, 3), length=300)
+    assert verify(set_stage(problem), peer, "forward").fault is None
+    assert "no backward" in peer.refuse(replace(problem, needs_grad=True))
 
 
 @pytest.mark.parametrize("op", [DOT, AVERAGE])
@@ -392,8 +406,8 @@ def test_bench_prints_a_table_and_the_reasons(measured):
     lines = result.output.splitlines()
     (row,) = (line.split() for line in lines if line.strip().startswith("cpu-fused/w8"))
     (heading,) = (line.split() for line in lines if "sdpa-dense" in line and "floor" in line)
-    assert heading == ["workload", "floor", "torch_block", "sdpa-dense"]
-    assert len(row) == 6
+    assert heading == ["workload", "floor", "torch_block", "sdpa-dense", "sdpa-blocks", "flex-attention"]
+    assert len(row) == 10
     assert "cublas_block: the device is cpu; it takes cuda" in result.output
     assert f"results: {path}" in result.output
 
@@ -404,7 +418,9 @@ def test_results_survive_the_file(measured, tmp_path):
     found = stored.load(path)
     assert list(found.workloads) == [each["name"] for each in content["workloads"]]
     timed = [record for record in found.records if record.seconds is not None]
-    assert {record.contender for record in timed} == {"torch_block", "sdpa-dense", "seed-design"}
+    assert {record.contender for record in timed} == {
+        *("torch_block", "sdpa-dense", "sdpa-blocks", "flex-attention", "seed-design"),
+    }
     assert all(record.errors and record.method == "clock" for record in timed)
     assert found.environment.packages["torch"] == torch.__version__
     assert "fp32" in found.ceilings.flops_per_second

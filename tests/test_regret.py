@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from attnreg_benchmarks import regret
+from attnreg_benchmarks.peers.blocks import BLOCKS
+from attnreg_benchmarks.peers.seed import SEED
 from typer.testing import CliRunner
 
 import attnreg
 from attnreg import Window
 from attnreg.measured import Figure
 from attnreg.measuring.sizes import square_problem
+from attnreg.measuring.timing import Timing
 from attnreg.op import OPS
 from attnreg.tables import store
 from attnreg.tables.environment import environment
@@ -58,6 +61,16 @@ def test_the_regret_is_the_time_of_the_choice_over_the_best_and_the_least_of_all
     measured += [{"slow": 4.0, "torch_block": 2.0}, {"slow": 3.0, "torch_block": 2.5}]
     (found,) = regrets(repeat=2)
     assert (found.chosen, found.best, found.regret) == ("slow", "torch_block", 1.5)
+
+
+def test_what_a_user_would_write_instead_counts_as_well(measured, monkeypatch):
+    measured += [{"slow": 4.0, "torch_block": 2.0}]
+    monkeypatch.setattr(regret, "clock", lambda stage, peer, direction, seconds: Timing(1.0, 0.0, 1, "clock"))
+    problems = grid(device=CPU, ops=["local_attention"], dtypes=[torch.float32], gradients=(True,), **SMALL)
+    (found,) = regret.regrets(problems, None, 0.01, 1, [BLOCKS, SEED])
+    # Forward and backward; the seed's design is no attention.
+    assert found.seconds == {"sdpa-blocks": 2.0, "slow": 4.0, "torch_block": 2.0}
+    assert found.regret == 2.0
 
 
 def test_what_was_measured_while_something_else_used_the_device_is_marked(measured):

@@ -19,19 +19,22 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 import attnreg
-from attnreg import Window, local_attention, local_dot_product, local_weighted_average
+from attnreg import Problem, Window, local_attention, local_dot_product, local_weighted_average
 from attnreg.drawing import check_picture, latency_axes
+from attnreg.measuring.sizes import square_problem
 from attnreg.printable import trouble
 from attnreg_benchmarks.machine import ceilings, environment
+from attnreg_benchmarks.peers.blocks import over_blocks
+from attnreg_benchmarks.peers.dense import band_mask
+from attnreg_benchmarks.peers.flex_on_cpu import FEWEST_POSITIONS, flex
 from attnreg_benchmarks.results import now, write
 
 TURNS = 9
 # Calls shorter than this are repeated.
 SECONDS_A_TURN = 0.01
-BLOCK = 128
 
 Function = Callable[..., Tensor]
 
@@ -59,6 +62,12 @@ class Line:
     def window(self) -> Window:
         """The window."""
         return Window.causal(self.size)
+
+    @property
+    def problem(self) -> Problem:
+        """The call."""
+        sizes = (self.batch, self.heads, self.heads, self.length, self.head_dim)
+        return square_problem(self.op, torch.device("cpu"), self.dtype, sizes, self.window)
 
     @property
     def multiplications(self) -> int:
@@ -89,45 +98,10 @@ TINY = tuple(Line("local_attention", 1, 4, length, 4) for length in (1, 16))
 GROUPS = {"attention": ATTENTION, "curve": CURVE, "products": PRODUCTS, "bf16": HALF, "tiny": TINY}
 
 
-def masked(line: Line) -> Function:
-    """SDPA with a boolean mask of L x L."""
-    rows, keys = torch.arange(line.length)[:, None], torch.arange(line.length)
-    mask = (keys <= rows) & (keys > rows - line.size)
-    return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-def over_blocks(line: Line) -> Function:
-    """SDPA over blocks of queries, each against the keys that it sees: what a careful user writes."""
-    block = min(BLOCK, line.length)
-    count, before = -(-line.length // block), line.size - 1
-    rows, keys = torch.arange(block)[:, None], torch.arange(block + before)
-    mask = (keys <= rows + before) & (keys > rows + before - line.size)
-    starts = torch.arange(count)[:, None, None] * block - before
-    mask = (mask & (starts + keys >= 0))[:, None].expand(count, line.heads, -1, -1)
-    missing = count * block - line.length
-
-    def blocks_of(tensor: Tensor) -> Tensor:
-        padded = pad(tensor, (0, 0, before, missing))
-        return padded.unfold(2, block + before, block)[0].permute(1, 0, 3, 2)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        queries = pad(query, (0, 0, 0, missing))[0].unflatten(1, (count, block)).transpose(0, 1)
-        output = scaled_dot_product_attention(queries, blocks_of(key), blocks_of(value), attn_mask=mask)
-        return output.transpose(0, 1).flatten(1, 2)[None, :, : line.length]
-
-    return attend
-
-
-def flex(line: Line) -> Function:
-    """FlexAttention, compiled, with a block mask."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def visible(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (j > i - line.size)
-
-    mask = create_block_mask(visible, None, None, line.length, line.length, device="cpu")
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-    return lambda query, key, value: compiled(query, key, value, block_mask=mask)
+def masked(problem: Problem) -> Function:
+    """SDPA with a boolean mask of L x L, which is made beforehand."""
+    mask = band_mask(problem.key_length, problem.window, problem.device)
+    return lambda query, key, value: scaled_dot_product_attention(query, key, value, mask)
 
 
 def of_fast_transformers(line: Line) -> Function:
@@ -153,10 +127,10 @@ def contenders(line: Line, backends: list[str]) -> Iterator[tuple[str, Callable[
     for backend in backends:
         yield backend, partial(of_attnreg, line, backend), True
     if line.op == "local_attention":
-        yield "sdpa, mask", partial(masked, line), True
-        yield "sdpa over blocks", partial(over_blocks, line), True
-        if line.length >= BLOCK:
-            yield "flex_attention", partial(flex, line), False
+        yield "sdpa, mask", partial(masked, line.problem), True
+        yield "sdpa over blocks", partial(over_blocks, line.problem), True
+        if line.length >= FEWEST_POSITIONS:
+            yield "flex_attention", partial(flex, line.problem), False
     elif find_spec("fast_transformers") is not None:
         yield "fast-transformers", partial(of_fast_transformers, line), True
 

@@ -1,8 +1,9 @@
-"""Regret: how much longer the chosen backend takes than the best candidate, on calls that no table has measured.
+"""Regret: how much longer the chosen backend takes than the best candidate or peer, on calls that no table has measured.
 
 ``python -m attnreg_benchmarks.regret --json FILE`` measures every candidate on a grid of windows, lengths and head dims
-between those of the shipped tables, asks the dispatcher, and gives ``chosen / best``: 1.0 is the best choice there is. It
-judges whatever tables the dispatcher finds; with ``ATTNREG_CACHE_DIR`` set to an empty folder these are the shipped ones.
+between those of the shipped tables, and the peers, which are what users would write instead; asks the dispatcher, and gives
+``chosen / best``: 1.0 is the best choice there is. FlexAttention, which is compiled for each shape, is left out. It judges
+whatever tables the dispatcher finds; with ``ATTNREG_CACHE_DIR`` set to an empty folder these are the shipped ones.
 
 Two ways measure nothing, and need no such device. ``--again FILE`` chooses anew for the calls of an earlier run, by the table
 that is shipped for its device: what a change of a table or of the lookup is worth. ``--left-out TABLE`` leaves each entry of
@@ -38,9 +39,15 @@ from attnreg.tables.lookup import Stored, measured
 from attnreg.tables.store import SHIPPED, load
 from attnreg.tables.table import Table as Tuning
 from attnreg.tables.table import TableError
+from attnreg.testing.stage import set_stage
 from attnreg.tuning.tune import grid, measure_all
+from attnreg_benchmarks.contender import Contender
 from attnreg_benchmarks.machine import environment
+from attnreg_benchmarks.peers import PEERS
+from attnreg_benchmarks.peers.flex_on_cpu import FLEX
 from attnreg_benchmarks.results import now, write
+from attnreg_benchmarks.run import clock
+from attnreg_benchmarks.workloads import DIRECTIONS
 
 # Nothing here is a size of a shipped table: windows, head dims, lengths and heads lie between, or beyond.
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -67,9 +74,9 @@ class Regret:
         gradients: forward and backward together, or the forward alone.
         chosen: the dispatcher's choice.
         reason: why it chose so.
-        best: the fastest candidate.
+        best: the fastest candidate or peer.
         regret: the time of ``chosen`` over that of ``best``.
-        seconds: every candidate's time.
+        seconds: every candidate's and peer's time.
         disturbed: whether something else used the device while one of them was measured.
     """
 
@@ -84,9 +91,13 @@ class Regret:
 
 
 def regrets(
-    problems: Sequence[Problem], backends: Sequence[str] | None, seconds: float, repeat: int = 1
+    problems: Sequence[Problem],
+    backends: Sequence[str] | None,
+    seconds: float,
+    repeat: int = 1,
+    peers: Sequence[Contender] = (),
 ) -> list[Regret]:
-    """Measure every candidate on every call, and compare with the choice. Ctrl-C keeps what is whole.
+    """Measure every candidate and peer on every call, and compare with the choice. Ctrl-C keeps what is whole.
 
     Everything is measured ``repeat`` times, in turns, and the least median counts: what else a machine does only ever adds.
 
@@ -100,6 +111,10 @@ def regrets(
     turns = (measure_all(problems, seconds=seconds, backends=backends) for _ in range(repeat))
     try:
         for step in chain.from_iterable(turns):
+            if step.problem != last:
+                for name, taken in _seconds_of_peers(step.problem, peers, seconds):
+                    timed = times.setdefault(step.problem, {})
+                    timed[name] = min(taken, timed.get(name, math.inf))
             last = step.problem
             copies.append((last, step.copy_seconds))
             if step.figure.seconds is not None:
@@ -119,6 +134,17 @@ def regrets(
             raise RuntimeError(f"{in_words(problem)}: {decision.backend} was chosen and has no time: {why}")
         found.append(replace(_regret(in_words(problem), decision, timed), disturbed=problem in spoilt))
     return found
+
+
+def _seconds_of_peers(problem: Problem, peers: Sequence[Contender], seconds: float) -> Iterator[tuple[str, float]]:
+    """What each peer takes that can run a call; with gradients, forward and backward."""
+    able = [peer for peer in peers if problem.op in peer.ops and peer.refuse(problem) is None]
+    if not able:
+        return
+    stage = set_stage(replace(problem, needs_grad=False))
+    for peer in able:
+        directions = DIRECTIONS if problem.needs_grad else DIRECTIONS[:1]
+        yield peer.name, sum(clock(stage, peer, direction, seconds).median for direction in directions)
 
 
 def left_out(table: Tuning) -> list[Regret]:
@@ -250,7 +276,9 @@ def main(
         dtypes = [getattr(torch, name) for name in dtype or ("float32", "bfloat16")]
         where = asdict(environment(on))
         with _terminated_as_interrupted():
-            found = regrets(_problems(on, dtypes), backend, seconds, repeat)
+            found = regrets(
+                _problems(on, dtypes), backend, seconds, repeat, [peer for peer in PEERS if peer is not FLEX]
+            )
     summary = summarize(found)
     stored = {
         "date": date,

@@ -23,7 +23,7 @@ def _refuse(problem: Problem) -> str | None:
 
 
 def _prepare(problem: Problem, inputs: Inputs) -> Calls:
-    mask = _band(problem.key_length, problem.window, inputs.upstream.device)
+    mask = band_mask(problem.key_length, problem.window, inputs.upstream.device)
     grouped = problem.heads != problem.kv_heads
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _prepare(problem: Problem, inputs: Inputs) -> Calls:
 
 
 @functools.lru_cache(maxsize=2)
-def _band(length: int, window: Window, device: torch.device) -> Tensor:
+def band_mask(length: int, window: Window, device: torch.device) -> Tensor:
     """(L, L), True where query i (row) sees key j."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril(window.right).triu(-window.left)
