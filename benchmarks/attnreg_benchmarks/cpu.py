@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,6 +105,14 @@ def masked(problem: Problem) -> Function:
     return lambda query, key, value: scaled_dot_product_attention(query, key, value, mask)
 
 
+def fast_transformers_is_compiled() -> bool:
+    """Whether its own kernels are there: attnreg can stand in their place."""
+    if find_spec("fast_transformers") is None:
+        return False
+    kernels = find_spec("fast_transformers.local_product.local_product_cpu")
+    return kernels is not None and (kernels.origin or "").endswith(tuple(EXTENSION_SUFFIXES))
+
+
 def of_fast_transformers(line: Line) -> Function:
     """The C++ kernels of fast-transformers, whose windows are centred."""
     from fast_transformers import local_product
@@ -131,7 +140,7 @@ def contenders(line: Line, backends: list[str]) -> Iterator[tuple[str, Callable[
         yield "sdpa over blocks", partial(over_blocks, line.problem), True
         if line.length >= FEWEST_POSITIONS:
             yield "flex_attention", partial(flex, line.problem), False
-    elif find_spec("fast_transformers") is not None:
+    elif fast_transformers_is_compiled():
         yield "fast-transformers", partial(of_fast_transformers, line), True
 
 
