@@ -8,6 +8,7 @@ attnreg works with can load what was built.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -20,19 +21,20 @@ from setuptools.build_meta import *  # noqa: F403
 _ROOT = Path(__file__).parent
 # What the build imports of attnreg, beyond torch.
 _IMPORTED = ("filelock", "platformdirs", "pluggy")
-_FIND_TORCH = (
-    "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-)
+_FIND_TORCH = """
+from importlib import metadata, util
+release = metadata.version("torch").split(".")
+if (int(release[0]), int(release[1])) >= (2, 11):
+    print(util.find_spec("torch").submodule_search_locations[0])
+"""
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     """The distributions that building a wheel needs here."""
     needed = build_meta.get_requires_for_build_wheel(config_settings)
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
         return needed
-    constraints = (_ROOT / "constraints.txt").read_text().splitlines()
-    wanted = (*_IMPORTED, *(() if torch_outside() else ("torch",)))
-    return [*needed, *(line for line in constraints if line.partition("==")[0] in wanted)]
+    return [*needed, *_IMPORTED, *([] if torch_outside() else [_pinned_torch()])]
 
 
 def build_wheel(wheel_directory: Any, config_settings: Any = None, metadata_directory: Any = None) -> str:
@@ -45,6 +47,12 @@ def build_wheel(wheel_directory: Any, config_settings: Any = None, metadata_dire
 
 
 def torch_outside() -> str:
-    """Where the environment of this Python has torch; "" if nowhere. ``-I``: pip hides that environment by PYTHONPATH."""
+    """Where the environment of this Python has a torch that will do; "" if nowhere. ``-I``: pip hides it by PYTHONPATH."""
     found = subprocess.run([sys.executable, "-I", "-c", _FIND_TORCH], capture_output=True, text=True, check=False)
     return str(Path(found.stdout.strip()).parent) if found.stdout.strip() else ""
+
+
+def _pinned_torch() -> str:
+    """An unpinned torch may bring gigabytes of CUDA packages."""
+    constraints = (_ROOT / "constraints.txt").read_text().splitlines()
+    return next(line for line in constraints if line.startswith("torch=="))
