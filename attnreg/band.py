@@ -41,6 +41,8 @@ def band_from_dense(mask: Tensor, window: Window, *, dtype: torch.dtype | None =
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
 
     query_length, key_length = mask.shape[-2:]
+    if key_length > 0 and (torch.compiler.is_compiling() or torch.SymInt in map(type, mask.shape)):
+        return _in_a_graph(mask, window, dtype)
     band = torch.full((*mask.shape[:-1], window.size), -torch.inf, dtype=dtype, device=mask.device)
     # Slot c of every row lies on one diagonal of the mask, j - i = offset: a view, copied into one column.
     first_offset = key_length - query_length - window.left
@@ -56,3 +58,16 @@ def band_from_dense(mask: Tensor, window: Window, *, dtype: torch.dtype | None =
         else:
             rows.copy_(diagonal)
     return band
+
+
+def _in_a_graph(mask: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
+    """The band by one reading of all slots: which columns there are would be a question to lengths that a graph leaves open."""
+    query_length, key_length = mask.shape[-2:]
+    rows = torch.arange(query_length, device=mask.device)[:, None] + (key_length - query_length - window.left)
+    keys = rows + torch.arange(window.size, device=mask.device)
+    found = mask.gather(-1, keys.clamp(0, key_length - 1).expand(*mask.shape[:-1], window.size))
+    exists = (keys >= 0) & (keys < key_length)
+    hidden = torch.full((), -torch.inf, dtype=dtype, device=mask.device)
+    if mask.dtype is torch.bool:
+        return torch.where(exists & found, 0.0, hidden)
+    return torch.where(exists, found.to(dtype), hidden)

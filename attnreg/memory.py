@@ -7,7 +7,7 @@ of their layers a copy.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,42 +63,40 @@ def strides_like(tensor: Tensor, last_dim: Any = None) -> tuple[Any, ...]:
     try:
         return _strides(shape, strides, last_dim)
     except TypeError:  # symbolic sizes have no hash
-        return _strides.__wrapped__(shape, strides, last_dim)
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return _strides.__wrapped__(shape, strides, last_dim, statically_known_true)
 
 
 @functools.lru_cache(maxsize=4096)
-def _strides(shape: Sequence[Any], strides: Sequence[Any], last_dim: Any) -> tuple[Any, ...]:
-    sizes = (*shape[:-1], last_dim)
-    if last_dim == shape[-1] and _is_dense(shape, strides):
-        return tuple(strides)
-    outer = list(range(len(sizes) - 1))
-    if strides[-1] == 1 or shape[-1] == 1:
+def _strides(
+    shape: Sequence[Any], strides: Sequence[Any], last_dim: Any, is_so: Callable[[Any], bool] = bool
+) -> tuple[Any, ...]:
+    """``strides_like`` by numbers; ``is_so`` says of symbolic ones what holds for all of them, where others would be excluded.
+
+    What is found is written as products of sizes, also for strides that a trace writes otherwise, as behind a flattening, and
+    could not prove to be the same.
+    """
+    outer = list(range(len(shape) - 1))
+    if is_so(strides[-1] == 1) or is_so(shape[-1] == 1):
         # By insertion, as torch orders the results of its own operations: a stride of 0 says nothing of its place.
         for index in range(1, len(outer)):
             place = index
             for before in range(index - 1, -1, -1):
                 theirs, own = strides[outer[before]], strides[outer[place]]
-                if theirs == 0 or own == 0 or (theirs == own and shape[outer[before]] == 1):
+                if is_so(theirs == 0) or is_so(own == 0) or (is_so(theirs == own) and is_so(shape[outer[before]] == 1)):
                     continue
                 if theirs >= own:
                     break
                 outer[before], outer[place] = outer[place], outer[before]
                 place = before
-    found: list[Any] = [1] * len(sizes)
-    step = sizes[-1]
+    found: list[Any] = [1] * len(shape)
+    step = last_dim
     for dimension in reversed(outer):
         found[dimension] = step
-        step = step * sizes[dimension]
+        step = step * shape[dimension]
+    if is_so(last_dim == shape[-1]):
+        are_one = [is_so(size == 1) for size in shape]
+        if all(is_one or is_so(own == wanted) for is_one, own, wanted in zip(are_one, strides, found)):
+            return tuple(own if is_one else wanted for is_one, own, wanted in zip(are_one, strides, found))
     return tuple(found)
-
-
-def _is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
-    """Whether the elements fill their memory, each once, and the last dimension is contiguous."""
-    if strides[-1] != 1 and shape[-1] != 1:
-        return False
-    step = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape) if size != 1):
-        if stride != step:
-            return False
-        step = step * size
-    return True

@@ -470,7 +470,7 @@ def _check_argument(
 
 def _broadcasts(value: Tensor, full: Sequence[int]) -> bool:
     return value.dim() <= len(full) and all(
-        size == 1 or size == whole for size, whole in zip(reversed(value.shape), reversed(full))
+        size == whole or size == 1 for size, whole in zip(reversed(value.shape), reversed(full))
     )
 
 
