@@ -622,6 +622,41 @@ def test_an_exported_model_is_the_model(padding: str, quiet: None) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "padding", "strict", "traced"),
+    [
+        ("mistral", "none", False, LENGTH),
+        ("mistral", "left", True, LENGTH),
+        ("mistral", "left", False, 4),
+        ("gemma3", "none", True, 4),
+        ("modernbert", "none", False, 4),
+        ("modernbert", "left", False, LENGTH),
+    ],
+)
+def test_a_model_exported_for_any_length_takes_texts_shorter_and_longer_than_its_window(
+    family: str, padding: str, strict: bool, traced: int, quiet: None
+) -> None:
+    model = build(family, **TWO_LAYERS.get(family, {"num_hidden_layers": 2}))
+    use(model, "attnreg")
+
+    def of(length: int) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": inputs_of(family, length=length)["input_ids"]}
+        if padding != "none":
+            inputs["attention_mask"] = torch.ones(2, length, dtype=torch.long)
+            inputs["attention_mask"][0, : length // 3] = 0
+        return inputs if family == "modernbert" else {**inputs, "use_cache": False}
+
+    length = torch.export.Dim("length", min=2, max=60)
+    open_sizes = {name: {1: length} if isinstance(each, Tensor) else None for name, each in of(traced).items()}
+    program = torch.export.export(model, (), of(traced), dynamic_shapes=open_sizes, strict=strict)
+    assert "attnreg.local_attention" in str(program.graph)
+    for longer_or_shorter in (2, WINDOW, WINDOW + 1, 12, 40):
+        inputs = of(longer_or_shorter)
+        is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        found, expected = output_of(program.module(), **inputs)[is_token], output_of(model, **inputs)[is_token]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_made_to_see_both_sides_compiles_dense(quiet: None) -> None:
     model = build("gemma3", use_bidirectional_attention=True, **TWO_LAYERS["gemma3"])
     inputs = inputs_of("gemma3")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 from transformers.utils.import_utils import is_tracing
@@ -33,6 +34,7 @@ __all__ = [
         "is_full",
         "key_length_of",
         "may_look",
+        "surely",
     ),
     *("tensors_of", "visibility", "window_of", "with_offsets", "with_restarts"),
 ]
@@ -150,11 +152,17 @@ def is_full(mask: BandMask) -> bool:
 
 def hides_nothing(mask: BandMask) -> bool:
     """Whether the window reaches everything that causality leaves, and nothing else hides a key."""
-    if mask.first is None:
+    if mask.first is None or not mask.plain:
         return mask.plain
     farthest = key_length_of(mask) - 1
-    reaches = -mask.first >= farthest and (mask.last is None or mask.last == 0 or mask.last >= farthest)
-    return reaches and mask.plain
+    return surely(-mask.first >= farthest) and (mask.last is None or mask.last == 0 or surely(mask.last >= farthest))
+
+
+def surely(what_lengths_say: Any) -> bool:
+    """Whether it is so; of a program that is exported, at every length that the program serves."""
+    if torch.compiler.is_exporting() or isinstance(what_lengths_say, torch.SymBool):
+        return statically_known_true(what_lengths_say)
+    return bool(what_lengths_say)
 
 
 def key_length_of(mask: BandMask) -> int:
@@ -169,7 +177,7 @@ def window_of(mask: BandMask) -> Window:
     last = farthest if mask.last is None else mask.last
     if mask.visible is not None:
         # A bias has a slot for each key of the window, reachable or not.
-        first, last = max(first, -farthest), min(last, farthest)
+        first, last = torch.sym_max(first, -farthest), torch.sym_min(last, farthest)
     return Window(-first, last)
 
 
@@ -383,7 +391,7 @@ def restarts(mask: BandMask, positions: Tensor) -> Tensor:
         is_token = is_token & mask.visible.gather(1, places.clamp(0, mask.visible.shape[1] - 1))
     # The token before each, past holes, which positions may count or leave out.
     rows = torch.arange(length, device=positions.device)
-    last = pad(torch.where(is_token, rows, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    last = torch.where(is_token, rows, -1).cummax(-1).values[:, (rows - 1).clamp_min(0)].masked_fill(rows == 0, -1)
     steps = positions - positions.gather(-1, last.clamp_min(0))
     follows = is_token & (last >= 0)
     goes_on = follows & ((steps == 1) | (steps == rows - last))

@@ -7,6 +7,7 @@ them: in eager mode and in a compiled region alike, and without reading a number
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -56,6 +57,12 @@ _NAMES: tuple[tuple[Any, str], ...] = (
     *((getattr(Tensor, name), name) for name in ("le", "lt", "ge", "gt", "sub", "abs", "neg", "to")),
     *((getattr(Tensor, name), name) for name in ("new_ones", "new_zeros")),
     (torch.tensor, "tensor"),
+    # Under torch.export(strict=True) Python's own operators come as they are.
+    *(
+        (getattr(operator, name), name)
+        for name in ("eq", "floordiv", "getitem", "le", "lt", "ge", "gt", "sub", "abs", "neg")
+    ),
+    *((operator.and_, "and"), (operator.or_, "or")),
 )
 
 

@@ -464,10 +464,12 @@ def _bias(mask: BandMask, dtype: torch.dtype) -> Tensor | None:
     starts = mask.query_starts
     if mask.offsets_q is not None:
         of_keys = of_keys.flatten()[None]
-        return pad(of_keys, (window.left, window.right), value=-torch.inf).unfold(1, window.size, 1)[:, None]
+        starts, query_length, key_length = None, of_keys.shape[1], of_keys.shape[1]
     slots = pad(of_keys, (window.left, window.right), value=-torch.inf)
     if starts is None:
-        return slots.unfold(1, window.size, 1)[:, None, key_length - query_length :]
+        # What Tensor.unfold gives, which in a graph has one number of slots for all lengths.
+        shape, strides = (slots.shape[0], query_length, window.size), (slots.shape[1], 1, 1)
+        return slots.as_strided(shape, strides, key_length - query_length)[:, None]
     rows = torch.arange(query_length, device=starts.device)[:, None] + torch.arange(window.size, device=starts.device)
     places = (starts[:, None, None] + rows).clamp(0, slots.shape[1] - 1)
     return slots.gather(1, places.flatten(1)).view(places.shape)[:, None]
