@@ -2,6 +2,7 @@
 //
 // Every op writes into tensors that it is given. Here tensors become raw pointers, whose sizes are checked; the kernels of the
 // best instruction set that the processor has do the rest, unit by unit.
+#include <atomic>
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
@@ -15,6 +16,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "kernels.h"
+#include "rows.h"
 #include "threads.h"
 
 namespace attnreg::cpu {
@@ -26,7 +28,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Which kernels run
 
-const Kernels* chosen = nullptr;
+std::atomic<const Kernels*> chosen{nullptr};
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -134,6 +136,15 @@ Integers integers_of(const MaybeTensor& tensor, int64_t size) {
   return {tensor->const_data_ptr(), type == ScalarType::Long};
 }
 
+// What is cut by offsets that decrease does not fit into the room that was made for it.
+Integers offsets_of(const MaybeTensor& tensor, int64_t size) {
+  const Integers offsets = integers_of(tensor, size);
+  for (int64_t i = 1; i < size; ++i) {
+    STD_TORCH_CHECK(at(offsets, i - 1) <= at(offsets, i), "attnreg_cpu: it got offsets that decrease");
+  }
+  return offsets;
+}
+
 Rows rows_of(const Sizes& sizes, int64_t left, int64_t right, const MaybeTensor& key_lengths, const MaybeTensor& key_starts,
              const MaybeTensor& query_starts, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k) {
   Rows rows;
@@ -146,8 +157,8 @@ Rows rows_of(const Sizes& sizes, int64_t left, int64_t right, const MaybeTensor&
     const int64_t offsets = cu_seqlens_q->size(0);
     STD_TORCH_CHECK(sizes.batch == 1 && offsets >= 1, "attnreg_cpu: it got offsets that do not fit");
     rows.sequences = offsets - 1;
-    rows.cu_seqlens_q = integers_of(cu_seqlens_q, offsets);
-    rows.cu_seqlens_k = cu_seqlens_k.has_value() ? integers_of(cu_seqlens_k, offsets) : rows.cu_seqlens_q;
+    rows.cu_seqlens_q = offsets_of(cu_seqlens_q, offsets);
+    rows.cu_seqlens_k = cu_seqlens_k.has_value() ? offsets_of(cu_seqlens_k, offsets) : rows.cu_seqlens_q;
   }
   return rows;
 }
@@ -157,6 +168,7 @@ Sizes sizes_of(const Tensor& queries, const Tensor& keys, int64_t head_dim, int6
   STD_TORCH_CHECK(queries.dim() == 4 && keys.dim() == 4, "attnreg_cpu: it got tensors that do not fit");
   const Sizes sizes{queries.size(0), queries.size(1), keys.size(1), queries.size(2), keys.size(2), head_dim, value_dim};
   STD_TORCH_CHECK(sizes.kv_heads > 0 && sizes.heads % sizes.kv_heads == 0, "attnreg_cpu: it got heads that do not fit");
+  STD_TORCH_CHECK(sizes.query_length > 0 && sizes.key_length > 0, "attnreg_cpu: it got sequences without rows or keys");
   return sizes;
 }
 
@@ -174,9 +186,10 @@ std::unique_ptr<void, Free> scratch_of(size_t bytes) {
   return std::unique_ptr<void, Free>(memory);
 }
 
+// To be asked for once in a call: other kernels may be chosen meanwhile, which cut it in another way.
 const Kernels& kernels() {
-  if (chosen == nullptr) choose_isa("");
-  return *chosen;
+  if (chosen.load() == nullptr) choose_isa("");
+  return *chosen.load();
 }
 
 template <class Call>
@@ -207,7 +220,8 @@ void dot_product(Tensor query, Tensor key, Tensor scores, MaybeTensor bias, Mayb
   call.key = view(key, type, sizes.batch, sizes.kv_heads, sizes.key_length, sizes.head_dim);
   call.scores = view(scores, type, sizes.batch, sizes.heads, sizes.query_length, width);
   call.bias = bias_of(bias, sizes, width);
-  run(call, kernels().plan_dot_product(call), kernels().dot_product);
+  const Kernels& isa = kernels();
+  run(call, isa.plan_dot_product(call), isa.dot_product);
 }
 
 void dot_product_backward(Tensor grad_scores, Tensor query, Tensor key, MaybeTensor grad_query, MaybeTensor grad_key,
@@ -227,8 +241,8 @@ void dot_product_backward(Tensor grad_scores, Tensor query, Tensor key, MaybeTen
   call.grad_query = view(grad_query, type, sizes.batch, sizes.heads, sizes.query_length, sizes.head_dim);
   call.grad_key = view(grad_key, type, sizes.batch, sizes.kv_heads, sizes.key_length, sizes.head_dim);
   call.grad_bias = bias_of(grad_bias, sizes, width);
-  run(call, kernels().plan_dot_product_backward(call), kernels().dot_product_backward,
-      kernels().finish_dot_product_backward);
+  const Kernels& isa = kernels();
+  run(call, isa.plan_dot_product_backward(call), isa.dot_product_backward, isa.finish_dot_product_backward);
 }
 
 void weighted_average(Tensor weights, Tensor value, Tensor output, MaybeTensor key_lengths, MaybeTensor key_starts,
@@ -241,7 +255,8 @@ void weighted_average(Tensor weights, Tensor value, Tensor output, MaybeTensor k
   call.weights = view(weights, type, sizes.batch, sizes.heads, sizes.query_length, left + right + 1);
   call.value = view(value, type, sizes.batch, sizes.kv_heads, sizes.key_length, sizes.value_dim);
   call.output = view(output, type, sizes.batch, sizes.heads, sizes.query_length, sizes.value_dim);
-  run(call, kernels().plan_weighted_average(call), kernels().weighted_average);
+  const Kernels& isa = kernels();
+  run(call, isa.plan_weighted_average(call), isa.weighted_average);
 }
 
 void weighted_average_backward(Tensor grad_output, Tensor weights, Tensor value, MaybeTensor grad_weights,
@@ -258,8 +273,8 @@ void weighted_average_backward(Tensor grad_output, Tensor weights, Tensor value,
   call.grad_output = view(grad_output, type, sizes.batch, sizes.heads, sizes.query_length, sizes.value_dim);
   call.grad_weights = view(grad_weights, type, sizes.batch, sizes.heads, sizes.query_length, width);
   call.grad_value = view(grad_value, type, sizes.batch, sizes.kv_heads, sizes.key_length, sizes.value_dim);
-  run(call, kernels().plan_weighted_average_backward(call), kernels().weighted_average_backward,
-      kernels().finish_weighted_average_backward);
+  const Kernels& isa = kernels();
+  run(call, isa.plan_weighted_average_backward(call), isa.weighted_average_backward, isa.finish_weighted_average_backward);
 }
 
 // What forward and backward of attention are given alike.
@@ -300,7 +315,8 @@ void attention(Tensor query, Tensor key, Tensor value, Tensor output, Tensor log
                 cu_seqlens_k, sinks, seed, left, right, scale, softcap, dropout_p);
   const Sizes& sizes = call.sizes;
   call.output = view(output, call.type, sizes.batch, sizes.heads, sizes.query_length, sizes.value_dim);
-  run(call, kernels().plan_attention(call), kernels().attention);
+  const Kernels& isa = kernels();
+  run(call, isa.plan_attention(call), isa.attention);
 }
 
 // A contiguous tensor on the CPU, not initialised.
@@ -349,7 +365,8 @@ void attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor val
   call.grad_value = view(grad_value, type, sizes.batch, sizes.kv_heads, sizes.key_length, sizes.value_dim);
   call.grad_bias = bias_of(grad_bias, sizes, left + right + 1);
   call.grad_sinks = numbers_of(grad_sinks, sizes.heads);
-  run(call, kernels().plan_attention_backward(call), kernels().attention_backward, kernels().finish_attention_backward);
+  const Kernels& isa = kernels();
+  run(call, isa.plan_attention_backward(call), isa.attention_backward, isa.finish_attention_backward);
 }
 
 }  // namespace

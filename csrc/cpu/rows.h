@@ -18,7 +18,8 @@ inline int64_t clamp(int64_t value, int64_t low, int64_t high) { return least(mo
 inline Place place_row(const Rows& rows, int64_t start, int64_t row, int64_t low, int64_t high) {
   const int64_t position = start + row;
   Place place;
-  place.origin = position - rows.left;
+  // Of a row far before the first key, which has no use for it, 64 bits might not hold it.
+  place.origin = static_cast<int64_t>(static_cast<uint64_t>(position) - static_cast<uint64_t>(rows.left));
   // 64 bits might not hold the sums of a position far before the first key, or far past the last one, which sees as much.
   place.first = most(most(position, low) - rows.left, low);
   place.last = least(least(position, high) + rows.right + 1, high);
