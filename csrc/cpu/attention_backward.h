@@ -20,6 +20,13 @@ namespace {
 // Bytes of a tile's weights and their gradients that are kept rather than made again.
 constexpr int64_t kKeptBytes = int64_t{2} << 20;
 
+// The keys [first, last) that a chunk's rows see, with what lies between them.
+struct Span {
+  int64_t first = 0, last = 0;
+
+  bool empty() const { return first == last; }
+};
+
 // How the backward of a call is cut, and what lies where in its scratch.
 struct Cut {
   int64_t rows, chunks, items;   // rows of a chunk; chunks of a key head; all chunks
@@ -29,7 +36,7 @@ struct Cut {
   bool of_bias, bias_by_row;     // whether the bias' is wanted, and whether it has rows
   bool over_batch, over_heads;   // what a unit has to sum it over
   int64_t bias_heads, bias_slots;
-  size_t slots, biases, sinks, bytes;  // offsets
+  size_t slots, biases, sinks, spans, bytes;  // offsets
 };
 
 template <class T>
@@ -64,23 +71,17 @@ inline Cut cut_of(const AttentionBackward& call) {
   if (cut.of_bias && !cut.bias_by_row) {
     cut.sinks += items * static_cast<size_t>(cut.bias_heads * cut.bias_slots) * sizeof(double);
   }
-  cut.bytes = cut.sinks;
+  cut.spans = cut.sinks;
   if (call.grad_sinks.data != nullptr) {
-    cut.bytes += items * static_cast<size_t>(sizes.heads / sizes.kv_heads) * sizeof(double);
+    cut.spans += items * static_cast<size_t>(sizes.heads / sizes.kv_heads) * sizeof(double);
   }
+  cut.bytes = cut.spans + items * sizeof(Span);
   return cut;
 }
 
 inline int64_t item_of(const Sizes& sizes, const Cut& cut, int64_t n, int64_t kv_head, int64_t chunk) {
   return (n * sizes.kv_heads + kv_head) * cut.chunks + chunk;
 }
-
-// The keys [first, last) that a chunk's rows see, with what lies between them.
-struct Span {
-  int64_t first = 0, last = 0;
-
-  bool empty() const { return first == last; }
-};
 
 // The first row of [begin, end) that sees a key, or the last one: false where none does.
 inline bool find_row(const AttentionBackward& call, int64_t n, int64_t begin, int64_t end, bool last, Place* found) {
@@ -110,17 +111,21 @@ inline Span span_of(const AttentionBackward& call, const Cut& cut, int64_t n, in
   return {first.first, last.last};
 }
 
-inline Span span_before(const AttentionBackward& call, const Cut& cut, int64_t n, int64_t chunk) {
+// The span of the nearest chunk before, or after, that has one. Of rows that see nothing it takes long to find that out: the
+// second pass, which asks for the spans of all chunks, has those that the first one left.
+template <class SpanAt>
+inline Span span_before(const SpanAt& span_at, int64_t chunk) {
   while (chunk-- > 0) {
-    const Span span = span_of(call, cut, n, chunk);
+    const Span span = span_at(chunk);
     if (!span.empty()) return span;
   }
   return {};
 }
 
-inline Span span_after(const AttentionBackward& call, const Cut& cut, int64_t n, int64_t chunk) {
-  while (++chunk < cut.chunks) {
-    const Span span = span_of(call, cut, n, chunk);
+template <class SpanAt>
+inline Span span_after(const SpanAt& span_at, int64_t chunks, int64_t chunk) {
+  while (++chunk < chunks) {
+    const Span span = span_at(chunk);
     if (!span.empty()) return span;
   }
   return {};
@@ -134,8 +139,10 @@ struct Shared {
   int64_t index(int64_t key) const { return key < left ? key - first : left - first + key - right; }
 };
 
-inline Shared shared_of(const AttentionBackward& call, const Cut& cut, int64_t n, int64_t chunk, const Span& span) {
-  const Span before = span_before(call, cut, n, chunk), after = span_after(call, cut, n, chunk);
+template <class SpanAt>
+inline Shared shared_of(const SpanAt& span_at, int64_t chunks, int64_t chunk, const Span& span) {
+  if (span.empty()) return {};
+  const Span before = span_before(span_at, chunk), after = span_after(span_at, chunks, chunk);
   Shared shared = {span.first, span.last, span.first, span.last};
   if (!before.empty()) shared.left = clamp(before.last, span.first, span.last);
   if (!after.empty()) shared.right = clamp(after.first, span.first, span.last);
@@ -501,7 +508,9 @@ void go_back_through_item(const AttentionBackward& call, const Cut& cut, char* s
     zero(of_sinks, group);
   }
   const Span span = span_of(call, cut, n, chunk);
-  const Shared shared = shared_of(call, cut, n, chunk, span);
+  reinterpret_cast<Span*>(shared_scratch + cut.spans)[item] = span;
+  const auto span_at = [&](int64_t other) { return span_of(call, cut, n, other); };
+  const Shared shared = shared_of(span_at, cut.chunks, chunk, span);
   int64_t written = span.first;
   for (Run run = run_of(tiles, 0, made); run.begin < made; run = run_of(tiles, run.end, made)) {
     const int64_t run_keys = run.last - run.first;
@@ -582,30 +591,32 @@ template <class T>
 void add_shared(const AttentionBackward& call, const Cut& cut, const char* scratch, int64_t n, int64_t kv_head,
                 int64_t chunk, const View& view, int64_t size, int64_t offset, T scale, T* sum) {
   const Sizes& sizes = call.sizes;
-  const Span span = span_of(call, cut, n, chunk);
+  const Span* const spans = reinterpret_cast<const Span*>(scratch + cut.spans) + item_of(sizes, cut, n, kv_head, 0);
+  const auto span_at = [&](int64_t other) { return spans[other]; };
+  const Span span = spans[chunk];
   if (span.empty()) {
-    if (chunk == 0 && span_after(call, cut, n, chunk).empty()) {
+    if (chunk == 0 && span_after(span_at, cut.chunks, chunk).empty()) {
       zero_keys(view, call.type, n, kv_head, size, 0, sizes.key_length);
     }
     return;
   }
-  const Span before = span_before(call, cut, n, chunk), after = span_after(call, cut, n, chunk);
+  const Span before = span_before(span_at, chunk), after = span_after(span_at, cut.chunks, chunk);
   zero_keys(view, call.type, n, kv_head, size, before.last, span.first);
   if (after.empty()) zero_keys(view, call.type, n, kv_head, size, span.last, sizes.key_length);
   const int64_t end = least(before.last, after.empty() ? sizes.key_length : after.first), width = padded<T>(size);
   if (span.first >= end) return;
   int64_t earliest = chunk;
   for (int64_t c = chunk; c-- > 0;) {
-    const Span other = span_of(call, cut, n, c);
+    const Span other = spans[c];
     if (other.empty()) continue;
     if (other.last <= span.first) break;
     earliest = c;
   }
   zero(sum, (end - span.first) * width);
   for (int64_t c = earliest; c <= chunk; ++c) {
-    const Span other = span_of(call, cut, n, c);
+    const Span other = spans[c];
     if (other.empty()) continue;
-    const Shared shared = shared_of(call, cut, n, c, other);
+    const Shared shared = shared_of(span_at, cut.chunks, c, other);
     const T* const slot = reinterpret_cast<const T*>(scratch + cut.slots) +
                           item_of(sizes, cut, n, kv_head, c) * cut.slot_keys * (cut.key_width + cut.value_width) + offset;
     for (int64_t key = span.first; key < least(end, other.last); ++key) {
