@@ -147,9 +147,7 @@ inline Keys<T> keys_of(const View& view, Type type, int64_t n, int64_t h, int64_
                        T* space) {
   const void* const from = at(view.data, type, n * view.n + h * view.h + first * view.l);
   if (type == kTypeOf<T>) return {static_cast<const T*>(from), view.l, first};
-  for (int64_t key = 0; key < last - first; ++key) {
-    widen(at(from, type, key * view.l), type, 1, size, space + key * size);
-  }
+  widen_rows(from, type, view.l, last - first, size, space, size);
   return {space, size, first};
 }
 
@@ -188,6 +186,11 @@ inline void pack(const View& view, Type type, int64_t n, int64_t h, const Tile& 
     return;
   }
   T* const rows = by_row == nullptr ? spare : by_row;
+  if (all_used && width == size) {
+    widen_rows(from, type, view.l, lanes, size, rows, width);
+    transpose<T>(lanes, width, rows, width, by_lane, kRows<T>);
+    return;
+  }
   for (int i = 0; i < lanes; ++i) {
     T* const row = rows + i * width;
     if (!used[i]) {
