@@ -148,8 +148,9 @@ struct BackwardSpace {
   T *queries, *query_rows, *grads, *grad_rows, *weights, *grad_weights, *slopes, *sums, *spare, *bias_rows;
   bool* key_is_seen;
   bool keeps;
+  PairSpace<T> pairs;
 
-  BackwardSpace(const AttentionBackward& call, const Cut& cut, int64_t most_keys, Scratch& scratch) {
+  BackwardSpace(const AttentionBackward& call, const Cut& cut, int64_t most_keys, Scratch& scratch) : pairs(scratch) {
     const Sizes& sizes = call.sizes;
     const int64_t of_query = padded<T>(sizes.head_dim) * kRows<T>, of_value = padded<T>(sizes.value_dim) * kRows<T>;
     queries = scratch.take<T>(of_query);
@@ -381,7 +382,7 @@ class TileBackward {
     }
     if (call_.grad_query.data != nullptr) {
       if (scoring_.has_bias) scoring_.key_is_seen = space_.key_is_seen + offset(first);
-      add_weighted<T, kN>(scoring_, tile_, keys_, call_.sizes.head_dim, first, last, grads, space_.sums);
+      add_weighted<T, kN>(scoring_, tile_, keys_, call_.sizes.head_dim, first, last, grads, space_.pairs, space_.sums);
     }
   }
 
@@ -481,8 +482,11 @@ void go_back_through_item(const AttentionBackward& call, const Cut& cut, char* s
   Scoring<T> scoring(call, scratch);
   const BackwardSpace<T> space(call, cut, most_keys, scratch);
   const bool converts = call.type != kTypeOf<T>;
-  T* const key_space = converts ? scratch.take<T>(most_of_run * sizes.head_dim) : nullptr;
-  T* const value_space = converts ? scratch.take<T>(most_of_run * sizes.value_dim) : nullptr;
+  const Sums of_queries = call.grad_query.data == nullptr                      ? Sums::kNone
+                          : slots_of(sizes, call.rows) < kManyKeys ? Sums::kFew
+                                                                   : Sums::kMany;
+  T* const key_space = converts ? scratch.take<T>(room_of_keys(most_of_run, sizes.head_dim)) : nullptr;
+  T* const value_space = converts ? scratch.take<T>(room_of_keys(most_of_run, sizes.value_dim)) : nullptr;
   RunSums<T> sums = {};
   sums.keys = cut.keys ? scratch.take<T>(most_of_run * cut.key_width) : nullptr;
   sums.values = cut.values ? scratch.take<T>(most_of_run * cut.value_width) : nullptr;
@@ -505,9 +509,9 @@ void go_back_through_item(const AttentionBackward& call, const Cut& cut, char* s
   int64_t written = span.first;
   for (Run run = run_of(tiles, 0, made); run.begin < made; run = run_of(tiles, run.end, made)) {
     const int64_t run_keys = run.last - run.first;
-    const auto keys = keys_of<T>(call.key, call.type, n, kv_head, sizes.head_dim, run.first, run.last, key_space);
+    const auto keys = keys_of<T>(call.key, call.type, n, kv_head, sizes.head_dim, run.first, run.last, of_queries, key_space);
     const auto values =
-        keys_of<T>(call.value, call.type, n, kv_head, sizes.value_dim, run.first, run.last, value_space);
+        keys_of<T>(call.value, call.type, n, kv_head, sizes.value_dim, run.first, run.last, Sums::kNone, value_space);
     if (cut.keys) zero(sums.keys, run_keys * cut.key_width);
     if (cut.values) zero(sums.values, run_keys * cut.value_width);
     sums.first = run.first;
@@ -547,6 +551,7 @@ void go_back(const AttentionBackward& call, void* shared_scratch, int64_t begin,
   const Cut cut = cut_of<T>(call);
   const int64_t of_batch = cut.over_batch ? sizes.batch : 1, of_heads = cut.over_heads ? sizes.kv_heads : 1;
   const int64_t groups_of_heads = sizes.kv_heads / of_heads;
+  [[maybe_unused]] const PairRegisters registers;
   for (int64_t unit = begin; unit < end; ++unit) {
     Scratch& scratch = Scratch::begin();
     const int64_t chunk = unit % cut.chunks, first_head = unit / cut.chunks % groups_of_heads * of_heads;
