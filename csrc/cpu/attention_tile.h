@@ -212,7 +212,7 @@ struct Lanes {
 };
 
 // Rows of a tensor (N, H, Lq, X) as a tile has them: `by_row` [kRows][padded size] where it is not null, and `by_lane`
-// [size][kRows], or [size / 2][kRows] of pairs. Lanes that are not `used` are 0, and not read.
+// [size][kRows]; in pairs, [kLanes][size] of two rows each and [size / 2][kRows]. Lanes that are not `used` are 0, and not read.
 template <class T>
 inline void pack(const View& view, Type type, int64_t n, int64_t h, const Tile& tile, const bool* used, int64_t size,
                  T* by_row, T* spare, T* by_lane) {
@@ -225,24 +225,28 @@ inline void pack(const View& view, Type type, int64_t n, int64_t h, const Tile& 
     transpose<T>(lanes, size, static_cast<const T*>(from), view.l, by_lane, kRows<T>);
     return;
   }
-  if (goes_in_pairs<T>(type, size)) {
-    const size_t bytes = static_cast<size_t>(size) * sizeof(BFloat16);
-    for (int i = 0; i < lanes; ++i) {
-      T* const row = spare + i * (size / 2);
-      if (used[i]) {
-        memcpy(row, at(from, type, i * view.l), bytes);
-      } else {
-        memset(row, 0, bytes);
+#if defined(ATTNREG_PAIRS)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (goes_in_pairs<T>(type, size)) {
+      const size_t bytes = static_cast<size_t>(size) * sizeof(BFloat16);
+      for (int i = 0; i < kRows<T>; ++i) {
+        T* const row = spare + i * (size / 2);
+        if (i < lanes && used[i]) {
+          memcpy(row, at(from, type, i * view.l), bytes);
+        } else {
+          memset(row, 0, bytes);
+        }
       }
+      transpose<T>(lanes, size / 2, spare, size / 2, by_lane, kRows<T>);
+      if (by_row != nullptr) pair_rows(reinterpret_cast<const BFloat16*>(spare), size, size, by_row);
+      return;
     }
-    transpose<T>(lanes, size / 2, spare, size / 2, by_lane, kRows<T>);
-    if (by_row == nullptr) return;
-    by_lane = nullptr;
   }
+#endif
   T* const rows = by_row == nullptr ? spare : by_row;
   if (all_used && width == size) {
     widen_rows(from, type, view.l, lanes, size, rows, width);
-    if (by_lane != nullptr) transpose<T>(lanes, width, rows, width, by_lane, kRows<T>);
+    transpose<T>(lanes, width, rows, width, by_lane, kRows<T>);
     return;
   }
   for (int i = 0; i < lanes; ++i) {
@@ -254,7 +258,7 @@ inline void pack(const View& view, Type type, int64_t n, int64_t h, const Tile& 
     widen(at(from, type, i * view.l), type, 1, size, row);
     for (int64_t c = size; c < width; ++c) row[c] = 0;
   }
-  if (by_lane != nullptr) transpose<T>(lanes, width, rows, width, by_lane, kRows<T>);
+  transpose<T>(lanes, width, rows, width, by_lane, kRows<T>);
 }
 
 // The other way: [size][kRows], each lane times its `factor`, into the tile's rows of a tensor.

@@ -140,29 +140,33 @@ inline bool pack_columns_of_pairs(const BFloat16* keys, int64_t row, int64_t cou
   return !any(largest >= 0x7f80u);
 }
 
-// Weights [keys][b_row] of keys [begin, end) of `vector`, counted from the first key of a block, as pairs [keys / 2][b_row]: the
-// bfloat16 next to each, and what that leaves, so that little is lost; 0 for other keys. `weights` is that of the key `first`.
+// Weights of two rows as pairs: the bfloat16 next to each, and what that leaves, so that little is lost.
+ATTNREG_INLINE void split_pair(Vector<float> a, Vector<float> b, float* upper, float* lower) {
+  typedef Vector<uint32_t> Bits;
+  const Bits high_a = (reinterpret_cast<Bits>(a) + 0x8000u) & 0xffff0000u;
+  const Bits high_b = (reinterpret_cast<Bits>(b) + 0x8000u) & 0xffff0000u;
+  const Bits low_a = reinterpret_cast<Bits>(a - reinterpret_cast<Vector<float>>(high_a));
+  const Bits low_b = reinterpret_cast<Bits>(b - reinterpret_cast<Vector<float>>(high_b));
+  store<float>(upper, reinterpret_cast<Vector<float>>(high_a >> 16 | high_b));
+  store<float>(lower, reinterpret_cast<Vector<float>>(low_a >> 16 | (low_b & 0xffff0000u)));
+}
+
+// Weights [keys][b_row] of a vector's keys [begin, end), counted from the first key of a block, in pairs of keys
+// [keys / 2][b_row]; 0 for other keys. `weights` is that of the key `first`.
 inline void split_weights(const float* weights, int64_t first, int64_t begin, int64_t end, int64_t keys, int64_t b_row,
                           float* upper, float* lower) {
-  typedef Vector<uint32_t> Bits;
-  const auto split = [&](Vector<float> a, Vector<float> b, int64_t pair) {
-    const Bits high_a = (reinterpret_cast<Bits>(a) + 0x8000u) & 0xffff0000u;
-    const Bits high_b = (reinterpret_cast<Bits>(b) + 0x8000u) & 0xffff0000u;
-    const Bits low_a = reinterpret_cast<Bits>(a - reinterpret_cast<Vector<float>>(high_a));
-    const Bits low_b = reinterpret_cast<Bits>(b - reinterpret_cast<Vector<float>>(high_b));
-    store<float>(upper + pair * b_row, reinterpret_cast<Vector<float>>(high_a >> 16 | high_b));
-    store<float>(lower + pair * b_row, reinterpret_cast<Vector<float>>(low_a >> 16 | (low_b & 0xffff0000u)));
-  };
   const auto at_or_zero = [&](int64_t k) {
     return k >= begin && k < end ? load(weights + (k - first) * b_row) : Vector<float>{};
   };
-  const int64_t inner = (begin + 1) / 2, inner_end = end / 2 < inner ? inner : end / 2;
-  int64_t pair = 0;
-  for (; pair < inner && pair < keys / 2; ++pair) split(at_or_zero(2 * pair), at_or_zero(2 * pair + 1), pair);
-  for (const float* from = weights + (2 * pair - first) * b_row; pair < inner_end; ++pair, from += 2 * b_row) {
-    split(load(from), load(from + b_row), pair);
+  const int64_t inner = (begin + 1) / 2, inner_end = end / 2;
+  for (int64_t pair = 0; pair < keys / 2; ++pair) {
+    if (pair >= inner && pair < inner_end) {
+      const float* const from = weights + (2 * pair - first) * b_row;
+      split_pair(load(from), load(from + b_row), upper + pair * b_row, lower + pair * b_row);
+    } else {
+      split_pair(at_or_zero(2 * pair), at_or_zero(2 * pair + 1), upper + pair * b_row, lower + pair * b_row);
+    }
   }
-  for (; pair < keys / 2; ++pair) split(at_or_zero(2 * pair), at_or_zero(2 * pair + 1), pair);
 }
 
 // sums [size][b_row] += columns * (upper + lower), of kN vectors and `blocks` blocks of keys.
@@ -203,6 +207,42 @@ __attribute__((noinline)) void add_pairs(int64_t size, int64_t blocks, const BFl
     if constexpr (kN == 2) ATTNREG_PAIRS_STORE(1, to + lanes, b_row * 4);
     ATTNREG_PAIRS_STORE(2, below, b_row * 4);
     if constexpr (kN == 2) ATTNREG_PAIRS_STORE(3, below + lanes, b_row * 4);
+  }
+}
+
+// Rows of two vectors of lanes as pairs [kLanes][size], of a lane of the first vector and of the same one of the second.
+inline void pair_rows(const BFloat16* rows, int64_t row, int64_t size, float* to) {
+  constexpr int64_t lanes = kLanes<float>;
+  for (int64_t i = 0; i < lanes; ++i) {
+    for (int64_t c = 0; c < size; c += lanes) {
+      const BFloat16* const from = rows + i * row + c;
+      const auto first = words_of(*reinterpret_cast<const LooseShorts*>(from));
+      const auto second = words_of(*reinterpret_cast<const LooseShorts*>(from + lanes * row));
+      store<float>(to + i * size + c, reinterpret_cast<Vector<float>>(first | second << 16));
+    }
+  }
+}
+
+// sums [keys][size] += (upper + lower) [keys][kLanes] * rows [kLanes][size], of pairs; of whole blocks of keys.
+__attribute__((noinline)) inline void add_pairs_to_keys(int64_t keys, int64_t size, const float* upper, const float* lower,
+                                                        const float* rows, float* sums) {
+  constexpr int64_t lanes = kLanes<float>;
+  for (int64_t c = 0; c < size; c += 2 * lanes) {
+    ATTNREG_PAIRS_LOAD(6, rows + c, size * 4);
+    ATTNREG_PAIRS_LOAD(7, rows + c + lanes, size * 4);
+    for (int64_t k = 0; k < keys; k += kRowsOfPairs) {
+      float* const to = sums + k * size + c;
+      ATTNREG_PAIRS_LOAD(0, to, size * 4);
+      ATTNREG_PAIRS_LOAD(1, to + lanes, size * 4);
+      ATTNREG_PAIRS_LOAD(4, upper + k * lanes, 64);
+      ATTNREG_PAIRS_LOAD(5, lower + k * lanes, 64);
+      ATTNREG_PAIRS_ADD(0, 4, 6);
+      ATTNREG_PAIRS_ADD(1, 4, 7);
+      ATTNREG_PAIRS_ADD(0, 5, 6);
+      ATTNREG_PAIRS_ADD(1, 5, 7);
+      ATTNREG_PAIRS_STORE(0, to, size * 4);
+      ATTNREG_PAIRS_STORE(1, to + lanes, size * 4);
+    }
   }
 }
 #else
