@@ -20,7 +20,7 @@ _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
 )
-_UNITS_OF_X86 = (Unit("isa_avx512.cpp", _AVX512), Unit("isa_avx2.cpp", _AVX2))
+_UNITS_OF_X86 = (Unit("isa_avx512.cpp", _AVX512), Unit("isa_avx2.cpp", _AVX2), Unit("isa_amx.cpp", _AVX512))
 
 _MACHINE = platform.machine()
 _PACKAGE = Path(__file__).resolve().parent

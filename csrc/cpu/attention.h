@@ -15,8 +15,9 @@ constexpr int64_t kForwardRows = 256;
 template <class T>
 struct AttentionSpace {
   T *queries, *scores, *sums, *spare;
+  PairSpace<T> pairs;
 
-  AttentionSpace(const Sizes& sizes, Scratch& scratch) {
+  AttentionSpace(const Sizes& sizes, Scratch& scratch) : pairs(scratch) {
     const int64_t width = padded<T>(most(sizes.head_dim, sizes.value_dim));
     queries = scratch.take<T>(width * kRows<T>);
     scores = scratch.take<T>(Scoring<T>::kWidth * kRows<T>);
@@ -109,7 +110,7 @@ __attribute__((noinline)) void attend_tile(const Attention& call, Scoring<T>& sc
         store(weight, dropped ? Vector<T>{} : load(weight));
       });
     }
-    add_weighted<T, kN>(scoring, tile, values, sizes.value_dim, first, last, space.scores, space.sums);
+    add_weighted<T, kN>(scoring, tile, values, sizes.value_dim, first, last, space.scores, space.pairs, space.sums);
   }
   alignas(64) T factor[kRows<T>] = {}, totals[kRows<T>] = {}, highs[kRows<T>] = {};
   alignas(64) Integer<T> seen[kRows<T>] = {};
@@ -134,6 +135,8 @@ void attend(const Attention& call, int64_t begin, int64_t end) {
   const Sizes& sizes = call.sizes;
   const int64_t chunks = chunks_of(sizes, kForwardRows), group = sizes.heads / sizes.kv_heads;
   const int64_t rows_at_most = least(kForwardRows, sizes.query_length);
+  const Sums sums = slots_of(sizes, call.rows) < kManyKeys ? Sums::kFew : Sums::kMany;
+  [[maybe_unused]] const PairRegisters registers;
   for (int64_t unit = begin; unit < end; ++unit) {
     Scratch& scratch = Scratch::begin();
     const int64_t n = unit / chunks / sizes.kv_heads, kv_head = unit / chunks % sizes.kv_heads;
@@ -151,13 +154,13 @@ void attend(const Attention& call, int64_t begin, int64_t end) {
     for (Run run = run_of(tiles, 0, made); run.begin < made; run = run_of(tiles, run.end, made)) {
       if (converts && run.last - run.first > room) {
         room = most(run.last - run.first, least(rows_at_most + slots_of(sizes, call.rows), sizes.key_length));
-        key_space = scratch.take<T>(room * sizes.head_dim);
-        value_space = scratch.take<T>(room * sizes.value_dim);
+        key_space = scratch.take<T>(room_of_keys(room, sizes.head_dim));
+        value_space = scratch.take<T>(room_of_keys(room, sizes.value_dim));
       }
       const auto keys =
-          keys_of<T>(call.key, call.type, n, kv_head, sizes.head_dim, run.first, run.last, key_space);
+          keys_of<T>(call.key, call.type, n, kv_head, sizes.head_dim, run.first, run.last, Sums::kNone, key_space);
       const auto values =
-          keys_of<T>(call.value, call.type, n, kv_head, sizes.value_dim, run.first, run.last, value_space);
+          keys_of<T>(call.value, call.type, n, kv_head, sizes.value_dim, run.first, run.last, sums, value_space);
       for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
         scoring.begin_head(n, h);
         for (int64_t i = run.begin; i < run.end; ++i) {

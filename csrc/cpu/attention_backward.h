@@ -155,8 +155,9 @@ struct BackwardSpace {
   T *queries, *query_rows, *grads, *grad_rows, *weights, *grad_weights, *slopes, *sums, *spare, *bias_rows;
   bool* key_is_seen;
   bool keeps;
+  PairSpace<T> pairs;
 
-  BackwardSpace(const AttentionBackward& call, const Cut& cut, int64_t most_keys, Scratch& scratch) {
+  BackwardSpace(const AttentionBackward& call, const Cut& cut, int64_t most_keys, Scratch& scratch) : pairs(scratch) {
     const Sizes& sizes = call.sizes;
     const int64_t of_query = padded<T>(sizes.head_dim) * kRows<T>, of_value = padded<T>(sizes.value_dim) * kRows<T>;
     queries = scratch.take<T>(of_query);
@@ -187,9 +188,25 @@ struct RunSums {
 };
 
 // sums [keys][width] += over the rows of a tile of `weights` [keys][kRows] times `rows` [kRows][width], for keys [first, last).
+// Where rows go in pairs, sums have room for kRowsOfPairs keys more.
 template <class T, int kN>
 inline void add_to_keys(const Tile& tile, int64_t first, int64_t last, const T* weights, const T* rows, int64_t width,
-                        T* sums) {
+                        [[maybe_unused]] bool in_pairs, [[maybe_unused]] const PairSpace<T>& pairs, T* sums) {
+#if defined(ATTNREG_PAIRS)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (in_pairs) {
+      const int64_t begin = kN == 1 ? last : clamp(tile.both_first, first, last), end = clamp(tile.both_last, begin, last);
+      int64_t k = 0;
+      for (const T* from = weights; k < last - first; ++k, from += kRows<T>) {
+        const Vector<T> a = kN == 1 || first + k < end ? load(from) : Vector<T>{};
+        const Vector<T> b = first + k >= begin ? load(from + kLanes<T>) : Vector<T>{};
+        split_pair(a, b, pairs.upper + k * kLanes<T>, pairs.lower + k * kLanes<T>);
+      }
+      for (; k % kRowsOfPairs != 0; ++k) split_pair(Vector<T>{}, Vector<T>{}, pairs.upper + k * kLanes<T>, pairs.lower + k * kLanes<T>);
+      return add_pairs_to_keys(k, width, pairs.upper, pairs.lower, rows, sums);
+    }
+  }
+#endif
   each_section<kN>(tile, first, last, [&](auto count, int vector, int64_t begin, int64_t end) {
     constexpr int64_t terms = count.kValue * kLanes<T>;
     const int lane = vector * kLanes<T>;
@@ -365,8 +382,8 @@ class TileBackward {
     });
     const int64_t key = first - sums.first;
     if (cut_.values) {
-      add_to_keys<T, kN>(tile_, first, last, weights, space_.grad_rows, cut_.value_width,
-                         sums.values + key * cut_.value_width);
+      add_to_keys<T, kN>(tile_, first, last, weights, space_.grad_rows, cut_.value_width, values_.pairs != nullptr,
+                         space_.pairs, sums.values + key * cut_.value_width);
     }
     if (!cut_.weights) return;
     if (cut_.of_bias) add_to_bias(first, last, grads, sums, row);
@@ -384,11 +401,12 @@ class TileBackward {
       });
     }
     if (cut_.keys) {
-      add_to_keys<T, kN>(tile_, first, last, grads, space_.query_rows, cut_.key_width, sums.keys + key * cut_.key_width);
+      add_to_keys<T, kN>(tile_, first, last, grads, space_.query_rows, cut_.key_width, keys_.pairs != nullptr, space_.pairs,
+                         sums.keys + key * cut_.key_width);
     }
     if (call_.grad_query.data != nullptr) {
       if (scoring_.has_bias) scoring_.key_is_seen = space_.key_is_seen + offset(first);
-      add_weighted<T, kN>(scoring_, tile_, keys_, call_.sizes.head_dim, first, last, grads, space_.sums);
+      add_weighted<T, kN>(scoring_, tile_, keys_, call_.sizes.head_dim, first, last, grads, space_.pairs, space_.sums);
     }
   }
 
@@ -488,11 +506,15 @@ void go_back_through_item(const AttentionBackward& call, const Cut& cut, char* s
   Scoring<T> scoring(call, scratch);
   const BackwardSpace<T> space(call, cut, most_keys, scratch);
   const bool converts = call.type != kTypeOf<T>;
-  T* const key_space = converts ? scratch.take<T>(most_of_run * sizes.head_dim) : nullptr;
-  T* const value_space = converts ? scratch.take<T>(most_of_run * sizes.value_dim) : nullptr;
+  const Sums of_queries = call.grad_query.data == nullptr                      ? Sums::kNone
+                          : slots_of(sizes, call.rows) < kManyKeys ? Sums::kFew
+                                                                   : Sums::kMany;
+  T* const key_space = converts ? scratch.take<T>(room_of_keys(most_of_run, sizes.head_dim)) : nullptr;
+  T* const value_space = converts ? scratch.take<T>(room_of_keys(most_of_run, sizes.value_dim)) : nullptr;
   RunSums<T> sums = {};
-  sums.keys = cut.keys ? scratch.take<T>(most_of_run * cut.key_width) : nullptr;
-  sums.values = cut.values ? scratch.take<T>(most_of_run * cut.value_width) : nullptr;
+  const int64_t room = kHasPairs ? most_of_run + kRowsOfPairs : most_of_run;
+  sums.keys = cut.keys ? scratch.take<T>(room * cut.key_width) : nullptr;
+  sums.values = cut.values ? scratch.take<T>(room * cut.value_width) : nullptr;
   T* const slot_of_keys =
       reinterpret_cast<T*>(shared_scratch + cut.slots) + item * cut.slot_keys * (cut.key_width + cut.value_width);
   T* const slot_of_values = slot_of_keys + cut.slot_keys * cut.key_width;
@@ -514,9 +536,9 @@ void go_back_through_item(const AttentionBackward& call, const Cut& cut, char* s
   int64_t written = span.first;
   for (Run run = run_of(tiles, 0, made); run.begin < made; run = run_of(tiles, run.end, made)) {
     const int64_t run_keys = run.last - run.first;
-    const auto keys = keys_of<T>(call.key, call.type, n, kv_head, sizes.head_dim, run.first, run.last, key_space);
+    const auto keys = keys_of<T>(call.key, call.type, n, kv_head, sizes.head_dim, run.first, run.last, of_queries, key_space);
     const auto values =
-        keys_of<T>(call.value, call.type, n, kv_head, sizes.value_dim, run.first, run.last, value_space);
+        keys_of<T>(call.value, call.type, n, kv_head, sizes.value_dim, run.first, run.last, Sums::kNone, value_space);
     if (cut.keys) zero(sums.keys, run_keys * cut.key_width);
     if (cut.values) zero(sums.values, run_keys * cut.value_width);
     sums.first = run.first;
@@ -556,6 +578,7 @@ void go_back(const AttentionBackward& call, void* shared_scratch, int64_t begin,
   const Cut cut = cut_of<T>(call);
   const int64_t of_batch = cut.over_batch ? sizes.batch : 1, of_heads = cut.over_heads ? sizes.kv_heads : 1;
   const int64_t groups_of_heads = sizes.kv_heads / of_heads;
+  [[maybe_unused]] const PairRegisters registers;
   for (int64_t unit = begin; unit < end; ++unit) {
     Scratch& scratch = Scratch::begin();
     const int64_t chunk = unit % cut.chunks, first_head = unit / cut.chunks % groups_of_heads * of_heads;

@@ -7,6 +7,7 @@
 #include "convert.h"
 #include "functions.h"
 #include "kernels.h"
+#include "pairs.h"
 #include "rows.h"
 #include "scratch.h"
 #include "tile.h"
@@ -131,27 +132,64 @@ inline Run run_of(const Tile* tiles, int64_t begin, int64_t count) {
   return run;
 }
 
-// Keys or values of one head in the type of computation.
+// Keys or values of one head in the type of computation; and as they lie, where rows are multiplied with them in pairs.
 template <class T>
 struct Keys {
   const T* data;
   int64_t stride;
   int64_t first;
+  const BFloat16* pairs;
+  int64_t pairs_stride;
+  // As columns of pairs; null where there are none.
+  const BFloat16* columns;
 
   const T* at(int64_t key) const { return data + (key - first) * stride; }
+  const BFloat16* pairs_at(int64_t key) const { return pairs + (key - first) * pairs_stride; }
 };
+
+// What keys are for beside products with rows: sums over few or many of them.
+enum class Sums { kNone, kFew, kMany };
+
+// So many keys of a row are worth columns.
+constexpr int64_t kManyKeys = 24;
 
 // Keys [first, last) of a head: where they lie, or in `space`, which has room for them, where they are of another type.
 template <class T>
 inline Keys<T> keys_of(const View& view, Type type, int64_t n, int64_t h, int64_t size, int64_t first, int64_t last,
-                       T* space) {
+                       [[maybe_unused]] Sums sums, T* space) {
   const void* const from = at(view.data, type, n * view.n + h * view.h + first * view.l);
-  if (type == kTypeOf<T>) return {static_cast<const T*>(from), view.l, first};
-  for (int64_t key = 0; key < last - first; ++key) {
-    widen(at(from, type, key * view.l), type, 1, size, space + key * size);
+  if (type == kTypeOf<T>) return {static_cast<const T*>(from), view.l, first, nullptr, 0, nullptr};
+  Keys<T> keys = {space, size, first, nullptr, view.l, nullptr};
+#if defined(ATTNREG_PAIRS)
+  if (goes_in_pairs<T>(type, size)) {
+    keys.pairs = static_cast<const BFloat16*>(from);
+    if (sums == Sums::kNone) return keys;
+    BFloat16* const columns = reinterpret_cast<BFloat16*>(space);
+    if (sums == Sums::kMany && pack_columns_of_pairs(keys.pairs, view.l, last - first, size, columns)) {
+      keys.columns = columns;
+      return keys;
+    }
   }
-  return {space, size, first};
+#endif
+  widen_rows(from, type, view.l, last - first, size, space, size);
+  return keys;
 }
+
+// Numbers that keys_of() needs for so many keys.
+inline int64_t room_of_keys(int64_t keys, int64_t size) { return (kHasPairs ? rounded_up(keys, kTermsOfPairs) : keys) * size; }
+
+// Space for the weights of some keys in pairs.
+template <class T>
+struct PairSpace {
+  T* upper = nullptr;
+  T* lower = nullptr;
+
+  explicit PairSpace(Scratch& scratch) {
+    if (!kHasPairs) return;
+    upper = scratch.take<T>((kKeys + 2 * kTermsOfPairs) / 2 * kRows<T>);
+    lower = scratch.take<T>((kKeys + 2 * kTermsOfPairs) / 2 * kRows<T>);
+  }
+};
 
 template <class T>
 inline int64_t padded(int64_t size) {
@@ -174,7 +212,7 @@ struct Lanes {
 };
 
 // Rows of a tensor (N, H, Lq, X) as a tile has them: `by_row` [kRows][padded size] where it is not null, and `by_lane`
-// [size][kRows]. Lanes that are not `used` are 0, and not read.
+// [size][kRows]; in pairs, [kLanes][size] of two rows each and [size / 2][kRows]. Lanes that are not `used` are 0, and not read.
 template <class T>
 inline void pack(const View& view, Type type, int64_t n, int64_t h, const Tile& tile, const bool* used, int64_t size,
                  T* by_row, T* spare, T* by_lane) {
@@ -187,7 +225,30 @@ inline void pack(const View& view, Type type, int64_t n, int64_t h, const Tile& 
     transpose<T>(lanes, size, static_cast<const T*>(from), view.l, by_lane, kRows<T>);
     return;
   }
+#if defined(ATTNREG_PAIRS)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (goes_in_pairs<T>(type, size)) {
+      const size_t bytes = static_cast<size_t>(size) * sizeof(BFloat16);
+      for (int i = 0; i < kRows<T>; ++i) {
+        T* const row = spare + i * (size / 2);
+        if (i < lanes && used[i]) {
+          memcpy(row, at(from, type, i * view.l), bytes);
+        } else {
+          memset(row, 0, bytes);
+        }
+      }
+      transpose<T>(lanes, size / 2, spare, size / 2, by_lane, kRows<T>);
+      if (by_row != nullptr) pair_rows(reinterpret_cast<const BFloat16*>(spare), size, size, by_row);
+      return;
+    }
+  }
+#endif
   T* const rows = by_row == nullptr ? spare : by_row;
+  if (all_used && width == size) {
+    widen_rows(from, type, view.l, lanes, size, rows, width);
+    transpose<T>(lanes, width, rows, width, by_lane, kRows<T>);
+    return;
+  }
   for (int i = 0; i < lanes; ++i) {
     T* const row = rows + i * width;
     if (!used[i]) {
@@ -336,6 +397,14 @@ inline void multiply_keys(const Tile& tile, const Keys<T>& keys, const T* rows, 
                           T* products) {
   each_section<kN>(tile, first, last, [&](auto count, int vector, int64_t begin, int64_t end) {
     const int lane = vector * kLanes<T>;
+#if defined(ATTNREG_PAIRS)
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (keys.pairs != nullptr) {
+        return multiply_pairs<count.kValue>(end - begin, size, keys.pairs_at(begin), keys.pairs_stride, rows + lane, kRows<T>,
+                                            products + (begin - first) * kRows<T> + lane, kRows<T>);
+      }
+    }
+#endif
     multiply<T, count.kValue, Lies::kRows>(end - begin, size, keys.at(begin), keys.stride, rows + lane, kRows<T>,
                                            products + (begin - first) * kRows<T> + lane, kRows<T>, false, kTerms);
   });
@@ -404,7 +473,24 @@ inline void make_scores(Scoring<T>& scoring, const Tile& tile, const Place* plac
 // looked at: it may be NaN, and its weight of 0 would not help.
 template <class T, int kN>
 inline void add_weighted(const Scoring<T>& scoring, const Tile& tile, const Keys<T>& values, int64_t size, int64_t first,
-                         int64_t last, const T* weights, T* sums) {
+                         int64_t last, const T* weights, [[maybe_unused]] const PairSpace<T>& pairs, T* sums) {
+#if defined(ATTNREG_PAIRS)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (values.columns != nullptr) {
+      const int64_t block = (first - values.first) / kTermsOfPairs, origin = values.first + block * kTermsOfPairs;
+      const int64_t keys = rounded_up(last - origin, kTermsOfPairs);
+      const int64_t begin = clamp(tile.both_first, first, last), end = clamp(tile.both_last, begin, last);
+      for (int v = 0; v < kN; ++v) {
+        const int64_t from = v == 0 ? first : begin, to = kN == 2 && v == 0 ? end : last;
+        split_weights(weights + v * kLanes<T>, first - origin, from - origin, to - origin, keys, kRows<T>,
+                      pairs.upper + v * kLanes<T>, pairs.lower + v * kLanes<T>);
+      }
+      add_pairs<kN>(size, keys / kTermsOfPairs, values.columns + block * kTermsOfPairs * size, pairs.upper, pairs.lower,
+                    kRows<T>, sums);
+      return;
+    }
+  }
+#endif
   each_section<kN>(tile, first, last, [&](auto count, int vector, int64_t section, int64_t section_end) {
     const int lane = vector * kLanes<T>;
     for (int64_t begin = section; begin < section_end;) {

@@ -84,10 +84,9 @@ inline Operand<T> operand(const View& view, Type type, int64_t n, int64_t h, int
   const int64_t start = place_of(view, n, h, first);
   if (lies_ready<T>(type, width)) return {static_cast<const T*>(view.data) + start, view.l};
   const int64_t padded = whole_vectors<T>(width);
-  for (int64_t l = 0; l < count; ++l) {
-    T* to = copy + l * padded;
-    widen(at(view.data, type, start + l * view.l), type, 1, width, to);
-    for (int64_t e = width; e < padded; ++e) to[e] = 0;
+  widen_rows(at(view.data, type, start), type, view.l, count, width, copy, padded);
+  for (int64_t l = 0; l < count && width < padded; ++l) {
+    for (int64_t e = width; e < padded; ++e) copy[l * padded + e] = 0;
   }
   return {copy, padded};
 }
@@ -125,9 +124,7 @@ inline void write_sums(const Band& call, const View& view, int64_t n, int64_t h,
                        int64_t padded) {
   const int64_t width = call.sizes.head_dim;
   const T scale = static_cast<T>(call.scale);
-  for (int64_t l = 0; l < count; ++l) {
-    narrow_to(sums + l * padded, scale, width, at(view.data, call.type, place_of(view, n, h, first + l)), call.type);
-  }
+  narrow_rows(sums, padded, scale, count, width, at(view.data, call.type, place_of(view, n, h, first)), call.type, view.l);
 }
 
 // Writing a band
@@ -160,6 +157,7 @@ inline void fill_span(S* to, int64_t count, double hidden) {
 }
 
 inline void fill_slots(const Band& call, int64_t first, int64_t count) {
+  if (count <= 0) return;
   void* const to = at(call.band.data, call.type, first);
   switch (call.type) {
     case Type::kFloat:
@@ -187,9 +185,30 @@ ATTNREG_INLINE void store_some(T* to, Vector<T> vector, int count) {
 #endif
 }
 
-// Scores of a tile's row, for the slots from `slot` on: `to` may be `from`.
-template <class T>
-inline void finish_scores(const Band& call, int64_t count, const T* from, const T* bias, T lowest, T* to) {
+// As numbers of another type; `count` may be all of the vector's.
+template <class T, class S>
+ATTNREG_INLINE void store_as(S* to, Vector<T> vector, int count) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    if (count == kLanes<T>) {
+      store(to, vector);
+    } else {
+      store_some(to, vector, count);
+    }
+  } else if constexpr (kHasVectors<S> && sizeof(T) == sizeof(float)) {
+    const Shorts numbers = narrowed(vector, S());
+    if (count == kLanes<T>) {
+      *reinterpret_cast<LooseShorts*>(to) = numbers;
+    } else {
+      store_some_shorts(to, numbers, count);
+    }
+  } else {
+    for (int i = 0; i < count; ++i) narrow(vector[i], to + i);
+  }
+}
+
+// Scores of a tile's row, for the slots from `slot` on.
+template <class T, class S>
+inline void finish_scores(const Band& call, int64_t count, const T* from, const T* bias, T lowest, S* to) {
   const T scale = static_cast<T>(call.scale);
   const T hidden = static_cast<T>(call.hidden);
   int64_t c = 0;
@@ -204,18 +223,29 @@ inline void finish_scores(const Band& call, int64_t count, const T* from, const 
     } else {
       score = score < below ? below : score;
     }
-    if (c + kLanes<T> <= count) {
-      store(to + c, score);
-    } else {
-      store_some(to + c, score, static_cast<int>(count - c));
-    }
+    store_as<T>(to + c, score, static_cast<int>(least(count - c, kLanes<T>)));
   }
 }
 
-// Scores of row i for the keys [low, high), from `scores` to where they belong; the numbers behind them may be changed.
+template <class T>
+inline void finish_scores(const Band& call, int64_t count, const T* from, const T* bias, T lowest, int64_t place) {
+  void* const to = at(call.band.data, call.type, place);
+  switch (call.type) {
+    case Type::kFloat:
+      return finish_scores(call, count, from, bias, lowest, static_cast<float*>(to));
+    case Type::kDouble:
+      return finish_scores(call, count, from, bias, lowest, static_cast<double*>(to));
+    case Type::kBFloat16:
+      return finish_scores(call, count, from, bias, lowest, static_cast<BFloat16*>(to));
+    case Type::kHalf:
+      return finish_scores(call, count, from, bias, lowest, static_cast<Half*>(to));
+  }
+}
+
+// Scores of row i for the keys [low, high), to where they belong.
 template <class T>
 inline void finish_row(const Band& call, int64_t n, int64_t h, int64_t i, const Place& place, int64_t low, int64_t high,
-                       T* scores, T* bias, T lowest) {
+                       const T* scores, T* bias, T lowest) {
   if (low >= high) return;
   const int64_t slot = low - place.origin;
   const T* added = nullptr;
@@ -223,13 +253,7 @@ inline void finish_row(const Band& call, int64_t n, int64_t h, int64_t i, const 
     read_bias<T>(call.bias, n, h, i, slot, high - low, bias);
     added = bias;
   }
-  void* const to = at(call.band.data, call.type, place_of(call.band, n, h, i) + slot);
-  if (call.type == kTypeOf<T>) {
-    finish_scores<T>(call, high - low, scores, added, lowest, static_cast<T*>(to));
-  } else {
-    finish_scores<T>(call, high - low, scores, added, lowest, scores);
-    narrow_to(scores, T{1}, high - low, to, call.type);
-  }
+  finish_scores<T>(call, high - low, scores, added, lowest, place_of(call.band, n, h, i) + slot);
 }
 
 }  // namespace

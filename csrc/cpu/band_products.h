@@ -72,7 +72,7 @@ inline void multiply_to_band(const Band& call, int64_t unit) {
   T* const columns = scratch.take<T>(padded * pitch);
   T* const few = scratch.take<T>(kLanes<T> * padded);
   T* const tile = scratch.take<T>(kRowsOfTile * pitch);
-  T* const copy = scratch.take<T>(lies_ready<T>(call.type, width) ? 0 : count * padded);
+  T* const copy = scratch.take<T>(lies_ready<T>(call.type, width) ? 0 : kRowsOfTile * padded);
   T* const bias = scratch.take<T>(has_bias ? kKeysAtOnce + kLanes<T> : 0);
   const T lowest = lowest_score<T>(call);
   int64_t first_row = 0;
@@ -84,14 +84,13 @@ inline void multiply_to_band(const Band& call, int64_t unit) {
     pack_columns<T>(call.keys, call.type, n, kv_head, key, end - key, width, columns, pitch, few);
     for (int64_t g = 0; g < call.group(); ++g) {
       const int64_t h = kv_head * call.group() + g;
-      const Operand<T> rows = operand<T>(call.rows, call.type, n, h, begin, count, width, copy);
       for (int64_t r = first_row, together; r < count && places[r].first < end; r += together) {
         together = rows_together(places, r, count);
         const int64_t from = most(places[r].first, key), to = least(places[r + together - 1].last, end);
         if (from >= to) continue;
         const int64_t vectors = ceil_div(to - from, kLanes<T>);
-        add_product<T>(together, vectors, width, rows.data + r * rows.row, rows.row, 1, columns + (from - key), pitch, tile,
-                       pitch, false);
+        const Operand<T> rows = operand<T>(call.rows, call.type, n, h, begin + r, together, width, copy);
+        add_product<T>(together, vectors, width, rows.data, rows.row, 1, columns + (from - key), pitch, tile, pitch, false);
         for (int64_t m = 0; m < together; ++m) {
           const Place& place = places[r + m];
           const int64_t low = most(place.first, from), high = least(place.last, to);
@@ -199,7 +198,7 @@ inline void average_to_keys(const Band& call, int64_t unit) {
   T* const of_head = scratch.take<T>(group > 1 ? count * padded : 0);
   T* const weights = scratch.take<T>(kRowsOfUnit * kKeysOfGroup);
   const bool small = call.slots() <= kSmallWindowOfKeys && !has_bias;
-  T* const copy_of_band = scratch.take<T>(small && call.type != kTypeOf<T> ? kRowsOfUnit * whole_vectors<T>(call.slots()) : 0);
+  T* const copy_of_band = scratch.take<T>(small && call.type != kTypeOf<T> ? kRowsOfUnit * call.slots() : 0);
   T* const copy = scratch.take<T>(lies_ready<T>(call.type, width) ? 0 : kRowsOfUnit * padded);
   T* const bias = scratch.take<T>(kKeysOfGroup);
   uint8_t* const of_keys = scratch.take<uint8_t>(kKeysOfGroup);
@@ -214,14 +213,19 @@ inline void average_to_keys(const Band& call, int64_t unit) {
       memset(into, 0, count * padded * sizeof(T));
     }
     for (int64_t row = first_row; row < sizes.query_length; row += kRowsOfUnit) {
-      const int64_t rows = least(kRowsOfUnit, sizes.query_length - row);
+      int64_t rows = least(kRowsOfUnit, sizes.query_length - row);
       place_rows(sizes, *call.window, n, row, rows, places);
-      if (places[0].first >= begin + count) break;
+      while (rows > 0 && places[rows - 1].first >= begin + count) --rows;
+      if (rows == 0) break;
       const Operand<T> right = operand<T>(call.rows, call.type, n, h, row, rows, width, copy);
       int64_t low_row = 0, high_row = 0;
       if (small) {
-        Operand<T> band = {static_cast<const T*>(call.band.data) + place_of(call.band, n, h, row), call.band.l};
-        if (call.type != kTypeOf<T>) band = operand<T>(call.band, call.type, n, h, row, rows, call.slots(), copy_of_band);
+        const int64_t start = place_of(call.band, n, h, row), slots = call.slots();
+        Operand<T> band = {static_cast<const T*>(call.band.data) + start, call.band.l};
+        if (call.type != kTypeOf<T>) {
+          widen_rows(at(call.band.data, call.type, start), call.type, call.band.l, rows, slots, copy_of_band, slots);
+          band = {copy_of_band, slots};
+        }
         for (int64_t j = 0; j < count; ++j) {
           const int64_t key = begin + j;
           while (low_row < rows && places[low_row].last <= key) ++low_row;
@@ -233,8 +237,8 @@ inline void average_to_keys(const Band& call, int64_t unit) {
             number = band.data[(low_row + r) * band.row + (key - place.origin)];
             return true;
           };
-          add_weighted<T>(padded / kLanes<T>, high_row - low_row, weight, right.data + low_row * right.row, right.row,
-                          into + j * padded);
+          add_weighted<T, true>(padded / kLanes<T>, high_row - low_row, weight, right.data + low_row * right.row, right.row,
+                                T{1}, into + j * padded);
         }
         continue;
       }

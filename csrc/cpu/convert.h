@@ -86,28 +86,145 @@ ATTNREG_INLINE void widen_span(const S* from, int64_t stride, int64_t count, T* 
   }
 }
 
-template <class T>
-inline void widen_halves(const Half* from, int64_t count, T* to) {
-  int64_t i = 0;
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-  if constexpr (sizeof(T) == 4) {
-    for (; i + 16 <= count; i += 16) {
-      store<T>(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
-    }
-  }
-#elif defined(__F16C__) && defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) {
-    for (; i + 8 <= count; i += 8) {
-      store<T>(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    }
-  }
+// A vector of numbers of 16 bits.
+typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t LooseShorts __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+// Whole numbers, in as few instructions as there are.
+ATTNREG_INLINE Vector<uint32_t> words_of(Shorts numbers) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<uint32_t>>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(numbers)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<uint32_t>>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(numbers)));
+#else
+  return __builtin_convertvector(numbers, Vector<uint32_t>);
 #endif
-  for (; i < count; ++i) to[i] = static_cast<T>(wide(from[i]));
+}
+
+ATTNREG_INLINE Shorts shorts_of(Vector<uint32_t> words) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Shorts>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+#else
+  return __builtin_convertvector(words, Shorts);
+#endif
+}
+
+ATTNREG_INLINE Vector<float> widened(Shorts numbers, BFloat16) {
+  return reinterpret_cast<Vector<float>>(words_of(numbers) << 16);
+}
+
+ATTNREG_INLINE Shorts narrowed(Vector<float> numbers, BFloat16) {
+  const Vector<uint32_t> bits = reinterpret_cast<Vector<uint32_t>>(numbers);
+  const Vector<uint32_t> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return shorts_of(numbers == numbers ? rounded : bits >> 16 | 0x40u);
+}
+
+// Whether numbers of a type are converted a vector at a time.
+template <class S>
+constexpr bool kHasVectors = false;
+template <>
+constexpr bool kHasVectors<BFloat16> = true;
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+template <>
+constexpr bool kHasVectors<Half> = true;
+ATTNREG_INLINE Vector<float> widened(Shorts numbers, Half) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(numbers)); }
+ATTNREG_INLINE Shorts narrowed(Vector<float> numbers, Half) { return reinterpret_cast<Shorts>(_mm512_cvtps_ph(numbers, 0)); }
+#elif defined(__F16C__) && defined(__AVX2__)
+template <>
+constexpr bool kHasVectors<Half> = true;
+ATTNREG_INLINE Vector<float> widened(Shorts numbers, Half) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(numbers)); }
+ATTNREG_INLINE Shorts narrowed(Vector<float> numbers, Half) { return reinterpret_cast<Shorts>(_mm256_cvtps_ph(numbers, 0)); }
+#endif
+
+template <class S>
+ATTNREG_INLINE void widen_vector(const S* from, float* to) {
+  store<float>(to, widened(*reinterpret_cast<const LooseShorts*>(from), S()));
+}
+
+template <class S>
+ATTNREG_INLINE void narrow_vector(const float* from, float scale, S* to) {
+  *reinterpret_cast<LooseShorts*>(to) = narrowed(load(from) * scale, S());
+}
+
+// The first `count` of them; fewer than a vector has.
+template <class S>
+ATTNREG_INLINE void store_some_shorts(S* to, Shorts numbers, int count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1u), reinterpret_cast<__m256i>(numbers));
+#else
+  for (int i = 0; i < count; ++i) to[i].bits = numbers[i];
+#endif
+}
+
+// Numbers of 16 bits that lie side by side.
+template <class S>
+ATTNREG_INLINE void widen_shorts(const S* from, int64_t count, float* to) {
+  constexpr int64_t lanes = kLanes<float>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) widen_vector(from + i, to + i);
+  if (i == count) return;
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 rest = static_cast<__mmask16>((1u << (count - i)) - 1u);
+  const Shorts numbers = reinterpret_cast<Shorts>(_mm256_maskz_loadu_epi16(rest, from + i));
+  _mm512_mask_storeu_ps(to + i, rest, widened(numbers, S()));
+#else
+  // The last vector may take some a second time.
+  if (count >= lanes) return widen_vector(from + count - lanes, to + count - lanes);
+  widen_span(from + i, 1, count - i, to + i);
+#endif
+}
+
+template <class S>
+ATTNREG_INLINE void narrow_shorts(const float* from, float scale, int64_t count, S* to) {
+  constexpr int64_t lanes = kLanes<float>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) narrow_vector(from + i, scale, to + i);
+  if (i == count) return;
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 rest = static_cast<__mmask16>((1u << (count - i)) - 1u);
+  const Vector<float> numbers = _mm512_maskz_loadu_ps(rest, from + i);
+  store_some_shorts(to + i, narrowed(numbers * scale, S()), static_cast<int>(count - i));
+#else
+  if (count >= lanes) return narrow_vector(from + count - lanes, scale, to + count - lanes);
+  for (; i < count; ++i) narrow(from[i] * scale, to + i);
+#endif
+}
+
+// Rows of numbers that lie side by side, `row` and `to_row` from one to the next.
+template <class S, class T>
+inline void widen_rows(const S* from, int64_t row, int64_t rows, int64_t count, T* to, int64_t to_row) {
+  if (row == count && to_row == count) {
+    row = to_row = count *= rows;
+    rows = count > 0;
+  }
+  for (int64_t i = 0; i < rows; ++i, from += row, to += to_row) {
+    if constexpr (kHasVectors<S> && sizeof(T) == sizeof(float)) {
+      widen_shorts(from, count, to);
+    } else {
+      widen_span(from, 1, count, to);
+    }
+  }
+}
+
+template <class T>
+inline void widen_rows(const void* from, Type type, int64_t row, int64_t rows, int64_t count, T* to, int64_t to_row) {
+  switch (type) {
+    case Type::kFloat:
+      return widen_rows(static_cast<const float*>(from), row, rows, count, to, to_row);
+    case Type::kDouble:
+      return widen_rows(static_cast<const double*>(from), row, rows, count, to, to_row);
+    case Type::kBFloat16:
+      return widen_rows(static_cast<const BFloat16*>(from), row, rows, count, to, to_row);
+    case Type::kHalf:
+      return widen_rows(static_cast<const Half*>(from), row, rows, count, to, to_row);
+  }
 }
 
 // `count` numbers of a type, `stride` apart.
 template <class T>
 inline void widen(const void* from, Type type, int64_t stride, int64_t count, T* to) {
+  if (stride == 1) return widen_rows(from, type, count, 1, count, to, count);
   switch (type) {
     case Type::kFloat:
       return widen_span(static_cast<const float*>(from), stride, count, to);
@@ -116,7 +233,6 @@ inline void widen(const void* from, Type type, int64_t stride, int64_t count, T*
     case Type::kBFloat16:
       return widen_span(static_cast<const BFloat16*>(from), stride, count, to);
     case Type::kHalf:
-      if (stride == 1) return widen_halves(static_cast<const Half*>(from), count, to);
       return widen_span(static_cast<const Half*>(from), stride, count, to);
   }
 }
@@ -131,29 +247,14 @@ inline T widen_one(const Numbers& numbers, int64_t index) {
 template <class S, class T>
 ATTNREG_INLINE void narrow_span(const T* from, T scale, int64_t count, S* to, int64_t stride) {
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) narrow(from[i] * scale, to + i);
+    if constexpr (kHasVectors<S> && sizeof(T) == sizeof(float)) {
+      narrow_shorts(from, scale, count, to);
+    } else {
+      for (int64_t i = 0; i < count; ++i) narrow(from[i] * scale, to + i);
+    }
   } else {
     for (int64_t i = 0; i < count; ++i) narrow(from[i] * scale, to + i * stride);
   }
-}
-
-template <class T>
-inline void narrow_halves(const T* from, T scale, int64_t count, Half* to) {
-  int64_t i = 0;
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-  if constexpr (sizeof(T) == 4) {
-    for (; i + 16 <= count; i += 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtps_ph(load(from + i) * scale, 0));
-    }
-  }
-#elif defined(__F16C__) && defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) {
-    for (; i + 8 <= count; i += 8) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(load(from + i) * scale, 0));
-    }
-  }
-#endif
-  for (; i < count; ++i) narrow(from[i] * scale, to + i);
 }
 
 // The same back, times `scale`.
@@ -167,9 +268,14 @@ inline void narrow_to(const T* from, T scale, int64_t count, void* to, Type type
     case Type::kBFloat16:
       return narrow_span(from, scale, count, static_cast<BFloat16*>(to), stride);
     case Type::kHalf:
-      if (stride == 1) return narrow_halves(from, scale, count, static_cast<Half*>(to));
       return narrow_span(from, scale, count, static_cast<Half*>(to), stride);
   }
+}
+
+template <class T>
+inline void narrow_rows(const T* from, int64_t from_row, T scale, int64_t rows, int64_t count, void* to, Type type, int64_t row) {
+  if (row == count && from_row == count) return narrow_to(from, scale, rows * count, to, type);
+  for (int64_t i = 0; i < rows; ++i) narrow_to(from + i * from_row, scale, count, at(to, type, i * row), type);
 }
 
 }  // namespace

@@ -140,6 +140,7 @@ struct Kernels {
 
 // Null where the file was not compiled for a processor that has such an instruction set. Whether the machine at hand has it is
 // asked by the caller, before any of the functions is called.
+const Kernels* kernels_amx();  // only where kernels_avx512() is not null
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_baseline();

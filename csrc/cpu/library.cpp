@@ -10,6 +10,12 @@
 #include <string>
 #include <tuple>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -37,6 +43,19 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// The processor's matrix unit, for bfloat16. Linux lets a process use it that has asked for it.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAskFor = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBFloat16Tiles) == 0 || (d & kTiles) == 0) return false;
+  return has_avx512() && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Calls `use` with the kernels of each instruction set that the processor has, the best one first, until it says that it is done.
@@ -44,6 +63,7 @@ template <class Use>
 void for_each_isa(const Use& use) {
   const Kernels* all[] = {
 #if defined(__x86_64__)
+      has_amx() ? kernels_amx() : nullptr,
       has_avx512() ? kernels_avx512() : nullptr,
       has_avx2() ? kernels_avx2() : nullptr,
 #endif

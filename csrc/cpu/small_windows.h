@@ -11,6 +11,7 @@ constexpr int64_t kSmallWindow = 16;
 constexpr int64_t kSmallWindowOfKeys = 8;
 // Pairs of a row and a key whose products are summed up together.
 constexpr int64_t kPairsAtOnce = 256;
+constexpr int64_t kRowsCopiedAtOnce = 16, kPairsOfCopies = 128;
 
 // The products of a row with `count` keys, a vector of sums for each.
 template <class T, int N>
@@ -69,6 +70,11 @@ __attribute__((noinline)) void sum_lanes(const T* sums, int64_t count, T* to) {
   }
 }
 
+// Rows that are taken together: fewer where they are copied first, so that the copies stay in the first cache.
+inline int64_t rows_at_once(int64_t slots, bool ready) {
+  return ready ? kPairsAtOnce / slots : least(kPairsOfCopies / slots, kRowsCopiedAtOnce);
+}
+
 // How many rows from `row` on see keys so close together that they are read together: `span` at most, or one row.
 inline int64_t rows_within(const Place* places, int64_t row, int64_t count, int64_t most_rows, int64_t span) {
   int64_t together = 1;
@@ -76,15 +82,44 @@ inline int64_t rows_within(const Place* places, int64_t row, int64_t count, int6
   return together;
 }
 
+// The keys of a unit that are read one group of rows after the other: where they lie, or copies, each made once as a rule.
+template <class T>
+class MovingKeys {
+ public:
+  MovingKeys(const Band& call, int64_t n, int64_t kv_head, int64_t at_most, Scratch& scratch)
+      : call_(call), n_(n), kv_head_(kv_head), padded_(whole_vectors<T>(call.sizes.head_dim)), room_(2 * at_most),
+        copy_(lies_ready<T>(call.type, call.sizes.head_dim) ? nullptr : scratch.take<T>(room_ * padded_)) {}
+
+  // Keys [first, last), as many as `at_most` says; what was returned before must not be used any more.
+  Operand<T> keys(int64_t first, int64_t last) {
+    const auto some = [&](int64_t from, T* to) {
+      return operand<T>(call_.keys, call_.type, n_, kv_head_, from, last - from, call_.sizes.head_dim, to);
+    };
+    if (copy_ == nullptr) return some(first, nullptr);
+    if (first < base_ || first > end_ || last > base_ + room_) base_ = end_ = first;
+    if (last > end_) {
+      some(end_, copy_ + (end_ - base_) * padded_);
+      end_ = last;
+    }
+    return {copy_ + (first - base_) * padded_, padded_};
+  }
+
+ private:
+  const Band& call_;
+  const int64_t n_, kv_head_, padded_, room_;
+  T* const copy_;
+  int64_t base_ = 0, end_ = 0;
+};
+
 // One unit of units_of_rows(), of a small window.
 template <class T>
 inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head, int64_t begin, int64_t count,
                                    const Place* places) {
   const int64_t width = call.sizes.head_dim, padded = whole_vectors<T>(width), slots = call.slots();
-  const bool has_bias = call.bias.data != nullptr, direct = call.type == kTypeOf<T>, ready = lies_ready<T>(call.type, width);
-  const int64_t most_rows = kPairsAtOnce / slots, span = 2 * most_rows + slots;
+  const bool has_bias = call.bias.data != nullptr, ready = lies_ready<T>(call.type, width);
+  const int64_t most_rows = rows_at_once(slots, ready), span = 2 * most_rows + slots;
   Scratch& scratch = Scratch::begin();
-  T* const copy_of_keys = scratch.take<T>(ready ? 0 : span * padded);
+  MovingKeys<T> moving_keys(call, n, kv_head, span, scratch);
   T* const copy_of_rows = scratch.take<T>(ready ? 0 : most_rows * padded);
   T* const sums = scratch.take<T>((kPairsAtOnce + kLanes<T>) * kLanes<T>);
   T* const scores = scratch.take<T>(kPairsAtOnce + 2 * kLanes<T>);
@@ -95,7 +130,7 @@ inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head,
     together = rows_within(places, r, count, most_rows, span);
     const int64_t first = places[r].first, last = places[r + together - 1].last;
     if (first >= last) continue;
-    const Operand<T> keys = operand<T>(call.keys, call.type, n, kv_head, first, last - first, width, copy_of_keys);
+    const Operand<T> keys = moving_keys.keys(first, last);
     for (int64_t g = 0; g < call.group(); ++g) {
       const int64_t h = kv_head * call.group() + g;
       const Operand<T> rows = operand<T>(call.rows, call.type, n, h, begin + r, together, width, copy_of_rows);
@@ -107,12 +142,11 @@ inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head,
         pairs += place.last - place.first;
       }
       sum_lanes<T>(sums, pairs, scores);
-      if (pairs == together * slots && direct && !has_bias && call.band.l == slots) {
-        finish_scores<T>(call, pairs, scores, nullptr, lowest,
-                         static_cast<T*>(call.band.data) + place_of(call.band, n, h, begin + r));
+      if (pairs == together * slots && !has_bias && call.band.l == slots) {
+        finish_scores<T>(call, pairs, scores, nullptr, lowest, place_of(call.band, n, h, begin + r));
         continue;
       }
-      T* from = scores;
+      const T* from = scores;
       for (int64_t m = 0; m < together; ++m) {
         const Place& place = places[r + m];
         finish_row<T>(call, n, h, begin + r + m, place, place.first, place.last, from, bias, lowest);
@@ -122,12 +156,12 @@ inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head,
   }
 }
 
-// sums[vectors] += sum over `count` terms of weight * the vectors of row.
-template <class T, int N, class Weight>
-ATTNREG_INLINE void add_some(int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T* sums) {
+// sums[vectors] += sum over `count` terms of weight * the vectors of row; or scale times that, whatever was there before.
+template <class T, int N, bool kAdd, class Weight>
+ATTNREG_INLINE void add_some(int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T scale, T* sums) {
   Vector<T> total[N];
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) total[v] = load(sums + v * kLanes<T>);
+  for (int v = 0; v < N; ++v) total[v] = kAdd ? load(sums + v * kLanes<T>) : Vector<T>{};
   for (int64_t c = 0; c < count; ++c, rows += rows_row) {
     T number;
     if (!weight(c, number)) continue;
@@ -136,22 +170,23 @@ ATTNREG_INLINE void add_some(int64_t count, const Weight& weight, const T* rows,
     for (int v = 0; v < N; ++v) total[v] = multiply_add(left, load(rows + v * kLanes<T>), total[v]);
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) store(sums + v * kLanes<T>, total[v]);
+  for (int v = 0; v < N; ++v) store(sums + v * kLanes<T>, kAdd ? total[v] : total[v] * scale);
 }
 
 // The same of any number of vectors; `weight(c, number)` says whether there is one.
-template <class T, class Weight>
-ATTNREG_INLINE void add_weighted(int64_t vectors, int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T* sums) {
+template <class T, bool kAdd, class Weight>
+ATTNREG_INLINE void add_weighted(int64_t vectors, int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T scale,
+                                 T* sums) {
   for (; vectors >= 4; vectors -= 4, rows += 4 * kLanes<T>, sums += 4 * kLanes<T>) {
-    add_some<T, 4>(count, weight, rows, rows_row, sums);
+    add_some<T, 4, kAdd>(count, weight, rows, rows_row, scale, sums);
   }
   if (vectors >= 2) {
-    add_some<T, 2>(count, weight, rows, rows_row, sums);
+    add_some<T, 2, kAdd>(count, weight, rows, rows_row, scale, sums);
     vectors -= 2;
     rows += 2 * kLanes<T>;
     sums += 2 * kLanes<T>;
   }
-  if (vectors > 0) add_some<T, 1>(count, weight, rows, rows_row, sums);
+  if (vectors > 0) add_some<T, 1, kAdd>(count, weight, rows, rows_row, scale, sums);
 }
 
 // One unit of units_of_rows(), of a small window.
@@ -160,39 +195,52 @@ inline void average_to_small_rows(const Band& call, int64_t n, int64_t kv_head, 
                                   const Place* places) {
   const int64_t width = call.sizes.head_dim, padded = whole_vectors<T>(width), slots = call.slots();
   const bool has_bias = call.bias.data != nullptr, ready = lies_ready<T>(call.type, width);
-  const bool as_they_lie = call.type == kTypeOf<T> && !has_bias;
-  const int64_t most_rows = kPairsAtOnce / slots, span = 2 * most_rows + slots;
+  const bool direct = call.type == kTypeOf<T>;
+  const int64_t most_rows = rows_at_once(slots, ready), span = 2 * most_rows + slots;
+  const T scale = static_cast<T>(call.scale);
   Scratch& scratch = Scratch::begin();
-  T* const copy = scratch.take<T>(ready ? 0 : span * padded);
-  T* const sums = scratch.take<T>(padded);
+  MovingKeys<T> moving_keys(call, n, kv_head, span, scratch);
+  T* const copy_of_weights = scratch.take<T>(direct || has_bias ? 0 : most_rows * slots);
+  T* const copy_of_sums = scratch.take<T>(ready ? 0 : most_rows * padded);
   T* const few = scratch.take<T>(slots);
   T* const bias = scratch.take<T>(slots);
   uint8_t* const seen = scratch.take<uint8_t>(slots);
   for (int64_t r = 0, together; r < count; r += together) {
     together = rows_within(places, r, count, most_rows, span);
     const int64_t first = places[r].first, last = places[r + together - 1].last;
-    Operand<T> keys = {copy, padded};
-    if (first < last) keys = operand<T>(call.keys, call.type, n, kv_head, first, last - first, width, copy);
+    Operand<T> keys = {nullptr, padded};
+    if (first < last) keys = moving_keys.keys(first, last);
     for (int64_t g = 0; g < call.group(); ++g) {
-      const int64_t h = kv_head * call.group() + g;
+      const int64_t h = kv_head * call.group() + g, start = place_of(call.band, n, h, begin + r);
+      Operand<T> weights = {copy_of_weights, slots};
+      if (direct) {
+        weights = {static_cast<const T*>(call.band.data) + start, call.band.l};
+      } else if (!has_bias) {
+        widen_rows(at(call.band.data, call.type, start), call.type, call.band.l, together, slots, copy_of_weights, slots);
+      }
+      void* const to = at(call.rows.data, call.type, place_of(call.rows, n, h, begin + r));
+      T* const sums = ready ? static_cast<T*>(to) : copy_of_sums;
+      const int64_t sums_row = ready ? call.rows.l : padded;
       for (int64_t m = 0; m < together; ++m) {
         const Place& place = places[r + m];
         const int64_t visible = place.last - place.first;
+        if (visible == 0) {
+          memset(sums + m * sums_row, 0, padded * sizeof(T));
+          continue;
+        }
         const T* right = keys.data + (place.first - first) * keys.row;
-        memset(sums, 0, padded * sizeof(T));
-        if (visible > 0 && as_they_lie) {
-          const T* weights =
-              static_cast<const T*>(call.band.data) + place_of(call.band, n, h, begin + r + m) + place.first - place.origin;
-          const auto weight = [&](int64_t c, T& number) { return number = weights[c], true; };
-          add_weighted<T>(padded / kLanes<T>, visible, weight, right, keys.row, sums);
-        } else if (visible > 0) {
-          memset(seen, !has_bias, slots);
+        if (!has_bias) {
+          const T* const from = weights.data + m * weights.row + (place.first - place.origin);
+          const auto weight = [&](int64_t c, T& number) { return number = from[c], true; };
+          add_weighted<T, false>(padded / kLanes<T>, visible, weight, right, keys.row, scale, sums + m * sums_row);
+        } else {
+          memset(seen, 0, slots);
           read_weights<T>(call, n, h, begin + r + m, place, place.first, visible, bias, few, seen);
           const auto weight = [&](int64_t c, T& number) { return number = few[c], seen[c] != 0; };
-          add_weighted<T>(padded / kLanes<T>, visible, weight, right, keys.row, sums);
+          add_weighted<T, false>(padded / kLanes<T>, visible, weight, right, keys.row, scale, sums + m * sums_row);
         }
-        write_sums<T>(call, call.rows, n, h, begin + r + m, 1, sums, padded);
       }
+      if (!ready) narrow_rows(copy_of_sums, padded, T{1}, together, width, to, call.type, call.rows.l);
     }
   }
 }

@@ -1,0 +1,59 @@
+// AVX-512, and attention in bfloat16 by the processor's matrix unit. Its instructions are written out, so that no flag of the
+// compiler is needed; an assembler that knows none of them comes with a compiler that is left out here.
+#if defined(__x86_64__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
+#define ATTNREG_PAIRS
+#endif
+
+#include "kernels.h"
+
+#if defined(ATTNREG_PAIRS)
+#include "attention.h"
+#include "attention_backward.h"
+#endif
+
+namespace attnreg::cpu {
+
+#if defined(ATTNREG_PAIRS)
+namespace {
+
+// What is not multiplied in pairs, AVX-512 does.
+inline bool goes_here(const Attention& call) {
+  return goes_in_pairs<float>(call.type, call.sizes.head_dim) && goes_in_pairs<float>(call.type, call.sizes.value_dim);
+}
+
+void attend_in_pairs(const Attention& call, int64_t begin, int64_t end) {
+  if (goes_here(call)) {
+    attend<float>(call, begin, end);
+  } else {
+    kernels_avx512()->attention(call, begin, end);
+  }
+}
+
+void go_back_in_pairs(const AttentionBackward& call, void* scratch, int64_t begin, int64_t end) {
+  if (goes_here(call)) {
+    go_back<float>(call, scratch, begin, end);
+  } else {
+    kernels_avx512()->attention_backward(call, scratch, begin, end);
+  }
+}
+
+}  // namespace
+#endif
+
+const Kernels* kernels_amx() {
+#if defined(ATTNREG_PAIRS)
+  static const Kernels kernels = [] {
+    Kernels all = *kernels_avx512();
+    all.name = "amx";
+    all.attention = attend_in_pairs;
+    all.attention_backward = go_back_in_pairs;
+    return all;
+  }();
+  return &kernels;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace attnreg::cpu
