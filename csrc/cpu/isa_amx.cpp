@@ -17,8 +17,9 @@ namespace attnreg::cpu {
 #if defined(ATTNREG_PAIRS)
 namespace {
 
-// What is not multiplied in pairs, AVX-512 does.
+// What is not multiplied in pairs, AVX-512 does; and tiny calls, which take less time than to set the unit up.
 inline bool goes_here(const Attention& call) {
+  if (call.sizes.query_length < kRowsOfPairs && call.sizes.key_length < 64) return false;
   return goes_in_pairs<float>(call.type, call.sizes.head_dim) && goes_in_pairs<float>(call.type, call.sizes.value_dim);
 }
 
