@@ -30,6 +30,10 @@ class Window:
     right: int
 
     def __post_init__(self) -> None:
+        left, right = self.left, self.right
+        # Who makes a window at each call should not pay for messages.
+        if type(left) is int and type(right) is int and 0 <= left <= _LARGEST and 0 <= right <= _LARGEST:
+            return
         for side in ("left", "right"):
             object.__setattr__(self, side, _count(f"Window: {side}", getattr(self, side), minimum=0))
 

@@ -1,7 +1,5 @@
-// AVX-512, and attention in bfloat16 by the processor's matrix unit. Its instructions are written out, so that no flag of the
-// compiler is needed; an assembler that knows none of them comes with a compiler that is left out here.
-#if defined(__x86_64__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
-    (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
+// AVX-512, and attention in bfloat16 by the processor's matrix unit, whose instructions no compiler has to know.
+#if defined(__x86_64__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define ATTNREG_PAIRS
 #endif
 
@@ -17,8 +15,9 @@ namespace attnreg::cpu {
 #if defined(ATTNREG_PAIRS)
 namespace {
 
-// What is not multiplied in pairs, AVX-512 does.
+// What is not multiplied in pairs, AVX-512 does; and tiny calls, which take less time than to set the unit up.
 inline bool goes_here(const Attention& call) {
+  if (call.sizes.query_length < kRowsOfPairs && call.sizes.key_length < 64) return false;
   return goes_in_pairs<float>(call.type, call.sizes.head_dim) && goes_in_pairs<float>(call.type, call.sizes.value_dim);
 }
 

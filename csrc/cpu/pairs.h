@@ -35,19 +35,26 @@ class PairRegisters {
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
-    asm volatile("ldtilecfg %0" ::"m"(shapes));
+    asm volatile(".byte 0xc4,0xe2,0x78,0x49,0x00" ::"a"(&shapes), "m"(shapes));  // ldtilecfg (%rax)
   }
-  ~PairRegisters() { asm volatile("tilerelease" ::: "memory"); }
+  ~PairRegisters() {
+    asm volatile(".byte 0xc4,0xe2,0x78,0x49,0xc0" ::: "memory");  // tilerelease
+  }
   PairRegisters(const PairRegisters&) = delete;
   PairRegisters& operator=(const PairRegisters&) = delete;
 };
 
-#define ATTNREG_PAIRS_ZERO(c) asm volatile("tilezero %%tmm" #c ::)
-#define ATTNREG_PAIRS_LOAD(c, from, bytes) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #c ::"r"(static_cast<const void*>(from)), "r"(static_cast<int64_t>(bytes)) : "memory")
-#define ATTNREG_PAIRS_STORE(c, to, bytes) \
-  asm volatile("tilestored %%tmm" #c ", (%0,%1,1)" ::"r"(static_cast<void*>(to)), "r"(static_cast<int64_t>(bytes)) : "memory")
-#define ATTNREG_PAIRS_ADD(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+// The instructions as bytes, which older assemblers take, too: tilezero c; tileloadd (%rax,%rcx,1), c; tilestored c, (%rax,%rcx,1);
+// tdpbf16ps b, a, c.
+#define ATTNREG_PAIRS_ZERO(c) asm volatile(".byte 0xc4,0xe2,0x7b,0x49,0xc0+8*" #c ::)
+#define ATTNREG_PAIRS_LOAD(c, from, bytes)                                                                                     \
+  asm volatile(".byte 0xc4,0xe2,0x7b,0x4b,0x04+8*" #c ",0x08" ::"a"(static_cast<const void*>(from)),                           \
+               "c"(static_cast<int64_t>(bytes))                                                                                \
+               : "memory")
+#define ATTNREG_PAIRS_STORE(c, to, bytes)                                                                                      \
+  asm volatile(".byte 0xc4,0xe2,0x7a,0x4b,0x04+8*" #c ",0x08" ::"a"(static_cast<void*>(to)), "c"(static_cast<int64_t>(bytes)) \
+               : "memory")
+#define ATTNREG_PAIRS_ADD(c, a, b) asm volatile(".byte 0xc4,0xe2,0x7a-8*" #b ",0x5c,0xc0+8*" #c "+" #a ::)
 
 // C [16 * kM][16 * kN] = A [16 * kM][terms] * B, of which B holds [terms / 2][b_row] pairs; strides in elements.
 template <int kM, int kN>
