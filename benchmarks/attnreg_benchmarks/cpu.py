@@ -126,9 +126,9 @@ def of_fast_transformers(line: Line) -> Function:
 
 def of_attnreg(line: Line, backend: str) -> Function:
     """The op, by one backend."""
-    ops = {"local_dot_product": local_dot_product, "local_weighted_average": local_weighted_average}
-    op: Any = ops.get(line.op, local_attention)
-    return lambda *tensors: op(*tensors, line.window, backend=backend)
+    ops: dict[str, Any] = {"local_dot_product": local_dot_product, "local_weighted_average": local_weighted_average}
+    op, window = ops.get(line.op, local_attention), line.window
+    return lambda *tensors: op(*tensors, window, backend=backend)
 
 
 def contenders(line: Line, backends: list[str]) -> Iterator[tuple[str, Callable[[], Function], bool]]:
