@@ -96,8 +96,13 @@ def packed_call(given: Mapping[str, Any]) -> PackedCall | None:
 
 def forward(call: PackedCall) -> tuple[Tensor, Tensor]:
     """The output (Tq, H, E), and the log-sum-exp (H, Tq) in float32, as the op has it; -inf for a query without a key."""
+    output, log_sum_exp = _attend(call)
+    return _theirs(output), log_sum_exp[0].float()
+
+
+def _attend(call: PackedCall) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), without_autocast(call.query.device.type):
-        output, log_sum_exp = local_attention_with_lse(
+        return local_attention_with_lse(
             _ours(call.query),
             _ours(call.key),
             _ours(call.value),
@@ -106,13 +111,15 @@ def forward(call: PackedCall) -> tuple[Tensor, Tensor]:
             cu_seqlens_k=_other_offsets(call),
             scale=call.scale,
         )
-    return _theirs(output), log_sum_exp[0].float()
 
 
 def backward(
     call: PackedCall, grad_output: Tensor, output: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, by what the forward returned."""
+    if call.query.dtype == torch.float64:
+        # The op keeps it in float32, which is too little for gradients in float64.
+        log_sum_exp = _attend(call)[1][0]
     tensors = {"query": call.query, "key": call.key, "value": call.value}
     kept = {"grad_output": grad_output, "output": output}
     given = {
