@@ -201,7 +201,8 @@ def local_attention_backward(
     A sink is a score whose value is 0. Where weights are dropped, dV is that of those that are left, and dP is 0 at the others.
     """
     # A softmax of one number is constant: the kernel's derivative is but nearly 0.
-    if window.size > 1 and fused.takes(query, value, scale, bias, softcap, dropout_p, grad_log_sum_exp):
+    wide = min(query.shape[3], value.shape[3]) >= fused.SMALLEST_HEAD_DIM
+    if wide and window.size > 1 and fused.takes(query, value, scale, bias, softcap, dropout_p, grad_log_sum_exp):
         given = (grad_output, query, key, value, output, log_sum_exp)
         gradients_of_kernel = fused.local_attention_backward(*given, window, scale, sinks, rows, needs_grad)
         if gradients_of_kernel is not None:

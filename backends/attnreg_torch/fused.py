@@ -26,6 +26,8 @@ DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 # The kernel's backward takes weights as exp(S - log-sum-exp): they are known to within a rounding step of the latter.
 LARGEST_LOG_SUM_EXP = 32.0
 LARGEST_SCALE = 1e30
+# Of gradients: where fewer terms make them, what the kernel rounds is more of them than the error budget has.
+SMALLEST_HEAD_DIM = 16
 # Multiplications below which one call for all rows takes less time than several for their blocks.
 FEW_MULTIPLICATIONS = 2**20
 # Rows of all heads that a sequence of its own must have on average: shorter ones take less time side by side.
