@@ -70,7 +70,7 @@ def test_a_call_of_queries_keys_and_values_goes_through_the_kernel(taken, window
 @pytest.mark.parametrize(("length", "key_length"), [(300, 130), (130, 300), (1, 300), (200, 7)])
 def test_so_does_one_of_any_lengths_and_head_dim(taken, length, key_length, size):
     assert_as_reference(tensors(length=length, key_length=key_length, size=size), Window(20, 3), scale=-0.3)
-    assert taken == [True, True]
+    assert taken == ([True, True] if size >= fused.SMALLEST_HEAD_DIM else [True])
 
 
 @pytest.mark.parametrize(
