@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -177,12 +177,14 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def compare(line: Line, backends: list[str]) -> dict[str, Any]:
+def compare(line: Line, backends: list[str], left_out: Collection[str] = ()) -> dict[str, Any]:
     """Milliseconds of all contenders, in turns; or the reason why there are none."""
     tensors = tensors_of(line)
     found: dict[str, Any] = {}
     ready: dict[tuple[str, str], Callable[[], object]] = {}
     for name, make, has_gradients in contenders(line, backends):
+        if name in left_out:
+            continue
         try:
             for direction, call in calls_of(make(), tensors, has_gradients=has_gradients).items():
                 call()
@@ -241,6 +243,9 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of torch; 0: all.")] = 1,
     backend: Annotated[list[str] | None, typer.Option(help="Which backends; repeatable.")] = None,
     group: Annotated[list[str] | None, typer.Option(help=f"Which lines: {', '.join(GROUPS)}; repeatable.")] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option("--without", metavar="NAME", help="A peer; repeatable.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curve (needs attnreg[plot]).")] = None,
 ) -> None:
     """Measure all, print the times and store everything."""
@@ -257,7 +262,7 @@ def main(
     for name in group or GROUPS:
         for line in GROUPS[name]:
             torch._dynamo.reset()
-            times = compare(line, names)
+            times = compare(line, names, leave_out or ())
             share = shares(line, times, rate)
             measured[line] = times
             rows.append({"line": str(line), "ms": times, "share of torch.mm": share})

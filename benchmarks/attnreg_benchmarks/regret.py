@@ -171,13 +171,16 @@ def again(recorded: Sequence[Mapping[str, Any]], table: Path) -> list[Regret]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     problems = {(in_words(problem), problem.needs_grad): problem for problem in _problems(device, dtypes)}
     stored = Stored(tuning, "shipped", table.name, ())
+    # Peers were measured as well, and no table can choose them.
+    names = {entry.backend.name for entry in registry.entries}
     found = []
     for each in recorded:
         call, needs_grad, times = each["call"], each["gradients"], each["seconds"]
         problem = problems.get((call, needs_grad))
         if problem is None:
             raise ValueError(f"its call {call!r} is none of today's grid")
-        found.append(_regret(call, _choice(problem, times, stored), times))
+        able = {name: taken for name, taken in times.items() if name in names}
+        found.append(_regret(call, _choice(problem, able, stored), able))
     return found
 
 
