@@ -271,8 +271,13 @@ def _fingerprint(sources: Path, flags: tuple[str, ...]) -> str:
 @asked_once
 def _version(compiler: str) -> str:
     """The version of nvcc, g++ or clang++: the first number of three parts that it says of itself."""
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"\d+\.\d+\.\d+", said)
-    if found is None:
-        raise BuildError(f"{compiler} --version names no version: {said}")
+    asked = subprocess.run(
+        [compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    found = re.search(r"\d+\.\d+\.\d+", asked.stdout)
+    if asked.returncode != 0 or found is None:
+        said = "\n".join(asked.stdout.splitlines()[-_LINES_SHOWN:])
+        raise BuildError(
+            f"{compiler} --version, with exit status {asked.returncode}, names no version of a compiler: {said}"
+        )
     return found.group()

@@ -69,6 +69,10 @@ def test_the_command_builds_where_it_is_told_to_and_says_why_not(no_compiler, mo
     said = capsys.readouterr()
     assert said.out.strip() == str(next((tmp_path / "out").rglob("*.so")))
     assert f"building attnreg_cpu for {build.TARGET.title} with {compiler}" in said.err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["attnreg_cpu", "--output", str(tmp_path / "file" / "out")])
+    assert __main__.main() == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_the_best_instruction_set_runs_unless_another_one_is_chosen(library_for_cpus):

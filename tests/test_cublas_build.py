@@ -102,3 +102,7 @@ def test_the_version_of_a_compiler_is_what_it_says(tmp_path):
     extension._version.cache_clear()
     with pytest.raises(extension.BuildError, match="names no version"):
         extension._version(str(tool))
+    tool.write_text("#!/bin/sh\necho 'no such thing' >&2; exit 3\n")
+    extension._version.cache_clear()
+    with pytest.raises(extension.BuildError, match="with exit status 3, names no version of a compiler: no such thing"):
+        extension._version(str(tool))

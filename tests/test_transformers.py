@@ -28,7 +28,7 @@ from transformers_models import (  # noqa: E402
 )
 
 import attnreg.integrations.transformers as integration  # noqa: E402
-from attnreg import BackendError  # noqa: E402
+from attnreg import BackendError, use_backend  # noqa: E402
 from attnreg.integrations._transformers_mask import BandMask, dense, visibility  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -909,7 +909,7 @@ def test_a_window_that_hides_nothing_is_a_full_layer() -> None:
 def test_explain_names_layers_kinds_paths_and_backends() -> None:
     model = build("llama4")
     use(model, "attnreg")
-    with attnreg.use_backend("torch_block"):
+    with use_backend("torch_block"):
         found = integration.explain(model, batch=2, length=12)
     assert [layer.kind for layer in found.layers] == ["chunks of 5"] * 3 + ["full"]
     assert str(found).splitlines()[0] == "model.layers.0.self_attn: chunks of 5: attnreg (torch_block)"

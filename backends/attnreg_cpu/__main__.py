@@ -23,7 +23,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         library = LIBRARY.build(TARGET, arguments.output)
-    except (BuildError, NoCacheDir) as error:
+    except (BuildError, NoCacheDir, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(library)

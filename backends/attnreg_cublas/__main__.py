@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from attnreg.extension import BuildError
+from attnreg.paths import NoCacheDir
 from attnreg_cublas.build import LIBRARY, PORTABLE_ARCHS, target
 
 
@@ -28,7 +29,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         library = LIBRARY.build(target(arguments.arch or PORTABLE_ARCHS), arguments.output)
-    except BuildError as error:
+    except (BuildError, NoCacheDir, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(library)
