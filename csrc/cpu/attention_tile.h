@@ -56,8 +56,10 @@ inline Tile tile_of(const Place* places, int64_t row, int64_t count) {
       tile.first = tile.inner_first = place.first;
       tile.last = tile.inner_last = place.last;
     } else {
-      // Rows that share no key are better off apart.
-      if (place.first >= tile.last || place.last <= tile.first) break;
+      // Rows that share no key are better off apart, but for those of few keys that lie side by side, as where W is 1.
+      const bool apart = place.first > tile.last || place.last < tile.first;
+      const bool shares = place.first < tile.last && place.last > tile.first;
+      if (apart || (!shares && tile.last - tile.first > tile.rows)) break;
       tile.first = least(tile.first, place.first);
       tile.last = most(tile.last, place.last);
       tile.inner_first = most(tile.inner_first, place.first);
