@@ -224,6 +224,15 @@ def load(library: Path) -> None:
         raise BuildError(f"{library} could not be loaded: {error.__cause__ or error}") from error
 
 
+def why_not(load_library: Callable[[], object]) -> str | None:
+    """Calls what builds a library, if there is none, and loads it. Returns None, or the reason why that failed."""
+    try:
+        load_library()
+    except (BuildError, OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None
+
+
 def _sweep(folder: Path) -> None:
     """Remove what builds that were killed left behind; to be called by who holds a lock there."""
     for left in folder.glob(f"{_UNFINISHED}*"):

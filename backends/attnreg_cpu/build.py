@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,11 +57,7 @@ def unavailable() -> str | None:
 
 def prepare() -> str | None:
     """Builds the library, if there is none, and loads it. Returns None, or the reason why that failed."""
-    try:
-        ops()
-    except (BuildError, OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    return None
+    return extension.why_not(ops)
 
 
 def ops() -> Any:

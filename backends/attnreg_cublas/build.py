@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -47,11 +46,7 @@ def unavailable() -> str | None:
 
 def prepare() -> str | None:
     """Builds the library, if there is no cached one, and loads it. Returns None, or the reason why that failed."""
-    try:
-        ops()
-    except (BuildError, OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    return None
+    return extension.why_not(ops)
 
 
 def ops() -> Any:
