@@ -32,7 +32,9 @@ if (int(release[0]), int(release[1])) >= (2, 11):
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     """The distributions that building a wheel needs here."""
     needed = build_meta.get_requires_for_build_wheel(config_settings)
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
+    # Whatever arguments come behind it.
+    given = os.environ.get("CXX", "").split()[:1]
+    if not any(map(shutil.which, (*given, "g++", "clang++", "c++"))):
         return needed
     return [*needed, *_IMPORTED, *([] if torch_outside() else [_pinned_torch()])]
 

@@ -452,6 +452,8 @@ def with_options(backend: Backend, options: tuple[tuple[str, str], ...]) -> Back
     values, wrong = option_values(backend, options)
     if wrong:
         raise ValueError(f"backend {backend.name!r}: {'; '.join(wrong)}")
+    if not values:
+        return backend
     functions = {name: getattr(backend, name) for op in OPS for name in (op, f"{op}_backward")}
     bound: dict[str, Any] = {name: partial(function, **values) for name, function in functions.items() if function}
     return replace(backend, **bound)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ class Extension:
         checkout: the sources in a checkout.
         units: the files there that are compiled: side by side, and then linked; a single one in one go.
         flags: of every compilation and of linking, beside ``TORCH_FLAGS`` and torch's folders.
-        find_compiler: the compiler, or None where there is none.
+        find_compiler: the command of the compiler, as a shell takes it, or None where there is none.
         no_compiler: says so, and where it was looked for.
     """
 
@@ -171,7 +172,7 @@ class Extension:
 
             def run(unit: Unit, *files: Path | str) -> None:
                 flags = (*self.flags, *TORCH_FLAGS, *target.flags, *unit.flags, *torch_folders)
-                self._run([compiler, *flags, *map(str, files)])
+                self._run([*shlex.split(compiler), *flags, *map(str, files)])
 
             if len(self.units) == 1:
                 run(self.units[0], sources / self.units[0].file, "-o", unfinished)
@@ -192,7 +193,7 @@ class Extension:
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if result.returncode != 0:
             last_lines = "\n".join(result.stdout.splitlines()[-_LINES_SHOWN:])
-            raise BuildError(f"building {self.name} failed: {' '.join(command)}\n{last_lines}")
+            raise BuildError(f"building {self.name} failed: {shlex.join(command)}\n{last_lines}")
 
     def _folder(self, root: Path) -> Path:
         flags = (*self.flags, *TORCH_FLAGS, *(word for unit in self.units for word in (unit.file, *unit.flags)))
@@ -200,8 +201,10 @@ class Extension:
 
     def _file_name(self, target: Target, compiler: str | None) -> str:
         """The name of a build; a pattern where any compiler's will do."""
-        maker = "*" if compiler is None else f"{Path(compiler).name}-{_version(compiler)}"
-        return f"{maker}-{target.name}.so"
+        if compiler is None:
+            return f"*-{target.name}.so"
+        words = [re.sub(r"[^\w.+-]", "_", Path(word).name) for word in shlex.split(compiler)]
+        return f"{'-'.join(words)}-{_version(compiler)}-{target.name}.so"
 
 
 def load(library: Path) -> None:
@@ -241,15 +244,32 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(left)
 
 
+def _command(given: str) -> str | None:
+    """The command that somebody names: a program, or one with arguments, such as ``ccache g++``; None where there is none."""
+    program = shutil.which(given)
+    if program is not None:
+        return shlex.quote(program)
+    try:
+        name, *arguments = shlex.split(given)
+    except ValueError:  # a quotation that does not end, or nothing
+        return None
+    program = shutil.which(name)
+    return None if program is None else shlex.join([program, *arguments])
+
+
+def _first(*programs: str | None) -> str | None:
+    return next((shlex.quote(each) for each in programs if each is not None), None)
+
+
 @asked_once
 def find_nvcc() -> str | None:
-    """The nvcc to build with, or None."""
+    """The command of the nvcc to build with, or None."""
     given = os.environ.get("CUDACXX")
     if given:
-        return shutil.which(given)
+        return _command(given)
     home = os.environ.get("CUDA_HOME")
     at_home = shutil.which("nvcc", path=f"{home}/bin") if home else None
-    return at_home or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return _first(at_home, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin"))
 
 
 NO_NVCC = "no nvcc found ($CUDACXX, $CUDA_HOME/bin, PATH, /usr/local/cuda/bin)"
@@ -257,11 +277,9 @@ NO_NVCC = "no nvcc found ($CUDACXX, $CUDA_HOME/bin, PATH, /usr/local/cuda/bin)"
 
 @asked_once
 def find_cxx() -> str | None:
-    """The C++ compiler to build with, or None."""
+    """The command of the C++ compiler to build with, or None."""
     given = os.environ.get("CXX")
-    if given:
-        return shutil.which(given)
-    return next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    return _command(given) if given else _first(*map(shutil.which, ("g++", "clang++", "c++")))
 
 
 NO_CXX = "no C++ compiler found ($CXX; g++, clang++ and c++ on PATH)"
@@ -281,7 +299,11 @@ def _fingerprint(sources: Path, flags: tuple[str, ...]) -> str:
 def _version(compiler: str) -> str:
     """The version of nvcc, g++ or clang++: the first number of three parts that it says of itself."""
     asked = subprocess.run(
-        [compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [*shlex.split(compiler), "--version"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     found = re.search(r"\d+\.\d+\.\d+", asked.stdout)
     if asked.returncode != 0 or found is None:

@@ -215,8 +215,8 @@ def local_attention(
     if _unknown or _more:
         raise wrong_call(local_attention, _unknown, _more)
     rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
-    *dropped, blank = _dropout(query, dropout_p, seed)
-    arguments = (bias, *rows, scale, softcap, sinks, *dropped)
+    dropout_p, seed, blank = _dropout(query, dropout_p, seed)
+    arguments = (bias, *rows, scale, softcap, sinks, dropout_p, seed)
     return _call(ATTENTION, (query, key, value), window, arguments, backend, blank=blank)[0]
 
 
@@ -257,8 +257,8 @@ def local_attention_with_lse(
     if _unknown or _more:
         raise wrong_call(local_attention_with_lse, _unknown, _more)
     rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, _other(cu_seqlens_k, cu_seqlens_q))
-    *dropped, blank = _dropout(query, dropout_p, seed)
-    arguments = (bias, *rows, scale, softcap, sinks, *dropped)
+    dropout_p, seed, blank = _dropout(query, dropout_p, seed)
+    arguments = (bias, *rows, scale, softcap, sinks, dropout_p, seed)
     output, log_sum_exp = _call(
         ATTENTION, (query, key, value), window, arguments, backend, all_results=True, blank=blank
     )

@@ -30,9 +30,10 @@ TABLE_KEY = b"ATTNREG_TABLE"
 # A program whose lengths never repeat must not fill the memory with plans.
 MOST_PLANS = 16384
 
-# A function is run as torch runs its own kernels, for its results are new tensors and autograd need not see it: its operations
-# record nothing, and each costs a quarter less. There is no public name for that.
+# Where gradients are recorded, a function is run as torch runs its own kernels, for its results are new tensors and autograd need
+# not see it: its operations record nothing, and each costs a quarter less. There is no public name for that.
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+_is_grad_enabled = torch.is_grad_enabled
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
@@ -102,7 +103,7 @@ class Plan:
                 tensors = [rows(each) for each in tensors]
                 break
         try:
-            if self.differentiable:
+            if self.differentiable or not _is_grad_enabled():
                 results = self.forward(*tensors, self.window, **options)
             else:
                 with _below_autograd():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -284,7 +285,7 @@ def runtime() -> str:
         pytest.skip(extension.NO_CXX)
     libraries = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
-        asked = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True)
+        asked = subprocess.run([*shlex.split(compiler), f"-print-file-name={name}"], capture_output=True, text=True)
         libraries.append(asked.stdout.strip())
         if not os.path.isabs(libraries[-1]):
             pytest.skip(f"{compiler} has no sanitizers that a process can load first: there is no {name}")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 
 import pytest
 from attnreg_cpu import build
 
+import attnreg
+from attnreg import extension
 from attnreg.extension import BuildError, Unit
 
 # Writes what it was called with into a log, makes what -o names, and answers --version.
 COMPILER = """#!/bin/sh
-if [ "$1" = --version ]; then echo "g++ (made up) 12.3.4"; exit 0; fi
+case "$*" in *--version) echo "g++ (made up) 12.3.4"; exit 0;; esac
 echo "$@" >> {folder}/log
 {commands}
 while [ $# -gt 0 ]; do if [ "$1" = -o ]; then touch "$2"; fi; shift; done
@@ -83,3 +86,38 @@ def test_a_build_with_other_flags_of_a_unit_is_another_one(library):
         (Unit("library.cpp"),),
     ):
         assert dataclasses.replace(one, units=units).find((build.TARGET,)) is None
+
+
+@pytest.mark.parametrize(("find", "variable"), [(extension.find_cxx, "CXX"), (extension.find_nvcc, "CUDACXX")])
+def test_a_compiler_is_named_by_a_program_or_by_a_command_with_arguments(find, variable, tmp_path, monkeypatch):
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    program = folder / "cc 1"
+    program.write_text(COMPILER.format(folder=tmp_path, commands=""))
+    program.chmod(0o755)
+    quoted = shlex.quote(str(program))
+    for given, found in {
+        str(program): quoted,
+        f"{quoted} -m64 '-D A'": f"{quoted} -m64 '-D A'",
+        str(folder / "none"): None,
+        f"{folder / 'none'} g++": None,
+        "'no end": None,
+        " ": None,
+    }.items():
+        monkeypatch.setenv(variable, given)
+        attnreg.reset()
+        assert find() == found, given
+    attnreg.reset()
+
+
+def test_what_a_command_with_arguments_builds_is_named_after_all_of_it(library, tmp_path, monkeypatch):
+    made = library()
+    wrapper = tmp_path / "ccache"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    wrapped = dataclasses.replace(made, find_compiler=lambda: f"{wrapper} {made.find_compiler()} -m64")
+    built = wrapped.build(build.TARGET)
+    assert built.name == f"ccache-g++--m64-12.3.4-{build.TARGET.name}.so"
+    assert all(command.startswith("-m64 ") for command in calls(tmp_path))
+    assert wrapped.find((build.TARGET,)) == built
+    assert made.find((build.TARGET,)) is None

@@ -80,8 +80,9 @@ def load(library: Path) -> None:
     if _loaded is None:
         extension.load(library)
         choose_isa(os.environ.get("ATTNREG_CPU_ISA", ""))
-        # One overload each: a call need not look for it.
-        _loaded = SimpleNamespace(**{name: getattr(torch.ops.attnreg_cpu, name).default for name in OPS})
+        # One overload each, and what it calls in turn: a call need not look for it.
+        overloads = {name: getattr(torch.ops.attnreg_cpu, name).default for name in OPS}
+        _loaded = SimpleNamespace(**{name: getattr(overload, "_op", overload) for name, overload in overloads.items()})
 
 
 def isas() -> tuple[str, ...]:

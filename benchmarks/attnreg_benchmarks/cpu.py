@@ -31,7 +31,7 @@ from attnreg_benchmarks.machine import ceilings, environment
 from attnreg_benchmarks.peers.blocks import over_blocks
 from attnreg_benchmarks.peers.dense import band_mask
 from attnreg_benchmarks.peers.flex_on_cpu import FEWEST_POSITIONS, flex
-from attnreg_benchmarks.results import now, write
+from attnreg_benchmarks.results import command_line, now, write
 
 TURNS = 9
 # Calls shorter than this are repeated.
@@ -271,7 +271,11 @@ def main(
                 print(f"  {contender:18}", each, share.get(contender, ""), flush=True)
             stored = {"date": now(), "environment": asdict(environment(device)), "torch.mm, FLOP/s": rate, "rows": rows}
             write(
-                {**stored, "attnreg": attnreg.__version__, "command": "python -m attnreg_benchmarks.cpu --json FILE"},
+                {
+                    **stored,
+                    "attnreg": attnreg.__version__,
+                    "command": command_line("attnreg_benchmarks.cpu", json_file),
+                },
                 json_file,
             )
     if plot is not None:

@@ -23,7 +23,7 @@ from attnreg import Window, local_attention, local_attention_with_lse
 from attnreg.measuring.timing import measure, measuring_stream
 from attnreg.printable import trouble
 from attnreg_benchmarks.machine import environment
-from attnreg_benchmarks.results import now, write
+from attnreg_benchmarks.results import command_line, now, write
 
 SECONDS = 0.03
 TURNS = 3
@@ -298,7 +298,7 @@ def main(
         for contender, times in compared.items():
             print(f"  {contender:16}", times, flush=True)
         stored = {"date": now(), "environment": asdict(environment(device)), "backend": backend, "rows": rows}
-        write({**stored, "command": "python -m attnreg_benchmarks.features --json FILE"}, json_file)
+        write({**stored, "command": command_line("attnreg_benchmarks.features", json_file)}, json_file)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import typer
 
 from attnreg.printable import trouble
 from attnreg_benchmarks.machine import environment
-from attnreg_benchmarks.results import now, write
+from attnreg_benchmarks.results import command_line, now, write
 
 TURNS = 5
 GENERATED = 256
@@ -222,7 +222,7 @@ def main(
         for name, times in compared.items():
             print(f"  {name:18}", times, flush=True)
         stored = {"date": now(), "environment": asdict(environment(device)), "does": does, "rows": rows}
-        write({**stored, "command": "python -m attnreg_benchmarks.models --json FILE"}, json_file)
+        write({**stored, "command": command_line("attnreg_benchmarks.models", json_file)}, json_file)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -47,6 +49,11 @@ class Results:
 def now() -> str:
     """The date of a result: UTC, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def command_line(module: str, results: Path) -> str:
+    """What was typed to run ``module`` in this process; where its results go is left open."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]]).replace(str(results), "FILE")
 
 
 def default_path(results: Results) -> Path:

@@ -78,6 +78,25 @@ inline bool lies_ready(Type type, int64_t width) {
   return type == kTypeOf<T> && width % kLanes<T> == 0;
 }
 
+// Whether rows of this width are whole vectors, to be read and written one at a time as the tensor has them.
+template <class T>
+inline bool has_whole_vectors(Type type, int64_t width) {
+  const bool converts = sizeof(T) == sizeof(float) && (type == Type::kBFloat16 || (type == Type::kHalf && kHasVectors<Half>));
+  return width % kLanes<T> == 0 && (type == kTypeOf<T> || converts);
+}
+
+// Calls `run` with a pointer to what such rows hold.
+template <class T, class Run>
+ATTNREG_INLINE void with_numbers(void* data, Type type, const Run& run) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (type == Type::kBFloat16) return run(static_cast<BFloat16*>(data));
+    if constexpr (kHasVectors<Half>) {
+      if (type == Type::kHalf) return run(static_cast<Half*>(data));
+    }
+  }
+  run(static_cast<T*>(data));
+}
+
 template <class T>
 inline Operand<T> operand(const View& view, Type type, int64_t n, int64_t h, int64_t first, int64_t count, int64_t width,
                           T* copy) {
@@ -197,7 +216,7 @@ ATTNREG_INLINE void store_as(S* to, Vector<T> vector, int count) {
   } else if constexpr (kHasVectors<S> && sizeof(T) == sizeof(float)) {
     const Shorts numbers = narrowed(vector, S());
     if (count == kLanes<T>) {
-      *reinterpret_cast<LooseShorts*>(to) = numbers;
+      store_shorts(to, numbers);
     } else {
       store_some_shorts(to, numbers, count);
     }

@@ -104,6 +104,9 @@ ATTNREG_INLINE Vector<uint32_t> words_of(Shorts numbers) {
 ATTNREG_INLINE Shorts shorts_of(Vector<uint32_t> words) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Shorts>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+#elif defined(__AVX2__)
+  const __m256i all = reinterpret_cast<__m256i>(words);
+  return reinterpret_cast<Shorts>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 #else
   return __builtin_convertvector(words, Shorts);
 #endif
@@ -113,10 +116,15 @@ ATTNREG_INLINE Vector<float> widened(Shorts numbers, BFloat16) {
   return reinterpret_cast<Vector<float>>(words_of(numbers) << 16);
 }
 
+// The upper halves, rounded to the nearest, of two to the even one; of a NaN anything.
+ATTNREG_INLINE Vector<uint32_t> rounded_halves(Vector<float> numbers) {
+  const Vector<uint32_t> bits = reinterpret_cast<Vector<uint32_t>>(numbers);
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
 ATTNREG_INLINE Shorts narrowed(Vector<float> numbers, BFloat16) {
   const Vector<uint32_t> bits = reinterpret_cast<Vector<uint32_t>>(numbers);
-  const Vector<uint32_t> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return shorts_of(numbers == numbers ? rounded : bits >> 16 | 0x40u);
+  return shorts_of(numbers == numbers ? rounded_halves(numbers) : bits >> 16 | 0x40u);
 }
 
 // Whether numbers of a type are converted a vector at a time.
@@ -126,26 +134,57 @@ template <>
 constexpr bool kHasVectors<BFloat16> = true;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-template <>
-constexpr bool kHasVectors<Half> = true;
+#define ATTNREG_VECTORS_OF_HALF
 ATTNREG_INLINE Vector<float> widened(Shorts numbers, Half) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(numbers)); }
 ATTNREG_INLINE Shorts narrowed(Vector<float> numbers, Half) { return reinterpret_cast<Shorts>(_mm512_cvtps_ph(numbers, 0)); }
 #elif defined(__F16C__) && defined(__AVX2__)
-template <>
-constexpr bool kHasVectors<Half> = true;
+#define ATTNREG_VECTORS_OF_HALF
 ATTNREG_INLINE Vector<float> widened(Shorts numbers, Half) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(numbers)); }
 ATTNREG_INLINE Shorts narrowed(Vector<float> numbers, Half) { return reinterpret_cast<Shorts>(_mm256_cvtps_ph(numbers, 0)); }
 #endif
+#if defined(ATTNREG_VECTORS_OF_HALF)
+template <>
+constexpr bool kHasVectors<Half> = true;
+#endif
 
-template <class S>
-ATTNREG_INLINE void widen_vector(const S* from, float* to) {
-  store<float>(to, widened(*reinterpret_cast<const LooseShorts*>(from), S()));
+// A vector of numbers of any type that has vectors.
+template <class T, class S>
+ATTNREG_INLINE Vector<T> load_as(const S* from) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load(from);
+  } else {
+    return widened(*reinterpret_cast<const LooseShorts*>(from), S());
+  }
 }
 
 template <class S>
-ATTNREG_INLINE void narrow_vector(const float* from, float scale, S* to) {
-  *reinterpret_cast<LooseShorts*>(to) = narrowed(load(from) * scale, S());
+ATTNREG_INLINE void store_shorts(S* to, Shorts numbers) {
+  *reinterpret_cast<LooseShorts*>(to) = numbers;
 }
+
+// Two vectors side by side. As a rule neither holds a NaN.
+ATTNREG_INLINE void store_two(BFloat16* to, Vector<float> a, Vector<float> b) {
+  constexpr int lanes = kLanes<float>;
+  if (any((a != a) | (b != b))) {
+    store_shorts(to, narrowed(a, BFloat16()));
+    store_shorts(to + lanes, narrowed(b, BFloat16()));
+    return;
+  }
+  const Vector<uint32_t> first = rounded_halves(a), second = rounded_halves(b);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  store_shorts(to, shorts_of(first));
+  store_shorts(to + lanes, shorts_of(second));
+#endif
+}
+#if defined(ATTNREG_VECTORS_OF_HALF)
+ATTNREG_INLINE void store_two(Half* to, Vector<float> a, Vector<float> b) {
+  store_shorts(to, narrowed(a, Half()));
+  store_shorts(to + kLanes<float>, narrowed(b, Half()));
+}
+#endif
 
 // The first `count` of them; fewer than a vector has.
 template <class S>
@@ -162,7 +201,7 @@ template <class S>
 ATTNREG_INLINE void widen_shorts(const S* from, int64_t count, float* to) {
   constexpr int64_t lanes = kLanes<float>;
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) widen_vector(from + i, to + i);
+  for (; i + lanes <= count; i += lanes) store(to + i, load_as<float>(from + i));
   if (i == count) return;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   const __mmask16 rest = static_cast<__mmask16>((1u << (count - i)) - 1u);
@@ -170,7 +209,7 @@ ATTNREG_INLINE void widen_shorts(const S* from, int64_t count, float* to) {
   _mm512_mask_storeu_ps(to + i, rest, widened(numbers, S()));
 #else
   // The last vector may take some a second time.
-  if (count >= lanes) return widen_vector(from + count - lanes, to + count - lanes);
+  if (count >= lanes) return store(to + count - lanes, load_as<float>(from + count - lanes));
   widen_span(from + i, 1, count - i, to + i);
 #endif
 }
@@ -179,14 +218,16 @@ template <class S>
 ATTNREG_INLINE void narrow_shorts(const float* from, float scale, int64_t count, S* to) {
   constexpr int64_t lanes = kLanes<float>;
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) narrow_vector(from + i, scale, to + i);
+  const auto vector = [&](int64_t place) { return load(from + place) * scale; };
+  for (; i + 2 * lanes <= count; i += 2 * lanes) store_two(to + i, vector(i), vector(i + lanes));
+  for (; i + lanes <= count; i += lanes) store_shorts(to + i, narrowed(vector(i), S()));
   if (i == count) return;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   const __mmask16 rest = static_cast<__mmask16>((1u << (count - i)) - 1u);
   const Vector<float> numbers = _mm512_maskz_loadu_ps(rest, from + i);
   store_some_shorts(to + i, narrowed(numbers * scale, S()), static_cast<int>(count - i));
 #else
-  if (count >= lanes) return narrow_vector(from + count - lanes, scale, to + count - lanes);
+  if (count >= lanes) return store_shorts(to + count - lanes, narrowed(vector(count - lanes), S()));
   for (; i < count; ++i) narrow(from[i] * scale, to + i);
 #endif
 }

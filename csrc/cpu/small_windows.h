@@ -13,12 +13,12 @@ constexpr int64_t kSmallWindowOfKeys = 8;
 constexpr int64_t kPairsAtOnce = 256;
 constexpr int64_t kRowsCopiedAtOnce = 16, kPairsOfCopies = 128;
 
-// The products of a row with `count` keys, a vector of sums for each.
-template <class T, int N>
-ATTNREG_INLINE void multiply_keys(const T* row, const T* keys, int64_t keys_row, int64_t count, T* sums) {
+// The products of a row, of numbers of any type, with `count` keys, a vector of sums for each.
+template <class T, int N, class S>
+ATTNREG_INLINE void multiply_keys(const S* row, const T* keys, int64_t keys_row, int64_t count, T* sums) {
   Vector<T> left[N];
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) left[v] = load(row + v * kLanes<T>);
+  for (int v = 0; v < N; ++v) left[v] = load_as<T>(row + v * kLanes<T>);
   for (int64_t c = 0; c < count; ++c, keys += keys_row) {
     Vector<T> sum = left[0] * load(keys);
 #pragma GCC unroll 8
@@ -27,8 +27,8 @@ ATTNREG_INLINE void multiply_keys(const T* row, const T* keys, int64_t keys_row,
   }
 }
 
-template <class T>
-inline void multiply_keys(int64_t vectors, const T* row, const T* keys, int64_t keys_row, int64_t count, T* sums) {
+template <class T, class S>
+inline void multiply_keys(int64_t vectors, const S* row, const T* keys, int64_t keys_row, int64_t count, T* sums) {
   switch (vectors) {
     case 1:
       return multiply_keys<T, 1>(row, keys, keys_row, count, sums);
@@ -40,8 +40,8 @@ inline void multiply_keys(int64_t vectors, const T* row, const T* keys, int64_t 
       return multiply_keys<T, 8>(row, keys, keys_row, count, sums);
     default:
       for (int64_t c = 0; c < count; ++c, keys += keys_row) {
-        Vector<T> sum = load(row) * load(keys);
-        for (int64_t v = 1; v < vectors; ++v) sum = multiply_add(load(row + v * kLanes<T>), load(keys + v * kLanes<T>), sum);
+        Vector<T> sum = load_as<T>(row) * load(keys);
+        for (int64_t v = 1; v < vectors; ++v) sum = multiply_add(load_as<T>(row + v * kLanes<T>), load(keys + v * kLanes<T>), sum);
         store(sums + c * kLanes<T>, sum);
       }
   }
@@ -116,11 +116,11 @@ template <class T>
 inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head, int64_t begin, int64_t count,
                                    const Place* places) {
   const int64_t width = call.sizes.head_dim, padded = whole_vectors<T>(width), slots = call.slots();
-  const bool has_bias = call.bias.data != nullptr, ready = lies_ready<T>(call.type, width);
-  const int64_t most_rows = rows_at_once(slots, ready), span = 2 * most_rows + slots;
+  const bool has_bias = call.bias.data != nullptr, are_whole = has_whole_vectors<T>(call.type, width);
+  const int64_t most_rows = rows_at_once(slots, lies_ready<T>(call.type, width)), span = 2 * most_rows + slots;
   Scratch& scratch = Scratch::begin();
   MovingKeys<T> moving_keys(call, n, kv_head, span, scratch);
-  T* const copy_of_rows = scratch.take<T>(ready ? 0 : most_rows * padded);
+  T* const copy_of_rows = scratch.take<T>(are_whole ? 0 : most_rows * padded);
   T* const sums = scratch.take<T>((kPairsAtOnce + kLanes<T>) * kLanes<T>);
   T* const scores = scratch.take<T>(kPairsAtOnce + 2 * kLanes<T>);
   T* const bias = scratch.take<T>(slots + kLanes<T>);
@@ -133,13 +133,21 @@ inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head,
     const Operand<T> keys = moving_keys.keys(first, last);
     for (int64_t g = 0; g < call.group(); ++g) {
       const int64_t h = kv_head * call.group() + g;
-      const Operand<T> rows = operand<T>(call.rows, call.type, n, h, begin + r, together, width, copy_of_rows);
       int64_t pairs = 0;
-      for (int64_t m = 0; m < together; ++m) {
-        const Place& place = places[r + m];
-        multiply_keys<T>(padded / kLanes<T>, rows.data + m * rows.row, keys.data + (place.first - first) * keys.row, keys.row,
-                         place.last - place.first, sums + pairs * kLanes<T>);
-        pairs += place.last - place.first;
+      const auto multiply = [&](const auto* rows, int64_t rows_row) {
+        for (int64_t m = 0; m < together; ++m) {
+          const Place& place = places[r + m];
+          multiply_keys<T>(padded / kLanes<T>, rows + m * rows_row, keys.data + (place.first - first) * keys.row, keys.row,
+                           place.last - place.first, sums + pairs * kLanes<T>);
+          pairs += place.last - place.first;
+        }
+      };
+      if (are_whole) {
+        void* const rows = at(call.rows.data, call.type, place_of(call.rows, n, h, begin + r));
+        with_numbers<T>(rows, call.type, [&](const auto* data) { multiply(data, call.rows.l); });
+      } else {
+        operand<T>(call.rows, call.type, n, h, begin + r, together, width, copy_of_rows);
+        multiply(copy_of_rows, padded);
       }
       sum_lanes<T>(sums, pairs, scores);
       if (pairs == together * slots && !has_bias && call.band.l == slots) {
@@ -156,12 +164,28 @@ inline void multiply_to_small_band(const Band& call, int64_t n, int64_t kv_head,
   }
 }
 
+// Vectors side by side, as numbers of any type that has vectors.
+template <class T, int N, class S>
+ATTNREG_INLINE void store_all(S* to, const Vector<T>* vectors) {
+#pragma GCC unroll 8
+  for (int v = 0; v < N; v += 2) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      store(to + v * kLanes<T>, vectors[v]);
+      if (v + 1 < N) store(to + (v + 1) * kLanes<T>, vectors[v + 1]);
+    } else if (v + 1 < N) {
+      store_two(to + v * kLanes<T>, vectors[v], vectors[v + 1]);
+    } else {
+      store_shorts(to + v * kLanes<T>, narrowed(vectors[v], S()));
+    }
+  }
+}
+
 // sums[vectors] += sum over `count` terms of weight * the vectors of row; or scale times that, whatever was there before.
-template <class T, int N, bool kAdd, class Weight>
-ATTNREG_INLINE void add_some(int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T scale, T* sums) {
+template <class T, int N, bool kAdd, class Weight, class S>
+ATTNREG_INLINE void add_some(int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T scale, S* sums) {
   Vector<T> total[N];
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) total[v] = kAdd ? load(sums + v * kLanes<T>) : Vector<T>{};
+  for (int v = 0; v < N; ++v) total[v] = kAdd ? load_as<T>(sums + v * kLanes<T>) : Vector<T>{};
   for (int64_t c = 0; c < count; ++c, rows += rows_row) {
     T number;
     if (!weight(c, number)) continue;
@@ -169,14 +193,17 @@ ATTNREG_INLINE void add_some(int64_t count, const Weight& weight, const T* rows,
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) total[v] = multiply_add(left, load(rows + v * kLanes<T>), total[v]);
   }
+  if constexpr (!kAdd) {
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) store(sums + v * kLanes<T>, kAdd ? total[v] : total[v] * scale);
+    for (int v = 0; v < N; ++v) total[v] *= scale;
+  }
+  store_all<T, N>(sums, total);
 }
 
 // The same of any number of vectors; `weight(c, number)` says whether there is one.
-template <class T, bool kAdd, class Weight>
+template <class T, bool kAdd, class Weight, class S>
 ATTNREG_INLINE void add_weighted(int64_t vectors, int64_t count, const Weight& weight, const T* rows, int64_t rows_row, T scale,
-                                 T* sums) {
+                                 S* sums) {
   for (; vectors >= 4; vectors -= 4, rows += 4 * kLanes<T>, sums += 4 * kLanes<T>) {
     add_some<T, 4, kAdd>(count, weight, rows, rows_row, scale, sums);
   }
@@ -194,14 +221,14 @@ template <class T>
 inline void average_to_small_rows(const Band& call, int64_t n, int64_t kv_head, int64_t begin, int64_t count,
                                   const Place* places) {
   const int64_t width = call.sizes.head_dim, padded = whole_vectors<T>(width), slots = call.slots();
-  const bool has_bias = call.bias.data != nullptr, ready = lies_ready<T>(call.type, width);
+  const bool has_bias = call.bias.data != nullptr, are_whole = has_whole_vectors<T>(call.type, width);
   const bool direct = call.type == kTypeOf<T>;
-  const int64_t most_rows = rows_at_once(slots, ready), span = 2 * most_rows + slots;
+  const int64_t most_rows = rows_at_once(slots, lies_ready<T>(call.type, width)), span = 2 * most_rows + slots;
   const T scale = static_cast<T>(call.scale);
   Scratch& scratch = Scratch::begin();
   MovingKeys<T> moving_keys(call, n, kv_head, span, scratch);
   T* const copy_of_weights = scratch.take<T>(direct || has_bias ? 0 : most_rows * slots);
-  T* const copy_of_sums = scratch.take<T>(ready ? 0 : most_rows * padded);
+  T* const copy_of_sums = scratch.take<T>(are_whole ? 0 : most_rows * padded);
   T* const few = scratch.take<T>(slots);
   T* const bias = scratch.take<T>(slots);
   uint8_t* const seen = scratch.take<uint8_t>(slots);
@@ -219,28 +246,33 @@ inline void average_to_small_rows(const Band& call, int64_t n, int64_t kv_head, 
         widen_rows(at(call.band.data, call.type, start), call.type, call.band.l, together, slots, copy_of_weights, slots);
       }
       void* const to = at(call.rows.data, call.type, place_of(call.rows, n, h, begin + r));
-      T* const sums = ready ? static_cast<T*>(to) : copy_of_sums;
-      const int64_t sums_row = ready ? call.rows.l : padded;
-      for (int64_t m = 0; m < together; ++m) {
-        const Place& place = places[r + m];
-        const int64_t visible = place.last - place.first;
-        if (visible == 0) {
-          memset(sums + m * sums_row, 0, padded * sizeof(T));
-          continue;
+      const auto average = [&](auto* sums, int64_t sums_row) {
+        for (int64_t m = 0; m < together; ++m, sums += sums_row) {
+          const Place& place = places[r + m];
+          const int64_t visible = place.last - place.first;
+          if (visible == 0) {
+            memset(sums, 0, padded * sizeof(*sums));
+            continue;
+          }
+          const T* right = keys.data + (place.first - first) * keys.row;
+          if (!has_bias) {
+            const T* const from = weights.data + m * weights.row + (place.first - place.origin);
+            const auto weight = [&](int64_t c, T& number) { return number = from[c], true; };
+            add_weighted<T, false>(padded / kLanes<T>, visible, weight, right, keys.row, scale, sums);
+          } else {
+            memset(seen, 0, slots);
+            read_weights<T>(call, n, h, begin + r + m, place, place.first, visible, bias, few, seen);
+            const auto weight = [&](int64_t c, T& number) { return number = few[c], seen[c] != 0; };
+            add_weighted<T, false>(padded / kLanes<T>, visible, weight, right, keys.row, scale, sums);
+          }
         }
-        const T* right = keys.data + (place.first - first) * keys.row;
-        if (!has_bias) {
-          const T* const from = weights.data + m * weights.row + (place.first - place.origin);
-          const auto weight = [&](int64_t c, T& number) { return number = from[c], true; };
-          add_weighted<T, false>(padded / kLanes<T>, visible, weight, right, keys.row, scale, sums + m * sums_row);
-        } else {
-          memset(seen, 0, slots);
-          read_weights<T>(call, n, h, begin + r + m, place, place.first, visible, bias, few, seen);
-          const auto weight = [&](int64_t c, T& number) { return number = few[c], seen[c] != 0; };
-          add_weighted<T, false>(padded / kLanes<T>, visible, weight, right, keys.row, scale, sums + m * sums_row);
-        }
+      };
+      if (are_whole) {
+        with_numbers<T>(to, call.type, [&](auto* data) { average(data, call.rows.l); });
+      } else {
+        average(copy_of_sums, padded);
+        narrow_rows(copy_of_sums, padded, T{1}, together, width, to, call.type, call.rows.l);
       }
-      if (!ready) narrow_rows(copy_of_sums, padded, T{1}, together, width, to, call.type, call.rows.l);
     }
   }
 }

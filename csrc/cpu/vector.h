@@ -113,12 +113,18 @@ ATTNREG_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, V
 // Whether a mask holds anywhere.
 template <class M>
 ATTNREG_INLINE bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
+#else
   typedef long long Words __attribute__((vector_size(kVectorBytes)));
   const Words words = reinterpret_cast<Words>(mask);
   long long found = 0;
 #pragma GCC unroll 8
   for (int i = 0; i < kVectorBytes / 8; ++i) found |= words[i];
   return found != 0;
+#endif
 }
 
 template <class V>
