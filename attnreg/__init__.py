@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from attnreg import process as _process  # noqa: F401  # it has to be there when the process forks
 from attnreg.asking import use_backend
 from attnreg.backend import CONTRACT, Backend, BackendError, Capability
 from attnreg.band import band_from_dense

@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 from attnreg.memo import asked_once
-from attnreg.paths import NoCacheDir, cache_dir, make_private, why_not_trusted
+from attnreg.paths import NoCacheDir, cache_dir, make_folder, make_private, why_not_trusted
 
 # Everything uses the stable ABI as it was in torch 2.11.
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch")
@@ -126,8 +127,13 @@ class Extension:
         with suppress(NoCacheDir):
             folder = self._folder(cache_dir())
             for target in targets:
-                for library in sorted(folder.glob(self._file_name(target, compiler))):
-                    if why_not_trusted(library) is None:
+                # A compiler that cannot say its version is none to build with; what others have built serves all the same.
+                try:
+                    pattern = self._file_name(target, compiler)
+                except BuildError:
+                    pattern = self._file_name(target, None)
+                for library in sorted(folder.glob(pattern)):
+                    if library.is_file() and why_not_trusted(library) is None:
                         return library
         return self.packaged()
 
@@ -140,10 +146,10 @@ class Extension:
 
         Args:
             target: what for.
-            root: the folder that holds the backends' builds; None for attnreg's cache directory.
+            root: the folder that holds the backends' builds, for whoever may read it; None for attnreg's cache directory.
 
         Raises:
-            BuildError: there is no compiler, or it failed.
+            BuildError: there is no compiler, or it failed; or what is built there would not be loaded.
             NoCacheDir: there is no folder for it.
         """
         from filelock import FileLock
@@ -152,18 +158,27 @@ class Extension:
         if compiler is None:
             raise BuildError(self.no_compiler)
         library = self._folder(root or cache_dir()) / self._file_name(target, compiler)
-        make_private(library.parent)
-        with FileLock(f"{library}.lock", mode=0o600):
+        if root is None:
+            make_private(library.parent)
+        else:
+            make_folder(library.parent)
+        lock = Path(f"{library}.lock")
+        with FileLock(lock, mode=0o600):
+            reason = why_not_trusted(lock) if root is None else None
+            if reason is not None:
+                raise BuildError(
+                    f"{self.name} is not built in {library.parent}, where it would not be loaded: {reason}"
+                )
             _sweep(library.parent)
             if not library.exists():
                 print(
                     f"attnreg: building {self.name} for {target.title} with {compiler} (once; cached in {library.parent})",
                     file=sys.stderr,
                 )
-                self._compile(compiler, target, library)
+                self._compile(compiler, target, library, mode=0o700 if root is None else 0o755)
         return library
 
-    def _compile(self, compiler: str, target: Target, library: Path) -> None:
+    def _compile(self, compiler: str, target: Target, library: Path, mode: int) -> None:
         root, sources = Path(torch.__file__).parent, self.sources()
         torch_folders = ("-isystem", str(root / "include"), f"-L{root / 'lib'}")
         # Built under another name and renamed, so that no process ever loads half a library.
@@ -186,7 +201,7 @@ class Extension:
                     for each in compiled:
                         each.result()
                 run(Unit("linked"), *objects, "-o", unfinished)
-            unfinished.chmod(0o700)
+            unfinished.chmod(mode)
             unfinished.replace(library)
 
     def _run(self, command: list[str]) -> None:
@@ -221,10 +236,30 @@ def load(library: Path) -> None:
         if reason is not None:
             raise BuildError(f"{library} is not loaded: {reason}")
     load_library: Callable[[str], None] = torch.ops.load_library
+    anew = "without it, it is built anew"
+    if _is_cut_short(real):
+        raise BuildError(f"{library} is not loaded: it is cut short; {anew}")
     try:
         load_library(str(real))
     except OSError as error:
-        raise BuildError(f"{library} could not be loaded: {error.__cause__ or error}") from error
+        raise BuildError(f"{library} could not be loaded: {error.__cause__ or error}; {anew}") from error
+
+
+def _is_cut_short(library: Path) -> bool:
+    """Whether an ELF file of 64 bits lacks some of what is mapped into memory: who loads it would be killed, without a word.
+
+    The header and the table of segments: https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.eheader.html and ch5.pheader.html.
+    """
+    content = library.read_bytes()
+    if content[:5] != b"\x7fELF\x02":
+        return False
+    try:
+        (table,) = struct.unpack_from("<Q", content, 32)
+        size, count = struct.unpack_from("<HH", content, 54)
+        segments = [struct.unpack_from("<QQQQ", content, table + size * i + 8) for i in range(count)]
+    except struct.error:
+        return True
+    return any(offset + in_file > len(content) for offset, _, _, in_file in segments)
 
 
 def why_not(load_library: Callable[[], object]) -> str | None:

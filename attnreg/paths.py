@@ -87,7 +87,12 @@ def why_nowhere(path: Path) -> str | None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for this user alone; one that is there is left as it is.
+    """Make a folder for this user alone, as :func:`make_folder` does."""
+    make_folder(folder, 0o700)
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder, and those above it that are missing, with this mode; one that is there is left as it is.
 
     Raises:
         OSError: it cannot be made; a NoCacheDir where something is in the way.
@@ -102,7 +107,7 @@ def make_private(folder: Path) -> None:
     while not missing[-1].parent.exists():
         missing.append(missing[-1].parent)
     for each in reversed(missing):
-        each.mkdir(mode=0o700, exist_ok=True)
+        each.mkdir(mode=mode, exist_ok=True)
 
 
 def why_not_trusted(path: Path) -> str | None:

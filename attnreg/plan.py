@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -359,6 +360,12 @@ def make_plan(problem: Problem, wish: Wish | None, arguments: Sequence[Any]) -> 
             if kind is not None:
                 keep(memory, kind, implementation, MOST_CLASSES)
             return plan_for(problem, implementation, arguments)
+        if kind is not None:
+            warn(
+                f"attnreg: {backend.name} would have been chosen, and cannot be prepared: {registry.failed.get(backend.name)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def plan_for(problem: Problem, implementation: Implementation, arguments: Sequence[Any]) -> Plan:

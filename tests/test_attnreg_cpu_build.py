@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +50,15 @@ def test_a_compiler_that_fails_is_quoted_in_the_refusal(no_compiler, tmp_path, m
         dataclasses.replace(build.LIBRARY, find_compiler=lambda: str(compiler)),
     )
     query = torch.randn(1, 1, 8, 4)
+    # Where nobody asked for the backend, another one runs, and a warning says why.
+    with pytest.warns(
+        RuntimeWarning, match=r"attnreg_cpu would have been chosen, and cannot be prepared: (.|\n)*no such thing"
+    ):
+        assert attnreg.local_attention(query, query, query, Window.causal(2)).shape == query.shape
+    assert any(
+        "error: no such thing" in str(each)
+        for each in attnreg.explain(query, query, query, Window.causal(2)).candidates
+    )
     with pytest.raises(attnreg.BackendError, match="error: no such thing"):
         attnreg.local_attention(query, query, query, Window.causal(2), backend="attnreg_cpu")
 
@@ -124,3 +134,14 @@ def test_an_op_refuses_tensors_that_do_not_fit_before_it_touches_memory(library_
     lengths = torch.tensor([8, 8])
     with pytest.raises(RuntimeError, match="integers that do not fit"):
         ops.dot_product(query, query, torch.empty(1, 2, 8, 3), None, lengths, *rows[1:], 2, 0, 1.0)
+
+
+def test_a_row_may_see_more_keys_than_an_int32_can_count(library_for_cpus):
+    # Keys that all lie in the same place: no memory holds them.
+    length = 2**31 + 100
+    key, value = torch.zeros(1, 1, 1, 1).expand(1, 1, length, 1), torch.ones(1, 1, 1, 1).expand(1, 1, length, 1)
+    query = torch.zeros(1, 1, 1, 1)
+    output, log_sum_exp = attnreg.local_attention_with_lse(query, key, value, Window(2**32, 0), backend="attnreg_cpu")
+    assert output.item() == pytest.approx(1.0)
+    # A sum of so many terms in fp32 is off by a share of it; a key that is not counted at all would make it -inf.
+    assert log_sum_exp.item() == pytest.approx(math.log(length), rel=0.01)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -89,6 +91,24 @@ def test_a_process_forked_after_threads_ran_computes_the_same(op):
     # And so does a fork of a fork, and the process itself afterwards.
     assert in_a_fork(lambda: in_a_fork(lambda: results(call))) == before
     assert results(call) == before
+
+
+FIRST_IN_THE_CHILD = """
+import os, torch, attnreg
+torch.set_num_threads(2)
+torch.randn(1 << 20).exp()  # now there are threads that wait for work
+query = torch.randn(1, 8, 512, 64)
+child = os.fork()
+if not child:
+    attnreg.local_attention(query, query, query, attnreg.Window.causal(64), backend="attnreg_cpu")
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_may_be_the_first_to_load_the_library():
+    done = subprocess.run([sys.executable, "-c", FIRST_IN_THE_CHILD], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.stderr) == ("0", "")
 
 
 class Outputs(torch.utils.data.Dataset):

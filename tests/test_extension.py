@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from attnreg_cpu import build
 
 import attnreg
@@ -121,3 +125,71 @@ def test_what_a_command_with_arguments_builds_is_named_after_all_of_it(library, 
     assert all(command.startswith("-m64 ") for command in calls(tmp_path))
     assert wrapped.find((build.TARGET,)) == built
     assert made.find((build.TARGET,)) is None
+
+
+# What is loaded, and what is not
+
+
+def test_a_library_that_is_cut_short_is_refused_rather_than_loaded(library_for_cpus, tmp_path):
+    (whole,) = {build.LIBRARY.find((build.TARGET,))}
+    content = whole.read_bytes()
+    for length in (20, 64, 1000, len(content) // 3):
+        path = tmp_path / f"{length}.so"
+        path.write_bytes(content[:length])
+        path.chmod(0o700)
+        with pytest.raises(BuildError, match="is not loaded: it is cut short; without it, it is built anew"):
+            extension.load(path)
+    path = tmp_path / "text.so"
+    path.write_bytes(b"no library")
+    path.chmod(0o700)
+    with pytest.raises(BuildError, match=r"could not be loaded: .*; without it, it is built anew"):
+        extension.load(path)
+
+
+def test_another_library_in_the_place_of_a_build_is_refused(tmp_path):
+    path = tmp_path / "other.so"
+    path.write_bytes((Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so").read_bytes())
+    path.chmod(0o700)
+    script = f"from pathlib import Path; from attnreg_cpu import build; build.load(Path({str(path)!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert f"BuildError: {path} is no build of attnreg_cpu" in done.stderr
+
+
+def test_a_compiler_that_cannot_say_its_version_hides_no_build(library, tmp_path):
+    made = library()
+    built = made.build(build.TARGET)
+    silent = dataclasses.replace(made, find_compiler=lambda: "/bin/false")
+    assert silent.find((build.TARGET,)) == built
+    built.unlink()
+    assert silent.find((build.TARGET,)) is None
+    carried = silent._folder(tmp_path / "lib") / "g++-1.2.3-x86_64.so"
+    carried.parent.mkdir(parents=True)
+    carried.write_bytes(b"")
+    assert silent.find((build.TARGET,)) == carried
+
+
+def test_what_is_no_file_in_the_place_of_a_build_is_passed_over(library):
+    made = library()
+    built = made.build(build.TARGET)
+    built.unlink()
+    os.mkfifo(built, 0o700)
+    assert made.find((build.TARGET,)) is None
+
+
+def test_nothing_is_built_where_it_would_not_be_loaded(library, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(BuildError, match=r"is not built in .*, where it would not be loaded: others may write to"):
+        library().build(build.TARGET)
+    assert not (tmp_path / "log").exists()
+
+
+def test_what_is_built_into_a_folder_is_for_whoever_may_read_it(library, tmp_path):
+    before = os.umask(0o022)
+    try:
+        built = library().build(build.TARGET, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert [each.stat().st_mode & 0o777 for each in (built, built.parent, tmp_path / "out")] == [0o755] * 3
+    private = library().build(build.TARGET)
+    assert [each.stat().st_mode & 0o777 for each in (private, private.parent)] == [0o700] * 2

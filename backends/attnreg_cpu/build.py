@@ -12,6 +12,7 @@ import torch
 
 from attnreg import extension
 from attnreg.extension import NO_CXX, BuildError, Extension, Target, Unit, find_cxx
+from attnreg.process import is_forked
 
 # The kernels are compiled once for each instruction set; which ones run is chosen where they run.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -74,11 +75,15 @@ def load(library: Path) -> None:
     """Loads a built library.
 
     Raises:
-        BuildError: it could not be loaded, or lacks the kernels that ``ATTNREG_CPU_ISA`` names.
+        BuildError: it could not be loaded, is none of this backend, or lacks the kernels that ``ATTNREG_CPU_ISA`` names.
     """
     global _loaded
     if _loaded is None:
         extension.load(library)
+        if not hasattr(torch.ops.attnreg_cpu, "choose_isa"):
+            raise BuildError(f"{library} is no build of attnreg_cpu; without it, it is built anew")
+        if is_forked():
+            torch.ops.attnreg_cpu.compute_alone()
         choose_isa(os.environ.get("ATTNREG_CPU_ISA", ""))
         # One overload each, and what it calls in turn: a call need not look for it.
         overloads = {name: getattr(torch.ops.attnreg_cpu, name).default for name in OPS}

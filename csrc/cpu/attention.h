@@ -181,7 +181,7 @@ inline Work plan_attention(const Attention& call) {
   Work work;
   work.units = sizes.batch * sizes.kv_heads * chunks_of(sizes, kForwardRows);
   work.operations = static_cast<double>(sizes.batch * sizes.heads) * static_cast<double>(sizes.query_length) *
-                    static_cast<double>(slots_of(sizes, call.rows)) *
+                    static_cast<double>(slots_of(sizes, call.rows) + kSlotsOfARow) *
                     static_cast<double>(sizes.head_dim + sizes.value_dim);
   return work;
 }

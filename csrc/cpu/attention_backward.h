@@ -39,12 +39,20 @@ struct Cut {
   size_t slots, biases, sinks, spans, bytes;  // offsets
 };
 
+// Enough for the threads of most machines.
+constexpr int64_t kManyChunks = 64;
+
 template <class T>
 inline Cut cut_of(const AttentionBackward& call) {
   const Sizes& sizes = call.sizes;
   Cut cut;
   const int64_t window = slots_of(sizes, call.rows);
-  cut.rows = least(most(512, rounded_up(window / 2, 64)), sizes.query_length);
+  // Room for the keys that chunks share: for 2 W of each, at the most. So where there are chunks enough for many threads, they
+  // are long.
+  cut.bias_by_row = call.grad_bias.data != nullptr && call.grad_bias.l != 0;
+  const int64_t long_enough = sizes.batch * sizes.kv_heads * sizes.query_length / kManyChunks;
+  const int64_t longer = cut.bias_by_row ? 0 : rounded_up(least(4 * window, long_enough), 64);
+  cut.rows = least(most(most(512, rounded_up(window / 2, 64)), longer), sizes.query_length);
   cut.chunks = chunks_of(sizes, cut.rows);
   cut.items = sizes.batch * sizes.kv_heads * cut.chunks;
   cut.keys = call.grad_key.data != nullptr;
@@ -58,7 +66,6 @@ inline Cut cut_of(const AttentionBackward& call) {
     cut.slot_keys = least(2 * window, sizes.key_length);
     if (call.rows.cu_seqlens_q.data == nullptr) cut.slot_keys = least(cut.slot_keys, cut.rows + window);
   }
-  cut.bias_by_row = cut.of_bias && call.grad_bias.l != 0;
   cut.over_batch = cut.bias_by_row && call.grad_bias.n == 0;
   cut.over_heads = cut.bias_by_row && call.grad_bias.h == 0;
   cut.bias_heads = call.grad_bias.h == 0 ? 1 : sizes.heads / sizes.kv_heads;

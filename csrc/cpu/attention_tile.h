@@ -198,17 +198,31 @@ inline int64_t padded(int64_t size) {
   return rounded_up(size, kLanes<T>);
 }
 
-// Which lanes of a tile hold a row that sees a key, and which keys it sees, counted from the tile's first one.
+// Which lanes of a tile hold a row that sees a key, and which keys it sees.
 template <class T>
 struct Lanes {
-  alignas(64) Integer<T> first[kRows<T>], last[kRows<T>];
+  int64_t first[kRows<T>], last[kRows<T>];
   bool sees[kRows<T>];
 
   Lanes(const Tile& tile, const Place* places) {
     for (int i = 0; i < kRows<T>; ++i) {
       sees[i] = i < tile.rows && places[i].first < places[i].last;
-      first[i] = sees[i] ? static_cast<Integer<T>>(places[i].first - tile.first) : 0;
-      last[i] = sees[i] ? static_cast<Integer<T>>(places[i].last - tile.first) : 0;
+      first[i] = sees[i] ? places[i].first : 0;
+      last[i] = sees[i] ? places[i].last : 0;
+    }
+  }
+};
+
+// Which of the keys [begin, end), of which there are few, the rows in `count` lanes from `lane` on see, counted from `begin`: in
+// integers as wide as a number, which cannot count all keys that there may be.
+template <class T>
+struct Seen {
+  alignas(64) Integer<T> first[kRows<T>], last[kRows<T>];
+
+  Seen(const Lanes<T>& lanes, int lane, int count, int64_t begin, int64_t end) {
+    for (int i = 0; i < count; ++i) {
+      first[i] = static_cast<Integer<T>>(clamp(lanes.first[lane + i], begin, end) - begin);
+      last[i] = static_cast<Integer<T>>(clamp(lanes.last[lane + i], begin, end) - begin);
     }
   }
 };
@@ -359,11 +373,11 @@ struct Highest {
   Mask<T> seen[kN];
 };
 
-// The scores of `count` keys from the tile's key `offset` on, out of scale * q . k. All pointers are to the first of kN vectors.
+// The scores of `count` keys out of scale * q . k; `visible` says who sees them, null where all do. All pointers are to the first
+// of kN vectors.
 template <class T, int kN, bool kMasked>
-ATTNREG_INLINE void finish_scores(T scale, const Integer<T>* first, const Integer<T>* last, int64_t offset, int64_t count,
-                                  T* scores, Vector<T>* highest, Mask<T>* seen) {
-  if (count <= 0) return;
+ATTNREG_INLINE void finish_scores(T scale, const Seen<T>* visible, int64_t count, T* scores, Vector<T>* highest,
+                                  Mask<T>* seen) {
   Vector<T> high[kN];
   Mask<T> sees[kN];
   for (int v = 0; v < kN; ++v) {
@@ -378,10 +392,11 @@ ATTNREG_INLINE void finish_scores(T scale, const Integer<T>* first, const Intege
       // What is below the range is its lowest number: -inf says that a key is hidden.
       score = score < -Limits<T>::kLargest ? all(-Limits<T>::kLargest) : score;
       if constexpr (kMasked) {
-        const Mask<T> key = all(static_cast<Integer<T>>(offset + k));
-        const Mask<T> visible = (key >= load(first + v * kLanes<T>)) & (key < load(last + v * kLanes<T>));
-        score = visible ? score : all(-Limits<T>::kInfinity);
-        sees[v] |= visible;
+        const Mask<T> key = all(static_cast<Integer<T>>(k));
+        const int lane = v * kLanes<T>;
+        const Mask<T> is_seen = (key >= load(visible->first + lane)) & (key < load(visible->last + lane));
+        score = is_seen ? score : all(-Limits<T>::kInfinity);
+        sees[v] |= is_seen;
       }
       high[v] = larger(score, high[v]);
       store(to, score);
@@ -460,14 +475,18 @@ inline void make_scores(Scoring<T>& scoring, const Tile& tile, const Place* plac
   each_section<kN>(tile, first, last, [&](auto count, int vector, int64_t begin, int64_t end) {
     const int lane = vector * kLanes<T>;
     const int64_t inner_first = clamp(tile.inner_first, begin, end), inner_last = clamp(tile.inner_last, inner_first, end);
-    const auto finish = [&](auto masked, int64_t from, int64_t to) {
-      finish_scores<T, count.kValue, masked.kValue != 0>(
-          scale, lanes.first + lane, lanes.last + lane, from - tile.first, to - from,
-          scores + (from - first) * kRows<T> + lane, highest.score + vector, highest.seen + vector);
+    const auto finish = [&](auto masked, int64_t from, int64_t to, const Seen<T>* visible) {
+      finish_scores<T, count.kValue, masked.kValue != 0>(scale, visible, to - from, scores + (from - first) * kRows<T> + lane,
+                                                         highest.score + vector, highest.seen + vector);
     };
-    finish(Count<1>(), begin, inner_first);
-    finish(Count<0>(), inner_first, inner_last);
-    finish(Count<1>(), inner_last, end);
+    const auto finish_masked = [&](int64_t from, int64_t to) {
+      if (from == to) return;
+      const Seen<T> visible(lanes, lane, count.kValue * kLanes<T>, from, to);
+      finish(Count<1>(), from, to, &visible);
+    };
+    finish_masked(begin, inner_first);
+    if (inner_first < inner_last) finish(Count<0>(), inner_first, inner_last, nullptr);
+    finish_masked(inner_last, end);
   });
 }
 

@@ -43,11 +43,11 @@ inline void in_accumulator(Type type, const Run& run) {
   }
 }
 
-// About how many multiplications a product makes.
+// About how many multiplications a product makes, a row's own cost among them.
 inline double operations_of(const Sizes& sizes, const Rows& window) {
   const int64_t slots = least(window.left, sizes.key_length) + least(window.right, sizes.key_length) + 1;
   const double rows = static_cast<double>(sizes.batch) * sizes.heads * sizes.query_length;
-  return rows * least(slots, sizes.key_length) * sizes.head_dim;
+  return rows * (least(slots, sizes.key_length) + kSlotsOfARow) * sizes.head_dim;
 }
 
 inline int64_t units_of_rows(const Sizes& sizes) {

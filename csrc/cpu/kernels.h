@@ -114,6 +114,9 @@ struct Work {
   double operations = 0.0;
 };
 
+// What a row costs beside the slots of its window, in slots: it is read, and its result is written.
+constexpr int64_t kSlotsOfARow = 16;
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;

@@ -96,6 +96,9 @@ std::string choose_isa(std::string name) {
   return found->name;
 }
 
+// For a process that was forked before it loaded the library.
+void compute_alone() { forked.store(true); }
+
 // From tensors to pointers
 
 Type type_of(const Tensor& tensor) {
@@ -397,6 +400,7 @@ void attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor val
 STABLE_TORCH_LIBRARY(attnreg_cpu, m) {
   m.def("isas() -> str");
   m.def("choose_isa(str name) -> str");
+  m.def("compute_alone() -> ()");
   m.def("dot_product(Tensor query, Tensor key, Tensor(a!) scores, Tensor? bias, " ATTNREG_ROWS
         "int left, int right, float scale) -> ()");
   m.def("dot_product_backward(Tensor grad_scores, Tensor query, Tensor key, Tensor(a!)? grad_query, Tensor(b!)? grad_key, "
@@ -416,6 +420,7 @@ STABLE_TORCH_LIBRARY(attnreg_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(attnreg_cpu, CompositeExplicitAutograd, m) {
   m.impl("isas", TORCH_BOX(&attnreg::cpu::isas));
   m.impl("choose_isa", TORCH_BOX(&attnreg::cpu::choose_isa));
+  m.impl("compute_alone", TORCH_BOX(&attnreg::cpu::compute_alone));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnreg_cpu, CPU, m) {

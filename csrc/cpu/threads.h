@@ -13,8 +13,8 @@
 
 namespace attnreg::cpu {
 
-// Whether this process was forked from one that had loaded the library. Threads do not survive a fork, and OpenMP's pool waits
-// for them forever: a forked process computes alone.
+// Whether this process was forked from one that had loaded the library, or attnreg, which then says so. Threads do not survive a
+// fork, and OpenMP's pool waits for them forever: a forked process computes alone.
 inline std::atomic<bool> forked{false};
 
 inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
