@@ -247,7 +247,7 @@ def _of_layer(config: Any, index: int | None) -> Any:
         return config
     try:
         if isinstance(by_layer, Mapping):
-            own = next((facts for layer, facts in by_layer.items() if int(layer) == index), {})
+            own: Mapping[str, Any] = next((facts for layer, facts in by_layer.items() if int(layer) == index), {})
             return _Overridden(config, own)
         return by_layer[index]
     except Exception:
