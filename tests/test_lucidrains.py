@@ -352,6 +352,26 @@ def test_values_and_gradients_are_those_of_the_package(package, settings, mask, 
     assert_alike(found, true, leaves, upstream, 2e-5)
 
 
+def test_xpos_without_a_base_is_refused():
+    LocalAttention(1, dim=DIM, use_xpos=True, xpos_scale_base=3)
+    LocalAttention(1, dim=DIM)
+    message = r"xpos_scale_base must not be 0, which is window_size // 2 where it is left out; got window_size=1"
+    with pytest.raises(ValueError, match=message):
+        LocalAttention(1, dim=DIM, use_xpos=True)
+
+
+def test_xpos_without_a_base_is_refused_in_a_model(package):
+    settings = {"window_size": 1, "dim": DIM, "use_xpos": True}
+    with pytest.raises(ValueError, match=r"model has xpos_scale_base 0, which is window_size // 2"):
+        patch(package.LocalAttention(**settings))
+    for given in ({"xpos_scale_base": 3}, {"use_xpos": False}):
+        query, key, value = torch.randn(3, 1, 2, 4, DIM, dtype=torch.float64)
+        layer = package.LocalAttention(**(settings | given))
+        true = layer(query, key, value)
+        patch(layer)
+        torch.testing.assert_close(layer(query, key, value), true, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("use_xpos", [False, True])
 def test_its_rotary_embeddings_are_those_of_the_package(package, use_xpos):
     theirs = package.rotary.SinusoidalEmbeddings(DIM, use_xpos=use_xpos, scale_base=3)

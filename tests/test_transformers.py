@@ -851,6 +851,45 @@ def test_a_mask_of_the_users_own_is_no_band() -> None:
         model(**inputs)
 
 
+def test_a_window_without_a_mask_is_refused_where_no_other_way_is_wanted() -> None:
+    layer = build("mistral").model.layers[2].self_attn
+    query, key, value = torch.randn(3, 1, 4, 10, 8)
+    layer.num_key_value_groups = 1
+    attention = integration.AttentionInterface._global_mapping
+    asked = {"attention_mask": None, "scaling": 8**-0.5}
+    loose, _ = attention["attnreg"](layer, query, key, value, sliding_window=3, **asked)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(loose.transpose(1, 2), expected)
+    integration.register(unsupported="raise")
+    with pytest.raises(
+        NotImplementedError, match=r"MistralAttention of layer 2 has sliding_window=3 and its model made no mask"
+    ):
+        attention["attnreg"](layer, query, key, value, sliding_window=3, **asked)
+    # A window that hides nothing, and none, need no mask.
+    for window in (10, None):
+        strict, _ = attention["attnreg"](layer, query, key, value, sliding_window=window, **asked)
+        torch.testing.assert_close(strict.transpose(1, 2), expected)
+
+
+def test_positions_of_which_none_goes_on_are_one_document() -> None:
+    model, tokens = build("mistral"), torch.randint(3, 60, (1, 6))
+    use(model, "attnreg")
+    others = tokens.clone()
+    others[0, 0] = tokens[0, 0] % 50 + 3
+
+    def changed(positions: list[int], **given: Any) -> list[bool]:
+        found, other = (
+            model(input_ids=each, position_ids=torch.tensor([positions]), **given).logits for each in (tokens, others)
+        )
+        return (found != other).any(-1)[0].tolist()
+
+    apart, together = [True] + [False] * 5, [True] * 6
+    assert changed([0] * 6, use_cache=False) == apart
+    for given in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones(1, 6, dtype=torch.long)}):
+        assert changed([0] * 6, **given) == changed([0, 0, 1, 1, 2, 2], **given) == together
+        assert changed([0, 0, 0, 1, 2, 3], **given) == apart
+
+
 def test_a_name_does_not_send_its_full_layers_to_another_of_ours() -> None:
     integration.register("attnreg-reference", backend="torch")
     with pytest.raises(ValueError, match=r"full must be one of .*; got 'attnreg-reference'"):

@@ -31,6 +31,10 @@ __all__ = ["LocalAttention", "RotaryEmbedding", "patch", "unpatch"]
 _SELF = -5e4
 
 
+# A scale applies once over so many positions; over none there is no number for it.
+_WHENCE = "which is window_size // 2 where it is left out"
+
+
 class RotaryEmbedding(nn.Module):
     """The angles of rotary embeddings, and the scales of xPos, as the package's ``SinusoidalEmbeddings`` has them.
 
@@ -98,7 +102,7 @@ class LocalAttention(nn.Module):
         scale: factor of the dot products; None means ``1 / sqrt(E)``.
         use_rotary_pos_emb: False for no rotary embeddings.
         use_xpos: whether rotary embeddings have xPos' scales.
-        xpos_scale_base: their base; None means ``window_size // 2``.
+        xpos_scale_base: their base, not 0; None means ``window_size // 2``.
         padding_at_ends: promises that masks hide the ends of sequences alone, which spares an accelerator, and a traced call, a
             bias. On the CPU there is a look at each mask instead.
         backend: attnreg's backend, by name, or several in order of preference; None lets attnreg choose.
@@ -155,6 +159,8 @@ class LocalAttention(nn.Module):
             if _count("dim", dim, least=1) % 2:
                 raise ValueError(f"dim must be even for rotary embeddings, got {dim}")
             base = self.window_size // 2 if xpos_scale_base is None else xpos_scale_base
+            if self.use_xpos and not base:
+                raise ValueError(f"xpos_scale_base must not be 0, {_WHENCE}; got window_size={self.window_size}")
             self.rel_pos = RotaryEmbedding(dim, base, self.use_xpos)
         _set(self, padding_at_ends, backend)
 
@@ -542,6 +548,8 @@ def patch(model: nn.Module, *, padding_at_ends: bool = False, backend: str | Seq
             raise TypeError(f"{name or 'model'} has {_difference(_attributes(module), known)}")
         if not module.dropout.p < 1:
             raise ValueError(f"{name or 'model'} has dropout {module.dropout.p}, which must be less than 1")
+        if module.use_xpos and module.rel_pos is not None and not module.rel_pos.scale_base:
+            raise ValueError(f"{name or 'model'} has xpos_scale_base 0, {_WHENCE}, and its xPos has no scales")
     _check_settings(padding_at_ends)
     for _, module in found:
         module.__class__ = LocalAttention

@@ -109,7 +109,7 @@ def register(
             which SDPA lacks, run on attnreg where this is "sdpa", and on the model's own eager function where their mask is no
             band.
         unsupported: what becomes of a layer with a window whose mask or arguments no band can say: "dense" sends it with a
-            dense mask where full layers go, "raise" raises NotImplementedError.
+            dense mask where full layers go, "raise" raises NotImplementedError, also where a model made no mask for it.
         backend: attnreg's backend, see :func:`attnreg.local_attention`.
         look: whether a padding mask on an accelerator is looked at, once a forward, outside of graphs, as SDPA and
             FlashAttention do it. Otherwise nothing there is ever read on the host, and a call with a padding mask has a bias.
@@ -243,15 +243,8 @@ def _attention(
     _check(options, module, kwargs)
     call = _Call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     if not isinstance(attention_mask, BandMask):
-        if (
-            options.unsupported == "raise"
-            and isinstance(attention_mask, Tensor)
-            and call.get("sliding_window") is not None
-        ):
-            raise NotImplementedError(
-                f"attnreg: {type(module).__name__} has a window and was given a mask {tuple(attention_mask.shape)} that the "
-                f'model or the user made, which no band can say; register(unsupported="dense") sends such layers elsewhere'
-            )
+        if options.unsupported == "raise" and call.get("sliding_window") is not None:
+            _refuse_window(call)
         return _dense(options, call, _apart(options, call))
     mask = _documented(options, call, attention_mask)
     why_not = _why_no_band(call, mask)
@@ -271,6 +264,24 @@ def _attention(
             f"elsewhere"
         )
     return _dense(options, call, mask)
+
+
+def _refuse_window(call: _Call) -> None:
+    """A layer with a window whose mask, or the lack of one, does not say it."""
+    name, window, elsewhere = type(call.module).__name__, call.get("sliding_window"), 'register(unsupported="dense")'
+    if isinstance(call.mask, Tensor):
+        raise NotImplementedError(
+            f"attnreg: {name} has a window and was given a mask {tuple(call.mask.shape)} that the model or the user made, which "
+            f"no band can say; {elsewhere} sends such layers elsewhere"
+        )
+    # Where there are no more keys than the window has, it hides none.
+    if call.mask is None and isinstance(window, int) and call.key.shape[2] > window:
+        index = getattr(call.module, "layer_idx", None)
+        layer = name if index is None else f"{name} of layer {index}"
+        raise NotImplementedError(
+            f"attnreg: {layer} has sliding_window={window} and its model made no mask, which is where the window would be; "
+            f"{elsewhere} runs it without its window, as eager attention does"
+        )
 
 
 # Keys that layers of sparse attention choose for themselves, which their models tell other implementations by a mask.

@@ -22,10 +22,12 @@ class Pattern:
     Attributes:
         name: what reports call it.
         visible: of rows' positions (L, 1) and keys' positions (1, L), int64, which rows see which keys: bool (L, L).
+        border: how far it reaches where it ends; None: the largest number in its name.
     """
 
     name: str
     visible: Callable[[Tensor, Tensor], Tensor]
+    border: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -38,6 +40,27 @@ def chunks(size: int, *, causal: bool = True) -> Pattern:
         return (row // size == key // size) & ((key <= row) | torch.tensor(not causal))
 
     return Pattern(f"chunks of {size}{'' if causal else ', not causal'}", visible)
+
+
+def buckets(size: int, before: int, after: int, *, causal: bool = True) -> Pattern:
+    """Attention by buckets of ``size``: a row sees its own, so many before and after it, causal ones those up to its own key."""
+
+    def visible(row: Tensor, key: Tensor) -> Tensor:
+        ahead = key // size - row // size
+        return (ahead >= -before) & (ahead <= after) & ((key <= row) | torch.tensor(not causal))
+
+    name = f"buckets of {size}, {before} before{', causal' if causal else f' and {after} after'}"
+    return Pattern(name, visible, border=(max(before, after) + 1) * size - 1)
+
+
+def _others(claim: Claim) -> Pattern:
+    """A claim of rows that see their own key only where they see no other, as where queries are keys."""
+
+    def visible_others(row: Tensor, key: Tensor) -> Tensor:
+        others = visible(claim, row, key) & (key != row)
+        return others | ((key == row) & ~others.any(-1, keepdim=True))
+
+    return Pattern(f"{told_claim(claim)}, without the own key", visible_others, border=reach(claim))
 
 
 def full(*, causal: bool = True) -> Pattern:
@@ -89,6 +112,8 @@ def reach(claim: Claim | None) -> int:
     """How many positions a sequence must have for a claim's border to be inside it; 0 where there is none."""
     if isinstance(claim, Window):
         return max(claim.left, claim.right)
+    if claim is not None and claim.border is not None:
+        return claim.border
     numbers = [int(number) for number in re.findall(r"\d+", claim.name)] if claim is not None else []
     return max(numbers, default=0)
 
@@ -163,7 +188,8 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
     """
     chain = _chain(name, model)
     module = chain[0]
-    config = next((each.config for each in chain if hasattr(each, "config")), None)
+    configs = (_read(each, "config") for each in chain)
+    config = _of_layer(next((each for each in configs if each is not None), None), _layer_index(name, chain))
     if re.search("cross", f"{type(module).__name__} {name.rpartition('.')[2]}", re.IGNORECASE):
         return None
     causal = _is_causal(chain, config)
@@ -171,7 +197,7 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
     if kind == "full_attention":
         return full(causal=causal)
     if kind == "chunked_attention":
-        size = getattr(config, "attention_chunk_size", None)
+        size = _read(config, "attention_chunk_size")
         return chunks(size, causal=causal) if isinstance(size, int) else None
     if kind not in (None, "sliding_attention") or (
         _is_something_else(name, module) and _own_window(module, causal) is None
@@ -185,7 +211,7 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
         if own is not None:
             return own
         # A module that has the attribute, and nothing in it, says that it is no layer with a window.
-        if kind is None and any(hasattr(each, attribute) for attribute in _ATTRIBUTES):
+        if kind is None and any(_read(each, attribute, _MISSING) is not _MISSING for attribute in _ATTRIBUTES):
             return full(causal=causal)
     configured = _configured_window(config, causal)
     if configured is None and looks_like_attention(module) and _has_no_window(config):
@@ -193,9 +219,44 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
     return configured
 
 
+_MISSING = object()
+
+
+def _read(owner: Any, name: str, otherwise: Any = None) -> Any:
+    """An attribute; where it is missing, or where asking for it is an error of whatever kind, nothing is said."""
+    try:
+        return getattr(owner, name, otherwise)
+    except Exception:
+        return otherwise
+
+
+class _Overridden:
+    """A configuration in which some attributes are those of one layer."""
+
+    def __init__(self, config: Any, own: Mapping[str, Any]) -> None:
+        self._config, self._own = config, own
+
+    def __getattr__(self, name: str) -> Any:
+        return self._own[name] if name in self._own else getattr(self._config, name)
+
+
+def _of_layer(config: Any, index: int | None) -> Any:
+    """The configuration of one layer, where one says by layer what differs; of the whole it would be an error to ask that."""
+    by_layer = _read(config, "per_layer_config")
+    if by_layer is None or index is None:
+        return config
+    try:
+        if isinstance(by_layer, Mapping):
+            own: Mapping[str, Any] = next((facts for layer, facts in by_layer.items() if int(layer) == index), {})
+            return _Overridden(config, own)
+        return by_layer[index]
+    except Exception:
+        return config
+
+
 def _has_no_window(config: Any) -> bool:
     """Whether a configuration that could have a window says that there is none."""
-    return getattr(config, "sliding_window", 1) is None or getattr(config, "use_sliding_window", True) is False
+    return _read(config, "sliding_window", 1) is None or _read(config, "use_sliding_window", True) is False
 
 
 def _chain(name: str, model: nn.Module) -> list[nn.Module]:
@@ -206,39 +267,66 @@ def _chain(name: str, model: nn.Module) -> list[nn.Module]:
 
 def _is_causal(chain: list[nn.Module], config: Any) -> bool:
     """Whether a layer says that it is causal; those that say nothing are."""
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+    if _read(config, "use_bidirectional_attention") in (True, "all"):
         return False
     for module in chain:
         for attribute in ("is_causal", "causal"):
-            own = getattr(module, attribute, None)
+            own = _read(module, attribute)
             if isinstance(own, bool):
                 return own
     return True
 
 
-def _layer_type(name: str, chain: list[nn.Module], config: Any) -> str | None:
-    own = (getattr(module, attribute, None) for module in chain for attribute in ("layer_type", "attention_type"))
-    said = next((each for each in own if isinstance(each, str) and each.endswith("_attention")), None)
-    types = getattr(config, "layer_types", None)
-    if said is not None or not isinstance(types, (list, tuple)):
-        return said
-    indices = (getattr(module, attribute, None) for module in chain for attribute in ("layer_idx", "layer_id"))
+def _layer_index(name: str, chain: list[nn.Module]) -> int | None:
+    """The number of a layer, as it or what stands around it says, or its name."""
+    indices = (_read(module, attribute) for module in chain for attribute in ("layer_idx", "layer_id"))
     index = next((each for each in indices if isinstance(each, int)), None)
     if index is None:
         numbers = re.findall(r"(?:^|\.)(\d+)(?:\.|$)", name)
         index = int(numbers[0]) if numbers else None
+    return index
+
+
+def _layer_type(name: str, chain: list[nn.Module], config: Any) -> str | None:
+    own = (_read(module, attribute) for module in chain for attribute in ("layer_type", "attention_type"))
+    said = next((each for each in own if isinstance(each, str) and each.endswith("_attention")), None)
+    types = _read(config, "layer_types")
+    if said is not None or not isinstance(types, (list, tuple)):
+        return said
+    index = _layer_index(name, chain)
     return types[index] if index is not None and 0 <= index < len(types) else None
 
 
 _ATTRIBUTES = ("sliding_window", "window_size", "window", "local_attention")
 
 
+def _buckets_of(module: nn.Module) -> Claim | None:
+    """What lucidrains' ``LocalAttention`` claims, or a module around one, as ``LocalMHA`` is; None of others.
+
+    Its ``window_size`` is that of buckets. It is known by attributes that no other attention has: it may be attnreg's, or a
+    subclass.
+    """
+    for each in (module, *module.children()):
+        size, before, after = (_read(each, name) for name in ("window_size", "look_backward", "look_forward"))
+        exact, causal = _read(each, "exact_windowsize"), _read(each, "causal")
+        if not all(isinstance(flag, bool) for flag in (exact, causal)):
+            continue
+        if all(isinstance(count, int) for count in (size, before, after)):
+            after = 0 if causal else after
+            claim = Window(size * before, size * after) if exact else buckets(size, before, after, causal=causal)
+            return _others(claim) if _read(each, "shared_qk") is True else claim
+    return None
+
+
 def _own_window(module: nn.Module, causal: bool) -> Claim | None:
-    one_side = getattr(module, "one_sided_attn_window_size", None)
+    of_buckets = _buckets_of(module)
+    if of_buckets is not None:
+        return of_buckets
+    one_side = _read(module, "one_sided_attn_window_size")
     if isinstance(one_side, int):
         return Window(one_side, one_side)
     for attribute in _ATTRIBUTES:
-        given = getattr(module, attribute, None)
+        given = _read(module, attribute)
         if isinstance(given, Window):
             return given
         if isinstance(given, int) and not isinstance(given, bool) and given > 0:
@@ -258,17 +346,17 @@ def _configured_both_sides(module: nn.Module, config: Any) -> Claim | None:
 
     What their layers hold is for FlashAttention, and in some families one less than that.
     """
-    size, own = getattr(config, "sliding_window", None), getattr(module, "sliding_window", None)
-    if not isinstance(size, int) or getattr(config, "use_bidirectional_attention", None) or own not in (size, size + 1):
+    size, own = _read(config, "sliding_window"), _read(module, "sliding_window")
+    if not isinstance(size, int) or _read(config, "use_bidirectional_attention") or own not in (size, size + 1):
         return None
     return Window(size, size)
 
 
 def _configured_window(config: Any, causal: bool) -> Claim | None:
-    local = getattr(config, "local_attention", None)
+    local = _read(config, "local_attention")
     if isinstance(local, int) and local > 0:
         return Window(local // 2, 0 if causal else local // 2)
-    size = getattr(config, "sliding_window", None)
-    if isinstance(size, int) and size > 0 and getattr(config, "use_sliding_window", True):
+    size = _read(config, "sliding_window")
+    if isinstance(size, int) and size > 0 and _read(config, "use_sliding_window", True):
         return Window(size - 1, 0) if causal else Window(size, size)
     return None
