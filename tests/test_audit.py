@@ -111,6 +111,19 @@ def in_first_head(lie):
     return lambda row, key: torch.stack([lie(row, key), *[sliding(row, key)] * 3])
 
 
+class OfFirstHead(torch.autograd.Function):
+    """Keys or values for four heads; each group's first head alone gives them a gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.groups = 4 // tensor.shape[1]
+        return tensor.repeat_interleave(ctx.groups, 1)
+
+    @staticmethod
+    def backward(ctx, incoming):
+        return incoming[:, :: ctx.groups]
+
+
 LIES = {
     "ignored": (by(causal), r"forward and backward: left: the window is ignored; Window\(7, 0\) is claimed: row 60 sees key 0"),
     "ignored, both": (by(lambda row, key: (row == row) & (key == key)), r"right: the window is ignored"),
@@ -160,6 +173,21 @@ LIES = {
     "sparse, ignored": (lambda q, k, v: best(q, k, v, causal), r"left: (the window is ignored|\d+ keys too many) in some heads"),
     "sparse, one too many": (lambda q, k, v: best(q, k, v, lambda r, k: sliding(r, k, W + 1)), r"left: 1 key too many"),
     "sparse, one too few": (lambda q, k, v: best(q, k, v, lambda r, k: sliding(r, k, W - 1)), r"left: 1 key too few; .*Window\(6, 0\) is seen"),
+    "gradient of queries, less": (backward(query=lambda r, k: sliding(r, k, W - 4)), r"of the query, left: 4 keys too few; .*Window\(3, 0\) is seen"),
+    "gradient of queries, a gap": (backward(query=lambda r, k: sliding(r, k) & (r - k != 3)), r"of the query, left: keys missing"),
+    "gradient of queries, one head": (backward(query=in_first_head(lambda r, k: sliding(r, k, W - 1))), r"of the query, left: 1 key too few in some gradients"),
+    "gradient of queries, itself": (backward(query=lambda r, k: r == k), r": backward: no gradient reaches the query"),
+    "no gradient of queries": (lambda q, k, v: dense(q.detach(), k, v, sliding), r": backward: no gradient reaches the query"),
+    "shared heads, gradient of keys": (backward(key=in_first_head(lambda r, k: sliding(r, k, W - 1))), r": backward: left: 1 key too few in some gradients"),
+    "shared heads, gradient of values": (backward(value=in_first_head(lambda r, k: r == k)), r": backward: left: no key is seen in some gradients"),
+    "shared heads, the first alone": (lambda q, k, v: dense(q, OfFirstHead.apply(k), OfFirstHead.apply(v), sliding), r": backward: left: no key is seen in some gradients"),
+    "not its own key in odd rows": (by(lambda r, k: sliding(r, k) & ((r != k) | (r % 2 == 0))), r"some rows do not see their own key; .*30 of 60"),
+    "not its own key in late rows": (by(lambda r, k: sliding(r, k) & ((r != k) | (r < 30))), r"some rows do not see their own key; .*31 of 60"),
+    "not its own key in the last row": (by(lambda r, k: sliding(r, k) & ((r != k) | (r < r.max()))), r"some rows do not see their own key; .*row 60 of 61"),
+    "gradient of values, not the last": (backward(value=lambda r, k: sliding(r, k) & ((r != k) | (r < r.max()))), r": backward: some rows do not see their own key; .*1 of 60"),
+    "last row, one too few": (by(lambda r, k: sliding(r, k) & ((r < r.max()) | (k > r - W + 1))), r"left: up to 1 key too few in some rows; .*row 60 does not see key 53"),
+    "first full row, one too few": (by(lambda r, k: sliding(r, k) & ((r != W - 1) | (k > 0))), r"left: up to 1 key too few in some rows; .*row 7 does not see key 0"),
+    "odd rows, a gap": (by(lambda r, k: sliding(r, k) & ((r % 2 == 0) | (r - k != 3))), r"left: keys missing; .*row 3 does not see key 0"),
     "with gradients": (when(lambda query: torch.is_grad_enabled() and query.requires_grad, causal), r"the window is ignored"),
 }  # fmt: skip
 
@@ -210,6 +238,8 @@ HONEST = {
     "dilated": (by(lambda r, k: sliding(r, k) & ((r - k) % 2 == 0)), Pattern("every other", lambda r, k: sliding(r, k) & ((r - k) % 2 == 0))),
     "larger than the sequence": (by(lambda r, k: sliding(r, k, 200)), Window.causal(200)),
     "dropout": (lambda q, k, v: F.dropout(dense(q, k, v, sliding), 0.3), CLAIM),
+    "equal weights": (lambda q, k, v: dense(q * 0, k, v, sliding), CLAIM),
+    "rows of one other key": (by(lambda r, k: sliding(r, k, 2)), Window(1, 0)),
     "attnreg": (lambda q, k, v: local_attention(q, k, v, CLAIM, backend="torch_block"), CLAIM),
     "sdpa": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), full()),
 }  # fmt: skip
@@ -606,6 +636,17 @@ def test_a_backward_that_forgets_the_window_is_found_in_a_model():
         assert all(fault.startswith("backward") for fault in layer.faults)
     assert audit.layers[0].backward is None
     assert audit.layers[4].backward == CLAIM
+
+
+def test_a_gradient_of_the_query_that_lacks_keys_is_found_in_a_model():
+    class Lacks(Attention):
+        def forward(self, hidden):
+            return self.out(OtherBackward.apply(*self.split(hidden), self.rule).transpose(1, 2).flatten(2))
+
+    rules = (lambda r, k: sliding(r, k, W - 4), sliding, sliding), (sliding,) * 3
+    audit = audit_window(Model(*map(Lacks, rules)), window=CLAIM, **SHORT)
+    assert [bool(layer.faults) for layer in audit.layers] == [True, False], str(audit)
+    lies_as(audit, r"layers\.0\.attention: backward.*of the query, left: 4 keys too few")
 
 
 # torch.compile

@@ -31,8 +31,8 @@ from attnreg.testing.audit_claims import (
     window_and_first,
 )
 from attnreg.testing.audit_inputs import Arguments, Inputs
-from attnreg.testing.audit_judging import Fault, Sequence, Sparse, faults, gaps, holes, measured, own_key_fault
-from attnreg.testing.audit_probing import DRAWS, OTHER_DRAWS, Draw, Key, NothingFound, Probe, Run, Site, discover
+from attnreg.testing.audit_judging import Fault, Seen, Sequence, Sparse, faults, gaps, holes, measured, own_key_fault
+from attnreg.testing.audit_probing import DRAWS, OTHER_DRAWS, Draw, Key, Measured, NothingFound, Probe, Run, Site, discover
 
 __all__ = ["Audit", "LayerAudit", "Pattern", "WindowLie", "audit_window", "chunks", "full", "window_and_first"]
 
@@ -613,10 +613,32 @@ class _Auditor:
             self._again(probe, draw, rows, keys, columns, dependence, batch, forward_only=way.steps is not None)
         if way.steps is not None:
             self._compare_cached(way, probe, model, sites, arguments, sequence)
-        if self.layout is not None and way.thorough:
-            probe.keys_alone(columns[:: max(len(columns) // 16, 1)], batch)
+        if way.thorough and way.steps is None:
+            self._measure_parts(probe, sites, sequence, columns, batch)
         for site in sites:
             self._judge(way, probe, site, sequence, thorough)
+
+    def _measure_parts(
+        self, probe: Probe, sites: list[Site], sequence: Sequence, columns: list[int], batch: int
+    ) -> None:
+        """What only single tensors, heads and rows tell: whether rows see their own key, and what a query's gradient is of."""
+        apart = self.layout is not None
+        pairs = sorted({pair for site in sites for pair in _inside(sequence, self.claims[site.key])})
+        rows = _sampled(sequence)
+        rows = rows[:: max(len(rows) * self.sizes["heads"] // (2 * batch), 1)]
+        for number, draw in enumerate((*DRAWS, *OTHER_DRAWS)):
+            honest = [site for site in sites if self.claims[site.key] is not None and not self.found.get(site.key)]
+            found = [probe.found[site.key] for site in honest]
+            if apart and (not number or any(_lacks_own(each, sequence, self.claims[each.key]) for each in found)):
+                probe.keys_alone(columns, batch, draw)
+            if draw in OTHER_DRAWS:
+                continue
+            if apart and (not number or any(_lacks(each.by_head(), sequence, self.claims[each.key]) for each in found)):
+                probe.by_head(rows, batch, draw)
+            if pairs and (
+                not number or any(_lacks(each.own(apart=apart), sequence, self.claims[each.key]) for each in found)
+            ):
+                probe.own_gradients(pairs, batch, draw, apart=apart)
 
     def _around(self, row: int, sites: list[Site], columns: list[int], length: int) -> list[int]:
         """Positions at the borders of what a row may see, and a few others."""
@@ -703,6 +725,14 @@ class _Auditor:
             self.notes.append(
                 f"{way.name}: the backward of {plain_name(site.key[0]) or 'the model'}, whose output gives no gradient"
             )
+        if claim is not None and not without and not noted:
+            own = found.own(apart=self.layout is not None)
+            wrong = faults(own, sequence, claim, "gradients")
+            noted += [(way.name, "dependence", Fault(f"of the query, {fault.text}", fault.example)) for fault in wrong]
+        if self.layout is not None and not without:
+            by_head = found.by_head()
+            if by_head.known.any():
+                noted += [(way.name, "backward", fault) for fault in faults(by_head, sequence, claim, "gradients")]
         if self.layout is not None:
             alone = found.seen("keys alone")
             noted += [(way.name, "forward", fault) for fault in own_key_fault(alone, sequence, claim)]
@@ -764,6 +794,40 @@ class _Auditor:
             tuple(_gathered(self.found.get(key, []), self.ways)),
             tuple(_gathered(self.open.get(key, []), self.ways)),
         )
+
+
+# Rows and keys whose gradients are looked at one by one: of so many rows, so many keys each.
+ROWS_APART = 6
+KEYS_APART = 24
+
+
+def _inside(sequence: Sequence, claim: Claim | None) -> list[tuple[int, int]]:
+    """Some rows with keys that a claim says they see: those at its border, the nearest, and some between, of each the same."""
+    if claim is None:
+        return []
+    expected = sequence.expected(claim) & ~torch.eye(len(sequence), dtype=torch.bool)
+    counts = expected.sum(1)
+    # The gradient of a row that sees one key is 0.
+    full_rows = ((counts == counts.max()) & (counts > 0)).nonzero()[:, 0].tolist()
+    if not full_rows:
+        return []
+    pairs = []
+    for row in dict.fromkeys(full_rows[place * (len(full_rows) - 1) // (ROWS_APART - 1)] for place in range(ROWS_APART)):
+        keys = expected[row].nonzero()[:, 0].tolist()
+        some = [*keys[:3], *keys[-3:], *keys[:: max(len(keys) // (KEYS_APART - 6), 1)]]
+        pairs += [(row, key) for key in (keys if len(keys) <= KEYS_APART else some)]
+    return pairs
+
+
+def _lacks(seen: Seen, sequence: Sequence, claim: Claim | None) -> bool:
+    """Whether any part of what was seen lacks a key of a claim."""
+    return claim is not None and any(
+        bool((sequence.expected(claim) & part.known & ~part.found).fill_diagonal_(False).any()) for part in seen.parts
+    )
+
+
+def _lacks_own(found: Measured, sequence: Sequence, claim: Claim | None) -> bool:
+    return bool(own_key_fault(found.seen("keys alone"), sequence, claim))
 
 
 def _gathered(found: list[tuple[str, str, Fault]], ways: list[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from attnreg.testing.audit_judging import Part, Seen
 Key = tuple[str, int]
 # Of one tensor of a call: the module, "in" or "out", and its place among the leaves.
 Place = tuple[Key, str, int]
+Each = TypeVar("Each")
 
 # Modules of torch that never join positions, and are no layer of their own.
 POSITIONWISE = (
@@ -357,6 +358,11 @@ class Table:
     known: Tensor
 
 
+# What is measured of a site. "by head": the gradients of keys and values where one head's output alone has an incoming one.
+# "own": with which keys the gradients at a row's own position change; "asked": with which its output does.
+WAYS = ("forward", "backward", "dependence", "keys alone", "by head", "own", "asked")
+
+
 @dataclass
 class Measured:
     """What was measured of a site.
@@ -364,7 +370,7 @@ class Measured:
     Attributes:
         key: of the site.
         length: L.
-        tables: by way, "forward", "backward", "dependence" or "keys alone", and by tensor.
+        tables: by way, of ``WAYS``, and by tensor.
         without_gradient: whether its output has no gradient.
         touched: whether any gradient is other than 0.
         not_finite: whether a gradient is not finite.
@@ -374,7 +380,7 @@ class Measured:
     key: Key
     length: int
     tables: dict[str, dict[Any, Table]] = field(
-        default_factory=lambda: {"forward": {}, "backward": {}, "dependence": {}, "keys alone": {}}
+        default_factory=lambda: {way: {} for way in WAYS}
     )
     without_gradient: bool = False
     touched: bool = False
@@ -396,6 +402,32 @@ class Measured:
             )
         tables[tensor].found[rows, columns] |= found
         tables[tensor].known[rows, columns] = True
+
+    def by_head(self) -> Seen:
+        """Of the gradients of keys and values what each head gives them: nothing, too, where the head sees any key."""
+        seen = Seen.nothing(self.length)
+        outputs = self.tables["forward"].get((self.key, "out", 0))
+        own = torch.eye(self.length, dtype=torch.bool)
+        for (place, head), table in self.tables["by head"].items():
+            sees = outputs is not None and bool((outputs.found[:, :, head] & ~own).any())
+            if sees and self.has_gradient(place[2]):
+                seen.add(Part(table.found[:, :, 0], table.known))
+        return seen
+
+    def own(self, *, apart: bool) -> Seen:
+        """With which of the keys that change a row's output its own gradients change, each head's apart.
+
+        A projection of the output has a gradient that no key changes: it tells nothing. That of a query must change.
+        """
+        seen = Seen.nothing(self.length)
+        for place, table in self.tables["own"].items():
+            asked = self.tables["asked"][place].found
+            for group in range(table.found.shape[2]):
+                found = table.found[:, :, group]
+                known = table.known & asked[:, :, group if asked.shape[2] == table.found.shape[2] else 0]
+                if found.any() or (apart and self.has_gradient(place[2])):
+                    seen.add(Part(found, known))
+        return seen
 
     def _is_output(self, place: Any) -> bool:
         return place in ((self.key, "out", 0), (self.key, "out with gradients", 0))
@@ -563,9 +595,9 @@ class Probe:
                     if place in now and now[place][1].shape == base.shape:
                         self._differing("forward", place, axes, now[place][1], base, chunk, noises.get(place, 0.0))
 
-    def keys_alone(self, columns: Sequence[int], batch: int) -> None:
+    def keys_alone(self, columns: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
         """Of layers that take query, key and value, whether rows see their own key, and on which of the three they depend."""
-        draw, batch = DRAWS[0], _fitting(batch, len(columns))
+        batch = _fitting(batch, len(columns))
         with self.hooked.hooked(), torch.no_grad():
             before = self._record(batch, [None] * batch, draw)
             noises = self._noises(before, batch, draw)
@@ -574,8 +606,10 @@ class Probe:
                 for place, (axes, base) in before.items():
                     if place in now and now[place][1].shape == base.shape:
                         self._differing("keys alone", place, axes, now[place][1], base, chunk, noises.get(place, 0.0))
+            # A first row may have one key, and such a row's output does not depend on the query.
+            spread = [columns[copy * len(columns) // batch] for copy in range(batch)] if batch > 1 else columns[-1:]
             for tensor in range(3):
-                now = self._record(batch, list(columns[:1]) * batch, draw, only=(tensor,))
+                now = self._record(batch, spread, draw, only=(tensor,))
                 for place, (_, base) in before.items():
                     if place in now and now[place][1].shape == base.shape:
                         changed = _unlike(now[place][1], base, noises.get(place, 0.0)).any()
@@ -622,6 +656,85 @@ class Probe:
                                 "backward", place, torch.full_like(columns, row), columns, wrong[copy]
                             )
 
+    def by_head(self, rows: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
+        """Which positions' keys and values have a gradient of these rows' outputs, of one head at a time.
+
+        Where heads share keys and values the sum of their gradients hides what one of them lacks.
+        """
+        heads = {axes.first(base).shape[2] for site in self.sites.values() for axes, base in [site.sources[0]]}
+        pairs = [(row, head) for row in rows for head in range(max(heads))]
+        batch = _fitting(batch, len(pairs))
+        columns = torch.arange(self.run.length)
+        with self.hooked.hooked(), torch.enable_grad():
+            for chunk in _chunks(pairs, batch):
+                some = [row for row, _ in chunk]
+                gradients = self._gradients(batch, [None] * batch, some, draw, heads=[head for _, head in chunk])
+                for place, (axes, gradient) in gradients.items():
+                    if place[1] != "in" or place[2] not in (1, 2) or place[0] not in self.sites:
+                        continue
+                    wrong = _positions(axes, gradient != 0).cpu()
+                    for copy, (row, head) in enumerate(chunk[: len(wrong)]):
+                        self.found[place[0]].saw(
+                            "by head", (place, head), torch.full_like(columns, row), columns, wrong[copy, :, None]
+                        )
+
+    def own_gradients(self, pairs: Sequence[tuple[int, int]], batch: int, draw: Draw = DRAWS[0], *, apart: bool) -> None:
+        """For pairs of a row and a key, whether the gradients at the row's own position change with the key.
+
+        That of a query does, with every key that changes the row's output: it is made of all that the row sees.
+
+        Args:
+            pairs: of a row and a key.
+            batch: how many copies are run at once.
+            draw: what replaces the key.
+            apart: whether the layers take query, key and value.
+        """
+        batch = _fitting(batch, len(pairs))
+        noises: dict[Place, float] | None = None
+        with self.hooked.hooked(), torch.enable_grad():
+            for chunk in _chunks(pairs, batch):
+                rows = [row for row, _ in chunk]
+                before = self._gradients(batch, [None] * batch, rows, draw, taken=True)
+                if noises is None:
+                    noises = self._noises_of_gradients(
+                        before, self._gradients(batch, [None] * batch, rows, draw, taken=True)
+                    )
+                now = self._gradients(batch, [key for _, key in chunk], rows, draw, taken=True)
+                changed = {
+                    place: _groups(
+                        axes, _unlike(now[place][1], base, noises[place]), self.sites[self._site_of(place)].head_dim
+                    ).cpu()
+                    for place, (axes, base) in before.items()
+                    if place in now and place in noises
+                }
+                self._note_own(chunk, changed, apart=apart)
+
+    def _note_own(self, pairs: Sequence[tuple[int, int]], changed: dict[Place, Tensor], *, apart: bool) -> None:
+        outputs = {
+            place[0]: each for place, each in reversed(changed.items()) if place[1] == "out" and place[0] in self.sites
+        }
+        for place, groups in changed.items():
+            site = self._site_of(place)
+            # What children return is looked at where a layer takes hidden states, else the query.
+            of_query = place == (site, "in", 0) if apart else place[0] not in self.sites
+            if not of_query or site not in outputs:
+                continue
+            output = outputs[site] if apart else outputs[site].any(2, keepdim=True)
+            for copy, (row, key) in enumerate(pairs[: len(groups)]):
+                pair = torch.tensor([row]), torch.tensor([key])
+                self.found[site].saw("own", place, *pair, groups[copy, row][None])
+                self.found[site].saw("asked", place, *pair, output[copy, row][None])
+
+    @staticmethod
+    def _noises_of_gradients(
+        first: dict[Place, tuple[Axes, Tensor]], again: dict[Place, tuple[Axes, Tensor]]
+    ) -> dict[Place, float]:
+        return {
+            place: NOISE * float((again[place][1] - base).abs().nan_to_num().max())
+            for place, (_, base) in first.items()
+            if place in again
+        }
+
     def dependence(self, rows: Sequence[int], columns: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
         """Which positions the gradients of each of these rows' outputs change with; and the outputs, with gradients.
 
@@ -634,11 +747,7 @@ class Probe:
                 before = self._gradients(batch, [None] * batch, [row] * batch, draw, taken=True)
                 if row == rows[0]:
                     again = self._gradients(batch, [None] * batch, [row] * batch, draw, taken=True)
-                    noises = {
-                        place: NOISE * float((again[place][1] - first).abs().nan_to_num().max())
-                        for place, (_, first) in before.items()
-                        if place in again
-                    }
+                    noises = self._noises_of_gradients(before, again)
                 for chunk in _chunks(columns, batch):
                     now = self._gradients(batch, chunk, [row] * batch, draw, taken=True)
                     for place, (axes, base) in before.items():
@@ -678,8 +787,12 @@ class Probe:
         draw: Draw,
         *,
         taken: bool = False,
+        heads: Sequence[int] | None = None,
     ) -> dict[Place, tuple[Axes, Tensor]]:
-        """By what came in, and what children returned, its gradient where only these rows' outputs have an incoming one."""
+        """By what came in, and what children returned, its gradient where only these rows' outputs have an incoming one.
+
+        With ``heads`` only that head's output of each copy has one.
+        """
         leaves: dict[Place, Tensor] = {}
         outs = self._record(batch, columns, draw, leaves=leaves)
         results, incoming = [], []
@@ -697,7 +810,10 @@ class Probe:
             first = axes.first(torch.zeros_like(out, memory_format=torch.contiguous_format))
             one = torch.randn(first.shape[2:], generator=generator).to(first)
             for copy, row in enumerate(rows[: first.shape[0]]):
-                first[copy, row] = one
+                if heads is None:
+                    first[copy, row] = one
+                elif one.dim() == 2 and heads[copy] < len(one):
+                    first[copy, row, heads[copy]] = one[heads[copy]]
             base = (
                 first[0].movedim(0, axes.position)
                 if axes.batch is None
@@ -763,8 +879,8 @@ def _unlike(now: Tensor, base: Tensor, noise: float) -> Tensor:
     return ((now.float() - base.float()).abs() > noise) | (now.isnan() != base.isnan())
 
 
-def _chunks(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
-    """The numbers in pieces of one size: the last repeats its own last."""
+def _chunks(numbers: Sequence[Each], size: int) -> Iterator[list[Each]]:
+    """What there is in pieces of one size: the last repeats its own last."""
     for begin in range(0, len(numbers), size):
         piece = list(numbers[begin : begin + size])
         yield piece + [piece[-1]] * (size - len(piece))
