@@ -174,14 +174,14 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
         size = getattr(config, "attention_chunk_size", None)
         return chunks(size, causal=causal) if isinstance(size, int) else None
     if kind not in (None, "sliding_attention") or (
-        _is_something_else(name, module) and _own_window(module, causal) is None
+        _is_something_else(name, module) and own_window(module, causal) is None
     ):
         return None
     both_sides = _configured_both_sides(module, config)
     if not causal and both_sides is not None:
         return both_sides
     for each in chain:
-        own = _own_window(each, causal)
+        own = own_window(each, causal)
         if own is not None:
             return own
         # A module that has the attribute, and nothing in it, says that it is no layer with a window.
@@ -233,7 +233,8 @@ def _layer_type(name: str, chain: list[nn.Module], config: Any) -> str | None:
 _ATTRIBUTES = ("sliding_window", "window_size", "window", "local_attention")
 
 
-def _own_window(module: nn.Module, causal: bool) -> Claim | None:
+def own_window(module: nn.Module, causal: bool) -> Claim | None:
+    """What an attribute of a module itself says of its window."""
     one_side = getattr(module, "one_sided_attn_window_size", None)
     if isinstance(one_side, int):
         return Window(one_side, one_side)

@@ -294,11 +294,15 @@ def _systematic(
     if whole.any():
         return whole, rule
     # Of few positions chance would say so, too.
-    if part.known.all() and _at_the_ends(missing, asked):
+    if part.known.all() and _at_the_ends(missing, asked, distance):
         return missing, rule
     if int(missing.sum()) < NO_CHANCE:
         return whole, claim
-    if int(missing.sum()) >= FEWEST and len(distance[missing].unique()) == 1 and len(distance[asked].unique()) > NO_CHANCE:
+    if (
+        int(missing.sum()) >= FEWEST
+        and len(distance[missing].unique()) == 1
+        and len(distance[asked].unique()) > NO_CHANCE
+    ):
         return missing, rule
     keys = missing.any(0)
     if torch.equal(asked & keys, missing) and 4 * int(keys.sum()) <= int(asked.any(0).sum()):
@@ -309,13 +313,17 @@ def _systematic(
     return whole, claim
 
 
-def _at_the_ends(missing: Tensor, asked: Tensor) -> bool:
-    """Whether only such rows miss a key as kernels have code of their own for: the last few, the first or last full one."""
+def _at_the_ends(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:
+    """Whether only rows miss their far end for which kernels have code of their own: the last few, the first or last full one."""
     counts = asked.sum(1)
     full_rows = (counts == counts.max()).nonzero()[:, 0].tolist()
     rows = missing.any(1).nonzero()[:, 0].tolist()
     last = int(counts.nonzero()[-1])
-    return rows[0] > last - NO_CHANCE or rows in ([full_rows[0]], [full_rows[-1]])
+    here = rows == list(range(max(rows[0], last - NO_CHANCE + 1), last + 1)) or rows in (
+        [full_rows[0]],
+        [full_rows[-1]],
+    )
+    return here and _cut(missing, asked, distance)
 
 
 def _cut(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:
@@ -377,24 +385,42 @@ def own_key_fault(seen: Seen, sequence: Sequence, claim: Claim | None) -> list[F
 
     What comes into a layer is its own row's query, too, and tells nothing of its key.
     """
+    for rows, tried in _without_own(seen, sequence, claim):
+        last = f"row {rows[-1]} of {len(sequence)}"
+        told = f"{told_claim(claim)} is claimed"
+        if len(rows) == tried:
+            return [Fault(f"no row sees its own key; {told}", last)]
+        return [
+            Fault(
+                f"some rows do not see their own key; {told}",
+                f"{len(rows)} of {tried} that were tried, the last is {last}",
+            )
+        ]
+    return []
+
+
+def rows_without_own(seen: Seen, sequence: Sequence, claim: Claim | None) -> set[int]:
+    """The rows that do not see their own key in some part."""
+    return {row for rows, _ in _without_own(seen, sequence, claim) for row in rows}
+
+
+def _without_own(seen: Seen, sequence: Sequence, claim: Claim | None) -> Iterator[tuple[list[int], int]]:
+    """Of each part in which rows do not see their own key: which they are, and of how many that is known."""
     if claim is None:
-        return []
+        return
     expected = sequence.expected(claim)
     own = torch.eye(len(sequence), dtype=torch.bool)
     # The weight of an only key has no gradient, and an attention that hides it may make an exception there.
     asked = own & expected & (expected & ~own).any(1, keepdim=True)
+    # An attention that chooses among its keys may leave out a row's own, too.
+    chooses = any(bool((expected & ~own & part.known & ~part.found).any()) for part in seen.parts)
     for part in seen.parts:
         here = asked & part.known
-        missing = here & ~part.found
-        rows = missing.diagonal().nonzero()[:, 0].tolist()
-        if int(here.sum()) >= NO_CHANCE and torch.equal(missing, here):
-            at = f"row {rows[-1]} of {len(sequence)}"
-            return [Fault(f"no row sees its own key; {told_claim(claim)} is claimed", at)]
-        # An attention that chooses among its keys may leave out that one, too.
-        if rows and not (expected & ~own & part.known & ~part.found).any():
-            at = f"{len(rows)} of {int(here.sum())} that were tried, the last of them row {rows[-1]} of {len(sequence)}"
-            return [Fault(f"some rows do not see their own key; {told_claim(claim)} is claimed", at)]
-    return []
+        rows = (here & ~part.found).diagonal().nonzero()[:, 0].tolist()
+        tried = int(here.sum())
+        every_row = torch.equal(here, asked)
+        if rows and ((every_row and not chooses) or len(rows) == tried >= NO_CHANCE):
+            yield rows, tried
 
 
 def gaps(
