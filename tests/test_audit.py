@@ -395,11 +395,11 @@ def test_padding_that_is_seen_is_named():
         return sliding(row, key) & (key >= 9) & (key < 55)
 
     assert audit_window(by(padded), window=CLAIM, padding=(9, 6), **SHORT).ok
-    lies_as(audit_window(by(sliding), window=CLAIM, padding=(9, 6), **SHORT), r"padding leaks: row \d+ sees key \d,")
+    lies_as(audit_window(by(sliding), window=CLAIM, padding=(9, 6), **SHORT), r"padding leaks.*: row \d+ sees key \d,")
     both_sides = by(lambda row, key: (row - key).abs() < W)
     lies_as(
         audit_window(both_sides, window=Window(7, 7), padding=(0, 6), **SHORT),
-        r"padding leaks: row \d+ sees key (5[5-9]|60), ",
+        r"padding leaks.*: row \d+ sees key (5[5-9]|60), ",
     )
 
 
