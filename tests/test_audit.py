@@ -111,6 +111,19 @@ def in_first_head(lie):
     return lambda row, key: torch.stack([lie(row, key), *[sliding(row, key)] * 3])
 
 
+class OfFirstHead(torch.autograd.Function):
+    """Keys or values for four heads; each group's first head alone gives them a gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.groups = 4 // tensor.shape[1]
+        return tensor.repeat_interleave(ctx.groups, 1)
+
+    @staticmethod
+    def backward(ctx, incoming):
+        return incoming[:, :: ctx.groups]
+
+
 LIES = {
     "ignored": (by(causal), r"forward and backward: left: the window is ignored; Window\(7, 0\) is claimed: row 60 sees key 0"),
     "ignored, both": (by(lambda row, key: (row == row) & (key == key)), r"right: the window is ignored"),
@@ -160,6 +173,25 @@ LIES = {
     "sparse, ignored": (lambda q, k, v: best(q, k, v, causal), r"left: (the window is ignored|\d+ keys too many) in some heads"),
     "sparse, one too many": (lambda q, k, v: best(q, k, v, lambda r, k: sliding(r, k, W + 1)), r"left: 1 key too many"),
     "sparse, one too few": (lambda q, k, v: best(q, k, v, lambda r, k: sliding(r, k, W - 1)), r"left: 1 key too few; .*Window\(6, 0\) is seen"),
+    "gradient of queries, less": (backward(query=lambda r, k: sliding(r, k, W - 4)), r"of the query, left: 4 keys too few; .*Window\(3, 0\) is seen"),
+    "gradient of queries, a gap": (backward(query=lambda r, k: sliding(r, k) & (r - k != 3)), r"of the query, left: keys missing"),
+    "gradient of queries, one head": (backward(query=in_first_head(lambda r, k: sliding(r, k, W - 1))), r"of the query, left: 1 key too few in some gradients"),
+    "gradient of queries, itself": (backward(query=lambda r, k: r == k), r": backward: no gradient reaches the query"),
+    "no gradient of queries": (lambda q, k, v: dense(q.detach(), k, v, sliding), r": backward: no gradient reaches the query"),
+    "shared heads, gradient of keys": (backward(key=in_first_head(lambda r, k: sliding(r, k, W - 1))), r": backward: left: 1 key too few in some gradients"),
+    "shared heads, gradient of values": (backward(value=in_first_head(lambda r, k: r == k)), r": backward: left: no key is seen in some gradients"),
+    "shared heads, the first alone": (lambda q, k, v: dense(q, OfFirstHead.apply(k), OfFirstHead.apply(v), sliding), r": backward: left: no key is seen in some gradients"),
+    "not its own key in odd rows": (by(lambda r, k: sliding(r, k) & ((r != k) | (r % 2 == 0))), r"some rows do not see their own key; .*30 of 60"),
+    "not its own key in late rows": (by(lambda r, k: sliding(r, k) & ((r != k) | (r < 30))), r"some rows do not see their own key; .*31 of 60"),
+    "not its own key in the last row": (by(lambda r, k: sliding(r, k) & ((r != k) | (r < r.max()))), r"some rows do not see their own key; .*1 of 60 that were tried, the last is row 60 of 61"),
+    "gradient of values, not the last": (backward(value=lambda r, k: sliding(r, k) & ((r != k) | (r < r.max()))), r": backward: some rows do not see their own key; .*1 of 60"),
+    "last row, one too few": (by(lambda r, k: sliding(r, k) & ((r < r.max()) | (k > r - W + 1))), r"left: up to 1 key too few in some rows; .*row 60 does not see key 53"),
+    "first full row, one too few": (by(lambda r, k: sliding(r, k) & ((r != W - 1) | (k > 0))), r"left: up to 1 key too few in some rows; .*row 7 does not see key 0"),
+    "odd rows, a gap": (by(lambda r, k: sliding(r, k) & ((r % 2 == 0) | (r - k != 3))), r"left: keys missing; .*row 3 does not see key 0"),
+    "transposes": (when(lambda query: not query.is_contiguous(), causal), r"the window is ignored.*\(as transposes\)"),
+    "one shared head": (lambda q, k, v: dense(q, k, v, causal if k.shape[1] == 1 else sliding), r"the window is ignored.*\(one head of key and value\)"),
+    "two sequences": (when(lambda query: query.shape[0] == 2, causal), r"the window is ignored.*\(two sequences\)"),
+    "gradient of queries alone": (lambda q, k, v: dense(q, k, v, causal if q.requires_grad and not k.requires_grad else sliding), r"the window is ignored.*\(a gradient of the query alone\)"),
     "with gradients": (when(lambda query: torch.is_grad_enabled() and query.requires_grad, causal), r"the window is ignored"),
 }  # fmt: skip
 
@@ -210,6 +242,8 @@ HONEST = {
     "dilated": (by(lambda r, k: sliding(r, k) & ((r - k) % 2 == 0)), Pattern("every other", lambda r, k: sliding(r, k) & ((r - k) % 2 == 0))),
     "larger than the sequence": (by(lambda r, k: sliding(r, k, 200)), Window.causal(200)),
     "dropout": (lambda q, k, v: F.dropout(dense(q, k, v, sliding), 0.3), CLAIM),
+    "equal weights": (lambda q, k, v: dense(q * 0, k, v, sliding), CLAIM),
+    "rows of one other key": (by(lambda r, k: sliding(r, k, 2)), Window(1, 0)),
     "attnreg": (lambda q, k, v: local_attention(q, k, v, CLAIM, backend="torch_block"), CLAIM),
     "sdpa": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), full()),
 }  # fmt: skip
@@ -330,7 +364,10 @@ def test_what_is_not_told_is_chosen():
     assert audit.ways == (
         "eval, 149 positions",
         "a batch of one",
-        "training",
+        "as transposes",
+        "one head of key and value",
+        "two sequences",
+        "a gradient of the query alone",
         "bfloat16",
         "21 positions",
         "521 positions",
@@ -358,11 +395,11 @@ def test_padding_that_is_seen_is_named():
         return sliding(row, key) & (key >= 9) & (key < 55)
 
     assert audit_window(by(padded), window=CLAIM, padding=(9, 6), **SHORT).ok
-    lies_as(audit_window(by(sliding), window=CLAIM, padding=(9, 6), **SHORT), r"padding leaks: row \d+ sees key \d,")
+    lies_as(audit_window(by(sliding), window=CLAIM, padding=(9, 6), **SHORT), r"padding leaks.*: row \d+ sees key \d,")
     both_sides = by(lambda row, key: (row - key).abs() < W)
     lies_as(
         audit_window(both_sides, window=Window(7, 7), padding=(0, 6), **SHORT),
-        r"padding leaks: row \d+ sees key (5[5-9]|60), ",
+        r"padding leaks.*: row \d+ sees key (5[5-9]|60), ",
     )
 
 
@@ -606,6 +643,17 @@ def test_a_backward_that_forgets_the_window_is_found_in_a_model():
         assert all(fault.startswith("backward") for fault in layer.faults)
     assert audit.layers[0].backward is None
     assert audit.layers[4].backward == CLAIM
+
+
+def test_a_gradient_of_the_query_that_lacks_keys_is_found_in_a_model():
+    class Lacks(Attention):
+        def forward(self, hidden):
+            return self.out(OtherBackward.apply(*self.split(hidden), self.rule).transpose(1, 2).flatten(2))
+
+    rules = (lambda r, k: sliding(r, k, W - 4), sliding, sliding), (sliding,) * 3
+    audit = audit_window(Model(*map(Lacks, rules)), window=CLAIM, **SHORT)
+    assert [bool(layer.faults) for layer in audit.layers] == [True, False], str(audit)
+    lies_as(audit, r"layers\.0\.attention: backward.*of the query, left: 4 keys too few")
 
 
 # torch.compile
@@ -966,6 +1014,142 @@ def test_positions_that_are_joined_beside_the_attention_are_found(where):
     name = r"layers\.1\.attention" if where == "attention" else r"layers\.1"
     lies_as(audit, rf"^{name}: forward and backward: right: the window is ignored")
     assert [layer.faults == () for layer in audit.layers].count(False) == 1
+
+
+class NextEmbedding(nn.Embedding):
+    def forward(self, tokens):
+        return super().forward(tokens) + 0.1 * super().forward(tokens.roll(-1, 1))
+
+
+class Leaky(Model):
+    """Joins positions between the tokens and the first layer, or behind the last one."""
+
+    def __init__(self, where):
+        super().__init__(Attention(), Attention())
+        self.where = where
+        if where == "in the embedding":
+            self.embedding = NextEmbedding(50, 32)
+
+    def forward(self, tokens):
+        hidden = self.embedding(tokens)
+        if self.where == "before the layers":
+            hidden = hidden + 0.1 * self.embedding(tokens.roll(-1, 1))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        if self.where == "behind the layers":
+            hidden = hidden + 0.1 * hidden.mean(1, keepdim=True)
+        return self.head(hidden)
+
+
+def test_what_a_model_of_tokens_joins_beside_its_layers_is_found():
+    assert audit_window(Leaky("nowhere"), window=CLAIM, **SHORT).ok
+    for where, said in {
+        "in the embedding": r"^embedding: forward: right: up to 1 key too many",
+        "before the layers": r"^Leaky: forward: right: ",
+        "behind the layers": r"^Leaky: forward: right: the window is ignored",
+    }.items():
+        audit = audit_window(Leaky(where), window=CLAIM, **SHORT)
+        lies_as(audit, said)
+        assert [bool(layer.faults) for layer in audit.layers].count(True) == 1, str(audit)
+        # Its layers say what their window is, and it does not.
+        unclaimed = audit_window(Leaky(where), window={"layers.*": CLAIM}, **SHORT)
+        if where != "in the embedding":
+            assert "what the model joins beside the layers in it, as it claims nothing itself" in unclaimed.notes
+
+
+def test_what_a_model_of_hugging_face_joins_beside_its_layers_is_found():
+    model = hugging_face("mistral")
+    inner = model.model.forward
+
+    def forward(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + 0.1 * output.last_hidden_state.mean(1, keepdim=True)
+        return output
+
+    model.model.forward = forward
+    audit = audit_window(model, cache=False, train=False, **TOGETHER)
+    lies_as(audit, r"^model: forward: right: the window is ignored; Window\(7, 0\)")
+    assert [bool(layer.faults) for layer in audit.layers].count(True) == 1, str(audit)
+
+
+class ChannelsFirst(nn.Module):
+    """A block whose attention takes the positions last."""
+
+    class Inner(Attention):
+        def forward(self, hidden):
+            return super().forward(hidden.mT).mT
+
+    def __init__(self):
+        super().__init__()
+        self.attention = self.Inner(causal)
+        self.attention.__class__.__name__ = "ChannelsFirstAttention"
+
+    def forward(self, hidden):
+        return hidden + self.attention(hidden.mT).mT
+
+
+def test_an_attention_that_cannot_be_measured_is_told():
+    model = Model(Attention(), Attention())
+    model.layers[1] = ChannelsFirst()
+    audit = audit_window(model, window={"layers.*.attention": CLAIM}, **SHORT)
+    assert any(note.startswith("layers.1.attention, which takes or gives no tensor with") for note in audit.notes)
+    audit = audit_window(
+        model, window={"layers.0.attention": CLAIM, "layers.1.attention": CLAIM, "nothing": CLAIM}, **SHORT
+    )
+    lies_as(audit, "window for 'layers.1.attention': none of the modules it names was measured: layers.1.attention")
+    assert len(audit.faults) == 1
+
+
+class OfAnother(Attention):
+    """Takes the keys and values of the layer before it."""
+
+    def __init__(self, rule, other):
+        super().__init__(rule)
+        self.others = [other]
+
+    def forward(self, hidden):
+        query = next(iter(self.split(hidden)))
+        return self.out(dense(query, *self.others[0].kept, self.rule).transpose(1, 2).flatten(2))
+
+
+class Keeps(Attention):
+    def split(self, hidden):
+        query, *self.kept = super().split(hidden)
+        return query, *self.kept
+
+
+def test_a_layer_that_has_its_keys_of_another_is_audited():
+    def model(rule):
+        keeps = Keeps()
+        return Model(keeps, OfAnother(rule, keeps))
+
+    audit = audit_window(model(sliding), window=CLAIM, **SHORT)
+    assert audit.ok, str(audit)
+    assert audit.layers[1].backward == CLAIM
+    audit = audit_window(model(lambda r, k: sliding(r, k, W + 1)), window=CLAIM, **SHORT)
+    lies_as(audit, r"layers\.1\.attention: forward and backward: left: 1 key too many")
+
+
+class Experts(nn.Module):
+    """Joins nothing; how it rounds depends on how many tokens each expert gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, hidden):
+        tokens = hidden.flatten(0, -2)
+        chosen = tokens[:, 0] > 0
+        rounding = 1 + torch.finfo(hidden.dtype).eps * chosen.sum()
+        return ((tokens @ self.first) * rounding).view_as(hidden)
+
+
+def test_rounding_of_what_is_no_attention_is_no_leak():
+    model = Model(Attention(), Attention())
+    model.layers[1].mlp = Experts()
+    audit = audit_window(model, window=CLAIM, **SHORT)
+    assert audit.ok, str(audit)
+    assert [layer.name for layer in audit.layers] == ["layers.0.attention", "layers.1.attention"]
 
 
 def test_an_audit_leaves_the_model_and_random_numbers_as_they_were():

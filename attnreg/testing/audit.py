@@ -27,12 +27,35 @@ from attnreg.testing.audit_claims import (
     looks_like_attention,
     plain_name,
     reach,
+    read,
     told_claim,
     window_and_first,
 )
 from attnreg.testing.audit_inputs import Arguments, Inputs
-from attnreg.testing.audit_judging import Fault, Sequence, Sparse, faults, gaps, holes, measured, own_key_fault
-from attnreg.testing.audit_probing import DRAWS, OTHER_DRAWS, Draw, Key, NothingFound, Probe, Run, Site, discover
+from attnreg.testing.audit_judging import (
+    Fault,
+    Seen,
+    Sequence,
+    Sparse,
+    faults,
+    gaps,
+    holes,
+    measured,
+    own_key_fault,
+    rows_without_own,
+)
+from attnreg.testing.audit_probing import (
+    DRAWS,
+    OTHER_DRAWS,
+    Draw,
+    Key,
+    Measured,
+    NothingFound,
+    Probe,
+    Run,
+    Site,
+    discover,
+)
 
 __all__ = ["Audit", "LayerAudit", "Pattern", "WindowLie", "audit_window", "chunks", "full", "window_and_first"]
 
@@ -304,6 +327,13 @@ class _Way:
     thorough: bool = False
     # Whether the batch has no copies: libraries choose masks and kernels by that, too.
     alone: bool = False
+    # Of an attention of query, key and value: whether these are transposes, and how many heads of key and value there are.
+    transposed: bool = False
+    kv_heads: int | None = None
+    # How many sequences the batch has.
+    copies: int | None = None
+    # Whether the query alone has a gradient.
+    of_query: bool = False
     # Whether dropout drops: then a key that is not seen may have been dropped.
     dropout: bool = False
     # Whether the user asked for it: then it must run.
@@ -334,6 +364,10 @@ class _Auditor:
     sparse: dict[Key, dict[int, Tensor]] = field(default_factory=dict)
     open: dict[Key, list[tuple[str, str, Fault]]] = field(default_factory=dict)
     first: dict[Key, tuple[Claim | None, Claim | None]] = field(default_factory=dict)
+    # Whether it takes one sequence at a time.
+    one_at_a_time: bool = False
+    # Modules that were run, and of which nothing can be measured.
+    unmeasured: set[str] = field(default_factory=set)
 
     def audit(
         self,
@@ -350,6 +384,8 @@ class _Auditor:
                 called_with = self._heads(length or self._fixed_length() or SHORTEST)
             ways = list(self._ways(length, dtypes, train, cache, backend))
             for number, way in enumerate(ways):
+                if way.copies is not None and self.one_at_a_time:
+                    continue
                 try:
                     self._run(way)
                 except Exception as error:
@@ -361,8 +397,39 @@ class _Auditor:
                         self.notes.append(f"{way.name}: {told(error)}")
                 else:
                     self.ways.append(way.name)
+        self._tell_what_was_not_measured()
         layers = [self._layer(key) for key in self.first]
         return Audit(tuple(layers), tuple(self.whole), tuple(self.ways), tuple(self.notes), called_with)
+
+    def _tell_what_was_not_measured(self) -> None:
+        """Attentions that could not be measured; patterns that name none that was; what joins positions and claims nothing."""
+        measured_names = {plain_name(name) for name, _ in self.first}
+        modules = dict(self.model.named_modules())
+        for name, module in modules.items() if self.layout is None else ():
+            plain = plain_name(name)
+            inside = any(at and looks_like_attention(each) for at, each in module.named_modules())
+            if plain in measured_names or inside or not looks_like_attention(module) or not self._is_chosen(name):
+                continue
+            if name in self.unmeasured:
+                self.notes.append(
+                    f"{plain}, which takes or gives no tensor with the positions in a dimension of their own"
+                )
+        for name, _ in self.first:
+            below = f"{name}.".lstrip(".")
+            claiming = any(
+                other != name and other.startswith(below) and claim is not None
+                for (other, _), claim in self.claims.items()
+            )
+            if claiming and self.claims[(name, 0)] is None:
+                self.notes.append(
+                    f"what {plain_name(name) or 'the model'} joins beside the layers in it, as it claims nothing itself"
+                )
+        for pattern in self.window if isinstance(self.window, Mapping) else ():
+            named = {plain_name(name) for name in modules if fnmatchcase(plain_name(name), pattern)}
+            chosen = {name for name in named if self._is_chosen(name)}
+            if chosen and not any(fnmatchcase(name, pattern) for name in measured_names):
+                some = ", ".join(sorted(chosen)[:3])
+                self.whole.append(f"{WHOLE}: window for {pattern!r}: none of the modules it names was measured: {some}")
 
     def _heads(self, length: int) -> str:
         """Settle with how many heads of key and value the attention is called, and say it.
@@ -413,7 +480,9 @@ class _Auditor:
         padding = self.padding or (0, 0)
         yield _Way(f"eval, {main} positions", main, padding, thorough=True)
         yield _Way("a batch of one", main, padding, alone=True)
-        if train:
+        if self.layout is not None:
+            yield from self._of_tensors(main, padding)
+        if train and not (isinstance(self.model, _Holder) and isinstance(self.model.attention, _Function)):
             yield _Way("training", main, padding, training=True)
             if any(True for _ in _dropouts(self.model)):
                 yield _Way("training with dropout", main, padding, training=True, dropout=True)
@@ -449,6 +518,14 @@ class _Auditor:
                     f"compiled by {told_backend}, training", main, padding, training=True, compiled=backend, asked=True
                 )
 
+    def _of_tensors(self, main: int, padding: tuple[int, int]) -> Iterator[_Way]:
+        """How models call an attention of query, key and value."""
+        yield _Way("as transposes", main, padding, transposed=True)
+        if self.grouped and 1 < self.sizes["kv_heads"] < self.sizes["heads"]:
+            yield _Way("one head of key and value", main, padding, kv_heads=1)
+        yield _Way("two sequences", main, padding, copies=2)
+        yield _Way("a gradient of the query alone", main, padding, of_query=True)
+
     def _cached(self, main: int, border: int, *, asked: bool) -> Iterator[_Way]:
         """The first tokens at once, then one by one; and in pieces of which some are longer than the window."""
         total = min(main, max(2 * border + 17, 41))
@@ -480,7 +557,7 @@ class _Auditor:
         """A length that is no size of anything in the model, and that it can take."""
         taken = {size for each in self.model.parameters() for size in each.shape} | set(self.sizes.values())
         config = getattr(self.model, "config", None)
-        most = getattr(config, "max_position_embeddings", None)
+        most = read(config, "max_position_embeddings")
         length = least | 1
         while length in taken or any(size % length == 0 for size in taken):
             length += 2
@@ -489,7 +566,14 @@ class _Auditor:
     def _arguments(self, way: _Way) -> Arguments:
         if self.layout is not None:
             return inputs_.attention_arguments(
-                self.layout, way.length, **self.sizes, device=self.device, dtype=way.dtype or torch.float32
+                self.layout,
+                way.length,
+                heads=self.sizes["heads"],
+                kv_heads=way.kv_heads or self.sizes["kv_heads"],
+                head_dim=self.sizes["head_dim"],
+                device=self.device,
+                dtype=way.dtype or torch.float32,
+                transposed=way.transposed,
             )
         if self.inputs is not None:
             given = self.inputs
@@ -535,7 +619,10 @@ class _Auditor:
         while True:
             run = Run(lambda count: _called(model, self._arguments(whole), count), way.length, ((0, way.length),))
             try:
-                sites = discover(model, run, batch, wanted)
+                unmeasured: set[str] = set()
+                sites = discover(model, run, batch, wanted, unmeasured)
+                if not self.first:
+                    self.unmeasured = unmeasured
                 break
             except NothingFound:
                 if batch == 1:
@@ -558,7 +645,10 @@ class _Auditor:
             if site.key not in self.claims:
                 self.claims[site.key] = claim_of(self.window, site.key[0], model)
         if batch == 1:
+            self.one_at_a_time |= not way.alone
             return sites, 1
+        if way.copies is not None:
+            return sites, way.copies
         width = sum(axes.first(base).flatten(2).shape[2] for site in sites for axes, base in site.sources.values())
         most = min(
             MOST_OUTPUTS // max(width * way.length, 1), MOST_SCORES // (4 * way.length**2), (way.length + 1) // 2
@@ -587,16 +677,20 @@ class _Auditor:
             # The name has changed in version 5.24 of transformers, which takes the other with a warning.
             cache = "cache" if inputs_.takes(model, "cache") else "past_key_values"
             run = Run(lambda count: _in_steps(called, cache, arguments.repeated(count), steps), way.length, steps)
-        probe = Probe(sites, run, inner=way.compiled is None)
+        probe = Probe(sites, run, inner=way.compiled is None, only_first=way.of_query)
         thorough = way.thorough and way.length <= EXHAUSTIVE and way.length <= 6 * batch
         columns = list(range(way.length)) if thorough else _sampled(sequence)
-        if way.alone and self.documents is None:
+        if (way.alone or way.copies) and self.documents is None:
             # Each takes a run of its own.
             columns = columns[1::3]
         dependence: list[tuple[int, list[int]]] = []
-        probe.forward(columns, batch)
-        if way.steps is None:
+        if not way.of_query:
+            probe.forward(columns, batch)
+        if way.steps is None and not way.of_query:
             probe.backward(columns, batch)
+            probe.through = probe.takes_keys_of_others()
+            if probe.through:
+                probe.backward(columns, batch)
         if way.steps is None and not way.alone:
             last = way.length - 1 - way.padding[1]
             dependence.append((last, self._around(last, sites, columns, way.length)))
@@ -605,7 +699,7 @@ class _Auditor:
         for row, some in dependence:
             probe.dependence([row], some, batch)
         for draw in (*DRAWS[1:], *OTHER_DRAWS):
-            if way.dropout:
+            if way.dropout or way.of_query:
                 break
             rows, keys = self._missing(probe, sites, sequence, scattered=draw in OTHER_DRAWS)
             if not rows and not keys:
@@ -613,10 +707,32 @@ class _Auditor:
             self._again(probe, draw, rows, keys, columns, dependence, batch, forward_only=way.steps is not None)
         if way.steps is not None:
             self._compare_cached(way, probe, model, sites, arguments, sequence)
-        if self.layout is not None and way.thorough:
-            probe.keys_alone(columns[:: max(len(columns) // 16, 1)], batch)
+        if way.thorough and way.steps is None:
+            self._measure_parts(probe, sites, sequence, columns, batch)
         for site in sites:
             self._judge(way, probe, site, sequence, thorough)
+
+    def _measure_parts(
+        self, probe: Probe, sites: list[Site], sequence: Sequence, columns: list[int], batch: int
+    ) -> None:
+        """What only single tensors, heads and rows tell: whether rows see their own key, and what a query's gradient is of."""
+        apart = self.layout is not None
+        pairs = sorted({pair for site in sites for pair in _inside(sequence, self.claims[site.key])})
+        rows = _sampled(sequence)
+        rows = rows[:: max(len(rows) * self.sizes["heads"] // (2 * batch), 1)]
+        for number, draw in enumerate((*DRAWS, *OTHER_DRAWS)):
+            honest = [site for site in sites if self.claims[site.key] is not None and not self.found.get(site.key)]
+            found = [probe.found[site.key] for site in honest]
+            if apart and (not number or any(_lacks_own(each, sequence, self.claims[each.key]) for each in found)):
+                probe.keys_alone(columns, batch, draw)
+            if draw in OTHER_DRAWS:
+                continue
+            if apart and (not number or any(_lacks(each.by_head(), sequence, self.claims[each.key]) for each in found)):
+                probe.by_head(rows, batch, draw)
+            if pairs and (
+                not number or any(_lacks(each.own(apart=apart), sequence, self.claims[each.key]) for each in found)
+            ):
+                probe.own_gradients(pairs, batch, draw, apart=apart)
 
     def _around(self, row: int, sites: list[Site], columns: list[int], length: int) -> list[int]:
         """Positions at the borders of what a row may see, and a few others."""
@@ -639,6 +755,8 @@ class _Auditor:
                     hidden = holes(seen, sequence, claim, side)
                     pairs = hidden.scattered if scattered else hidden.scattered | hidden.systematic
                     found.update(pairs.any(dim).nonzero()[:, 0].tolist())
+                if name == "backward":
+                    found.update(rows_without_own(seen, sequence, claim))
         return lacking
 
     @staticmethod
@@ -668,20 +786,24 @@ class _Auditor:
         open_ = self.open.setdefault(site.key, [])
         here = []
         # Nothing at all: an output that is multiplied by 0, as one that is about to be trained may be.
-        without = found.without_gradient or not found.touched
+        without = found.without_gradient or not (found.touched or way.of_query)
+        # It has all its layers in it, whose outputs it adds to what it joins itself.
+        of_tokens = bool(site.tokens)
         for name in ("forward", "backward", "dependence"):
             if name != "forward" and (way.steps is not None or without):
+                continue
+            if name == "backward" and way.of_query:
                 continue
             seen = found.seen(name)
             parts = "heads" if name == "forward" else "gradients"
             sparse = None
             if site.key in self.sparse:
                 sparse = Sparse(self.sparse[site.key].get(len(sequence)), not thorough)
-            if way.dropout or name == "dependence":
+            if way.dropout or way.of_query or of_tokens or name == "dependence":
                 # What a row's gradients do not change with, its backward told already: by every row.
                 seen = seen.beyond(sequence, claim)
             noted += [(way.name, name, fault) for fault in faults(seen, sequence, claim, parts, sparse)]
-            if name != "dependence" and not way.dropout:
+            if name != "dependence" and not (way.dropout or way.of_query or of_tokens):
                 texts, pairs = gaps(seen, sequence, claim, parts, sparse)
                 open_ += [(way.name, name, gap) for gap in texts]
                 if thorough and texts:
@@ -699,10 +821,18 @@ class _Auditor:
                 f"{way.name}: {plain_name(site.key[0]) or 'the model'}, which claims {told_claim(claim)}, "
                 "gives no tensor with the positions in a dimension of their own"
             )
-        if without and way.steps is None:
+        if without and way.steps is None and not of_tokens:
             self.notes.append(
                 f"{way.name}: the backward of {plain_name(site.key[0]) or 'the model'}, whose output gives no gradient"
             )
+        if claim is not None and not without and not noted:
+            own = found.own(apart=self.layout is not None)
+            wrong = faults(own, sequence, claim, "gradients")
+            noted += [(way.name, "dependence", Fault(f"of the query, {fault.text}", fault.example)) for fault in wrong]
+        if self.layout is not None and not without:
+            by_head = found.by_head()
+            if by_head.known.any():
+                noted += [(way.name, "backward", fault) for fault in faults(by_head, sequence, claim, "gradients")]
         if self.layout is not None:
             alone = found.seen("keys alone")
             noted += [(way.name, "forward", fault) for fault in own_key_fault(alone, sequence, claim)]
@@ -764,6 +894,42 @@ class _Auditor:
             tuple(_gathered(self.found.get(key, []), self.ways)),
             tuple(_gathered(self.open.get(key, []), self.ways)),
         )
+
+
+# Rows and keys whose gradients are looked at one by one: of so many rows, so many keys each.
+ROWS_APART = 6
+KEYS_APART = 24
+
+
+def _inside(sequence: Sequence, claim: Claim | None) -> list[tuple[int, int]]:
+    """Some rows with keys that a claim says they see: those at its border, the nearest, and some between, of each the same."""
+    if claim is None:
+        return []
+    expected = sequence.expected(claim) & ~torch.eye(len(sequence), dtype=torch.bool)
+    counts = expected.sum(1)
+    # The gradient of a row that sees one key is 0.
+    full_rows = ((counts == counts.max()) & (counts > 0)).nonzero()[:, 0].tolist()
+    if not full_rows:
+        return []
+    pairs = []
+    for row in dict.fromkeys(
+        full_rows[place * (len(full_rows) - 1) // (ROWS_APART - 1)] for place in range(ROWS_APART)
+    ):
+        keys = expected[row].nonzero()[:, 0].tolist()
+        some = [*keys[:3], *keys[-3:], *keys[:: max(len(keys) // (KEYS_APART - 6), 1)]]
+        pairs += [(row, key) for key in (keys if len(keys) <= KEYS_APART else some)]
+    return pairs
+
+
+def _lacks(seen: Seen, sequence: Sequence, claim: Claim | None) -> bool:
+    """Whether any part of what was seen lacks a key of a claim."""
+    return claim is not None and any(
+        bool((sequence.expected(claim) & part.known & ~part.found).fill_diagonal_(False).any()) for part in seen.parts
+    )
+
+
+def _lacks_own(found: Measured, sequence: Sequence, claim: Claim | None) -> bool:
+    return bool(rows_without_own(found.seen("keys alone"), sequence, claim))
 
 
 def _gathered(found: list[tuple[str, str, Fault]], ways: list[str]) -> Iterator[str]:

@@ -188,7 +188,7 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
     """
     chain = _chain(name, model)
     module = chain[0]
-    configs = (_read(each, "config") for each in chain)
+    configs = (read(each, "config") for each in chain)
     config = _of_layer(next((each for each in configs if each is not None), None), _layer_index(name, chain))
     if re.search("cross", f"{type(module).__name__} {name.rpartition('.')[2]}", re.IGNORECASE):
         return None
@@ -197,21 +197,21 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
     if kind == "full_attention":
         return full(causal=causal)
     if kind == "chunked_attention":
-        size = _read(config, "attention_chunk_size")
+        size = read(config, "attention_chunk_size")
         return chunks(size, causal=causal) if isinstance(size, int) else None
     if kind not in (None, "sliding_attention") or (
-        _is_something_else(name, module) and _own_window(module, causal) is None
+        _is_something_else(name, module) and own_window(module, causal) is None
     ):
         return None
     both_sides = _configured_both_sides(module, config)
     if not causal and both_sides is not None:
         return both_sides
     for each in chain:
-        own = _own_window(each, causal)
+        own = own_window(each, causal)
         if own is not None:
             return own
         # A module that has the attribute, and nothing in it, says that it is no layer with a window.
-        if kind is None and any(_read(each, attribute, _MISSING) is not _MISSING for attribute in _ATTRIBUTES):
+        if kind is None and any(read(each, attribute, _MISSING) is not _MISSING for attribute in _ATTRIBUTES):
             return full(causal=causal)
     configured = _configured_window(config, causal)
     if configured is None and looks_like_attention(module) and _has_no_window(config):
@@ -222,7 +222,7 @@ def read_claim(name: str, model: nn.Module) -> Claim | None:
 _MISSING = object()
 
 
-def _read(owner: Any, name: str, otherwise: Any = None) -> Any:
+def read(owner: Any, name: str, otherwise: Any = None) -> Any:
     """An attribute; where it is missing, or where asking for it is an error of whatever kind, nothing is said."""
     try:
         return getattr(owner, name, otherwise)
@@ -242,7 +242,7 @@ class _Overridden:
 
 def _of_layer(config: Any, index: int | None) -> Any:
     """The configuration of one layer, where one says by layer what differs; of the whole it would be an error to ask that."""
-    by_layer = _read(config, "per_layer_config")
+    by_layer = read(config, "per_layer_config")
     if by_layer is None or index is None:
         return config
     try:
@@ -256,7 +256,7 @@ def _of_layer(config: Any, index: int | None) -> Any:
 
 def _has_no_window(config: Any) -> bool:
     """Whether a configuration that could have a window says that there is none."""
-    return _read(config, "sliding_window", 1) is None or _read(config, "use_sliding_window", True) is False
+    return read(config, "sliding_window", 1) is None or read(config, "use_sliding_window", True) is False
 
 
 def _chain(name: str, model: nn.Module) -> list[nn.Module]:
@@ -267,11 +267,11 @@ def _chain(name: str, model: nn.Module) -> list[nn.Module]:
 
 def _is_causal(chain: list[nn.Module], config: Any) -> bool:
     """Whether a layer says that it is causal; those that say nothing are."""
-    if _read(config, "use_bidirectional_attention") in (True, "all"):
+    if read(config, "use_bidirectional_attention") in (True, "all"):
         return False
     for module in chain:
         for attribute in ("is_causal", "causal"):
-            own = _read(module, attribute)
+            own = read(module, attribute)
             if isinstance(own, bool):
                 return own
     return True
@@ -279,7 +279,7 @@ def _is_causal(chain: list[nn.Module], config: Any) -> bool:
 
 def _layer_index(name: str, chain: list[nn.Module]) -> int | None:
     """The number of a layer, as it or what stands around it says, or its name."""
-    indices = (_read(module, attribute) for module in chain for attribute in ("layer_idx", "layer_id"))
+    indices = (read(module, attribute) for module in chain for attribute in ("layer_idx", "layer_id"))
     index = next((each for each in indices if isinstance(each, int)), None)
     if index is None:
         numbers = re.findall(r"(?:^|\.)(\d+)(?:\.|$)", name)
@@ -288,9 +288,9 @@ def _layer_index(name: str, chain: list[nn.Module]) -> int | None:
 
 
 def _layer_type(name: str, chain: list[nn.Module], config: Any) -> str | None:
-    own = (_read(module, attribute) for module in chain for attribute in ("layer_type", "attention_type"))
+    own = (read(module, attribute) for module in chain for attribute in ("layer_type", "attention_type"))
     said = next((each for each in own if isinstance(each, str) and each.endswith("_attention")), None)
-    types = _read(config, "layer_types")
+    types = read(config, "layer_types")
     if said is not None or not isinstance(types, (list, tuple)):
         return said
     index = _layer_index(name, chain)
@@ -307,26 +307,27 @@ def _buckets_of(module: nn.Module) -> Claim | None:
     subclass.
     """
     for each in (module, *module.children()):
-        size, before, after = (_read(each, name) for name in ("window_size", "look_backward", "look_forward"))
-        exact, causal = _read(each, "exact_windowsize"), _read(each, "causal")
+        size, before, after = (read(each, name) for name in ("window_size", "look_backward", "look_forward"))
+        exact, causal = read(each, "exact_windowsize"), read(each, "causal")
         if not all(isinstance(flag, bool) for flag in (exact, causal)):
             continue
         if all(isinstance(count, int) for count in (size, before, after)):
             after = 0 if causal else after
             claim = Window(size * before, size * after) if exact else buckets(size, before, after, causal=causal)
-            return _others(claim) if _read(each, "shared_qk") is True else claim
+            return _others(claim) if read(each, "shared_qk") is True else claim
     return None
 
 
-def _own_window(module: nn.Module, causal: bool) -> Claim | None:
+def own_window(module: nn.Module, causal: bool) -> Claim | None:
+    """What an attribute of a module itself says of its window."""
     of_buckets = _buckets_of(module)
     if of_buckets is not None:
         return of_buckets
-    one_side = _read(module, "one_sided_attn_window_size")
+    one_side = read(module, "one_sided_attn_window_size")
     if isinstance(one_side, int):
         return Window(one_side, one_side)
     for attribute in _ATTRIBUTES:
-        given = _read(module, attribute)
+        given = read(module, attribute)
         if isinstance(given, Window):
             return given
         if isinstance(given, int) and not isinstance(given, bool) and given > 0:
@@ -346,17 +347,17 @@ def _configured_both_sides(module: nn.Module, config: Any) -> Claim | None:
 
     What their layers hold is for FlashAttention, and in some families one less than that.
     """
-    size, own = _read(config, "sliding_window"), _read(module, "sliding_window")
-    if not isinstance(size, int) or _read(config, "use_bidirectional_attention") or own not in (size, size + 1):
+    size, own = read(config, "sliding_window"), read(module, "sliding_window")
+    if not isinstance(size, int) or read(config, "use_bidirectional_attention") or own not in (size, size + 1):
         return None
     return Window(size, size)
 
 
 def _configured_window(config: Any, causal: bool) -> Claim | None:
-    local = _read(config, "local_attention")
+    local = read(config, "local_attention")
     if isinstance(local, int) and local > 0:
         return Window(local // 2, 0 if causal else local // 2)
-    size = _read(config, "sliding_window")
-    if isinstance(size, int) and size > 0 and _read(config, "use_sliding_window", True):
+    size = read(config, "sliding_window")
+    if isinstance(size, int) and size > 0 and read(config, "use_sliding_window", True):
         return Window(size - 1, 0) if causal else Window(size, size)
     return None

@@ -22,6 +22,8 @@ class Arguments:
 
     positional: tuple[Any, ...] = ()
     named: tuple[tuple[str, Any], ...] = ()
+    # Two dimensions that lie in memory in each other's place, as of queries that are a transpose.
+    swapped: tuple[int, int] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -35,11 +37,14 @@ class Arguments:
 
     def repeated(self, batch: int) -> Arguments:
         """With so many copies of the sequence."""
-        if not self.batched:
+        if not self.batched and self.swapped is None:
             return self
 
         def copies(given: Any) -> Any:
-            return given.repeat(batch, *[1] * (given.dim() - 1)) if isinstance(given, Tensor) else given
+            if not isinstance(given, Tensor):
+                return given
+            some = given.repeat(batch, *[1] * (given.dim() - 1)) if self.batched else given
+            return some if self.swapped is None else some.transpose(*self.swapped).contiguous().transpose(*self.swapped)
 
         return Arguments(tuple(map(copies, self.positional)), tuple((name, copies(each)) for name, each in self.named))
 
@@ -159,9 +164,17 @@ def guessed_arguments(model: nn.Module, length: int) -> Arguments:
 
 
 def attention_arguments(
-    layout: str, length: int, *, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    layout: str,
+    length: int,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    transposed: bool = False,
 ) -> Arguments:
-    """Random query, key and value in a layout such as "NHLE"."""
+    """Random query, key and value in a layout such as "NHLE"; ``transposed``, as a transpose of one with H and L swapped."""
     generator = torch.Generator().manual_seed(11)
     tensors = []
     for count in (heads, kv_heads, kv_heads):
@@ -169,7 +182,7 @@ def attention_arguments(
         tensors.append(
             torch.randn([sizes[letter] for letter in layout], generator=generator).to(device=device, dtype=dtype)
         )
-    return Arguments(tuple(tensors))
+    return Arguments(tuple(tensors), swapped=(layout.index("H"), layout.index("L")) if transposed else None)
 
 
 def check_layout(layout: str) -> None:

@@ -110,6 +110,14 @@ class Seen:
         known, some, every, parted = (torch.zeros(length, length, dtype=torch.bool) for _ in range(4))
         return cls(known, some, every, parted)
 
+    def add(self, part: Part) -> None:
+        """Note one more part."""
+        found = part.found & part.known
+        self.parts.append(part)
+        self.known, self.some = self.known | part.known, self.some | found
+        self.every = torch.stack([each.found | ~each.known for each in self.parts]).all(0) & self.known
+        self.parted = self.some & ~self.every
+
     def beyond(self, sequence: Sequence, claim: Claim | None) -> Seen:
         """What is known of the pairs that a claim says to be unseen; all of it where nothing is claimed."""
         if claim is None:
@@ -285,8 +293,17 @@ def _systematic(
     whole = _whole_distances(missing, asked, distance, fewest)
     if whole.any():
         return whole, rule
+    # Of few positions chance would say so, too.
+    if part.known.all() and _at_the_ends(missing, asked, distance):
+        return missing, rule
     if int(missing.sum()) < NO_CHANCE:
         return whole, claim
+    if (
+        int(missing.sum()) >= FEWEST
+        and len(distance[missing].unique()) == 1
+        and len(distance[asked].unique()) > NO_CHANCE
+    ):
+        return missing, rule
     keys = missing.any(0)
     if torch.equal(asked & keys, missing) and 4 * int(keys.sum()) <= int(asked.any(0).sum()):
         return missing, rule
@@ -294,6 +311,19 @@ def _systematic(
     if _cut(missing, asked, distance) and (tried >= NO_CHANCE or _cut(missing.T, asked.T, distance.T)):
         return missing, rule
     return whole, claim
+
+
+def _at_the_ends(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:
+    """Whether only rows miss their far end for which kernels have code of their own: the last few, the first or last full one."""
+    counts = asked.sum(1)
+    full_rows = (counts == counts.max()).nonzero()[:, 0].tolist()
+    rows = missing.any(1).nonzero()[:, 0].tolist()
+    last = int(counts.nonzero()[-1])
+    here = rows == list(range(max(rows[0], last - NO_CHANCE + 1), last + 1)) or rows in (
+        [full_rows[0]],
+        [full_rows[-1]],
+    )
+    return here and _cut(missing, asked, distance)
 
 
 def _cut(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:
@@ -351,22 +381,46 @@ def faults(
 
 
 def own_key_fault(seen: Seen, sequence: Sequence, claim: Claim | None) -> list[Fault]:
-    """That no row sees its own key, in a gradient that others' keys have: that of keys, or of values.
+    """That rows do not see their own key, in a gradient that others' keys have: that of keys, or of values.
 
     What comes into a layer is its own row's query, too, and tells nothing of its key.
     """
+    for rows, tried in _without_own(seen, sequence, claim):
+        last = f"row {rows[-1]} of {len(sequence)}"
+        told = f"{told_claim(claim)} is claimed"
+        if len(rows) == tried:
+            return [Fault(f"no row sees its own key; {told}", last)]
+        return [
+            Fault(
+                f"some rows do not see their own key; {told}",
+                f"{len(rows)} of {tried} that were tried, the last is {last}",
+            )
+        ]
+    return []
+
+
+def rows_without_own(seen: Seen, sequence: Sequence, claim: Claim | None) -> set[int]:
+    """The rows that do not see their own key in some part."""
+    return {row for rows, _ in _without_own(seen, sequence, claim) for row in rows}
+
+
+def _without_own(seen: Seen, sequence: Sequence, claim: Claim | None) -> Iterator[tuple[list[int], int]]:
+    """Of each part in which rows do not see their own key: which they are, and of how many that is known."""
     if claim is None:
-        return []
+        return
     expected = sequence.expected(claim)
     own = torch.eye(len(sequence), dtype=torch.bool)
     # The weight of an only key has no gradient, and an attention that hides it may make an exception there.
     asked = own & expected & (expected & ~own).any(1, keepdim=True)
+    # An attention that chooses among its keys may leave out a row's own, too.
+    chooses = any(bool((expected & ~own & part.known & ~part.found).any()) for part in seen.parts)
     for part in seen.parts:
         here = asked & part.known
-        if int(here.sum()) >= NO_CHANCE and not (part.found & here).any():
-            at = int(here.diagonal().nonzero()[-1])
-            return [Fault(f"no row sees its own key; {told_claim(claim)} is claimed", f"row {at} of {len(sequence)}")]
-    return []
+        rows = (here & ~part.found).diagonal().nonzero()[:, 0].tolist()
+        tried = int(here.sum())
+        every_row = torch.equal(here, asked)
+        if rows and ((every_row and not chooses) or len(rows) == tried >= NO_CHANCE):
+            yield rows, tried
 
 
 def gaps(

@@ -11,18 +11,20 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from attnreg.testing.audit_claims import looks_like_attention, own_window
 from attnreg.testing.audit_judging import Part, Seen
 
 # A call of a module in a run: its name, and how often it was called before.
 Key = tuple[str, int]
 # Of one tensor of a call: the module, "in" or "out", and its place among the leaves.
 Place = tuple[Key, str, int]
+Each = TypeVar("Each")
 
 # Modules of torch that never join positions, and are no layer of their own.
 POSITIONWISE = (
@@ -64,6 +66,12 @@ OTHER_DRAWS = (Draw(1.0, 4.0, 0, -1), *(Draw(1.0, 4.0, order, sign) for order in
 NOISE = 16.0
 
 
+# Of modules that are no attention: what changes by fewer units in the last place of the largest number is rounding.
+ROUNDING = 16.0
+# The ids of tokens below this one often mean padding, and the begin and the end of documents.
+SPECIAL = 3
+
+
 class NothingFound(ValueError):
     """No module that joins positions was found."""
 
@@ -95,6 +103,17 @@ def axes_of(tensor: object, batch: int, length: int) -> Axes | None:
     return Axes(batches[0], positions[0]) if batches else None
 
 
+def tokens_of(tensor: object, batch: int, length: int) -> Axes | None:
+    """Where a tensor of token ids has batch and positions; None for other numbers: position ids, documents, masks."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int64, torch.int32):
+        return None
+    if tuple(tensor.shape) not in ((batch, length), (length,)):
+        return None
+    steps = tensor.reshape(-1, length)[0].diff()
+    counted = (steps >= 0) & (steps <= 1)
+    return None if 2 * int(counted.sum()) > length else Axes(0 if tensor.dim() == 2 else None, tensor.dim() - 1)
+
+
 @dataclass
 class Site:
     """A call of an audited module.
@@ -103,6 +122,7 @@ class Site:
         key: which.
         module: the module.
         sources: of the tensors that come in, by place among the leaves, their axes and what they hold for one sequence.
+        tokens: likewise of token ids, of a module that takes nothing else.
         outs: of those that come out, their axes.
         inner: of those that its children take and return.
     """
@@ -110,6 +130,7 @@ class Site:
     key: Key
     module: nn.Module
     sources: dict[int, tuple[Axes, Tensor]] = field(default_factory=dict)
+    tokens: dict[int, tuple[Axes, Tensor]] = field(default_factory=dict)
     outs: dict[int, Axes] = field(default_factory=dict)
     inner: dict[Place, Axes] = field(default_factory=dict)
 
@@ -210,14 +231,43 @@ def _flat(tree: Any) -> tuple[list[Any], Any]:
 
 
 def _leaves_of(modules: dict[str, nn.Module]) -> set[str]:
-    return {name for name, module in modules.items() if isinstance(module, POSITIONWISE)}
+    return {
+        name for name, module in modules.items() if isinstance(module, POSITIONWISE) and _is_as_torch_has_it(module)
+    }
 
 
-def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.Module], bool]) -> list[Site]:
+def _is_as_torch_has_it(module: nn.Module) -> bool:
+    """Whether its forward is torch's: another may look at other positions."""
+    return "forward" not in vars(module) and type(module).forward.__module__.startswith("torch.")
+
+
+def _rounds(module: nn.Module) -> bool:
+    """Whether what changes in the last bits is rounding: of experts, whose products depend on how many tokens they get.
+
+    An attention is not among them: of it every bit counts.
+    """
+    return own_window(module, causal=True) is None and not any(map(looks_like_attention, module.modules()))
+
+
+def discover(
+    model: nn.Module,
+    run: Run,
+    batch: int,
+    wanted: Callable[[str, nn.Module], bool],
+    unmeasured: set[str] | None = None,
+) -> list[Site]:
     """The calls of modules that join positions by themselves, and of those that are ``wanted``, with what came in.
 
     Every module's input is replaced at one position. One that joins positions by itself is one whose output changes at others,
-    where none of its children explains it; or one that hands a child what no earlier child explains.
+    where none of its children explains it; or one that hands a child what no earlier child explains. Of what takes token ids one
+    of these is replaced.
+
+    Args:
+        model: the whole.
+        run: how it is run.
+        batch: of how many copies.
+        wanted: of a name and a module, whether it is audited though it joins nothing.
+        unmeasured: takes the names of modules that take, or give, no tensor with positions.
 
     Raises:
         NothingFound: there is none.
@@ -229,7 +279,7 @@ def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.M
     received: dict[Key, dict[int, tuple[Axes, Tensor]]] = {}
     given: dict[Key, dict[int, tuple[Axes, Tensor]]] = {}
 
-    def keep(leaves: list[Any]) -> dict[int, tuple[Axes, Tensor]]:
+    def keep(leaves: list[Any], axes_of: Callable[..., Axes | None] = axes_of) -> dict[int, tuple[Axes, Tensor]]:
         found = {}
         for place, leaf in enumerate(leaves):
             axes = axes_of(leaf, batch, run.length)
@@ -238,17 +288,18 @@ def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.M
                 found[place] = (axes, one.clone())
         return found
 
-    def differ(leaves: list[Any], before: dict[int, tuple[Axes, Tensor]]) -> Tensor:
+    def differ(leaves: list[Any], before: dict[int, tuple[Axes, Tensor]], *, rounds: bool = False) -> Tensor:
         found = torch.zeros(run.length, dtype=torch.bool)
         for place, (axes, base) in before.items():
             leaf = leaves[place].detach() if place < len(leaves) else None
             if isinstance(leaf, Tensor) and leaf.shape[axes.position] == run.length:
                 one = leaf if axes.batch is None else leaf.narrow(axes.batch, 0, 1)
-                found |= _positions(axes, one != base).any(0).cpu()
+                limit = ROUNDING * torch.finfo(base.dtype).eps * float(base.abs().max()) if rounds else 0.0
+                found |= _positions(axes, (one - base).abs() > limit if rounds else one != base).any(0).cpu()
         return found
 
     def take(key: Key, leaves: list[Any]) -> None:
-        taken[key] = keep(leaves)
+        taken[key] = keep(leaves) or keep(leaves, tokens_of)
 
     def give(key: Key, leaves: list[Any]) -> None:
         given[key] = keep(leaves)
@@ -260,7 +311,7 @@ def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.M
         return replaced if taken.get(key) else None
 
     def replace_nothing(key: Key, leaves: list[Any]) -> list[Any] | None:
-        received[key] = keep(leaves)
+        received[key] = keep(leaves) | keep(leaves, tokens_of)
         return replace(key, leaves, None)
 
     with hooked.hooked(), torch.no_grad():
@@ -288,7 +339,8 @@ def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.M
             if key not in taken:
                 return
             out = differ(leaves, given.get(key, {}))
-            beyond = out & ~explained[key]
+            rounds = _rounds(modules[key[0]])
+            beyond = (differ(leaves, given.get(key, {}), rounds=True) if rounds else out) & ~explained[key]
             beyond[changed] = False
             if beyond.any():
                 joins.add(key)
@@ -297,11 +349,15 @@ def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.M
 
         hooked.before, hooked.after = change, compare
         hooked.run(run, batch)
-    sites = [
-        Site(key, modules[key[0]], sources, {place: axes for place, (axes, _) in given.get(key, {}).items()})
-        for key, sources in taken.items()
-        if sources and (key in joins or wanted(key[0], modules[key[0]]))
-    ]
+    if unmeasured is not None:
+        seen = {key[0] for key, each in taken.items() if each and given.get(key)}
+        unmeasured |= {name for name, _ in taken if name not in seen}
+    sites = []
+    for key, sources in taken.items():
+        if sources and (key in joins or wanted(key[0], modules[key[0]])):
+            tokens = {place: each for place, each in sources.items() if not each[1].is_floating_point()}
+            outs = {place: axes for place, (axes, _) in given.get(key, {}).items()}
+            sites.append(Site(key, modules[key[0]], {} if tokens else sources, tokens, outs))
     if not sites:
         raise NothingFound(
             "no module was found whose output at one position changes with its input at another; "
@@ -312,7 +368,8 @@ def discover(model: nn.Module, run: Run, batch: int, wanted: Callable[[str, nn.M
 
 def _positions(axes: Axes, wrong: Tensor) -> Tensor:
     """(batch, L): where anything is wrong."""
-    return axes.first(wrong).flatten(2).any(2)
+    first = axes.first(wrong)
+    return first if first.dim() == 2 else first.flatten(2).any(2)
 
 
 def _groups(axes: Axes, wrong: Tensor, head_dim: int | None) -> Tensor:
@@ -328,6 +385,8 @@ def _groups(axes: Axes, wrong: Tensor, head_dim: int | None) -> Tensor:
 def _with_noise(like: Tensor, axes: Axes, base: Tensor, columns: Sequence[int | None], draw: Draw, seed: int) -> Tensor:
     """What first came in, for every copy, with random numbers at the position of each; where that is None, as it was."""
     count = 1 if axes.batch is None else len(columns)
+    if not base.is_floating_point():
+        return _with_other_tokens(like, axes, base, columns[:count])
     whole = (base * draw.scale).movedim(axes.position, 0)
     if draw.order:
         # The same order for all that comes in.
@@ -349,12 +408,33 @@ def _with_noise(like: Tensor, axes: Axes, base: Tensor, columns: Sequence[int | 
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(joined)
 
 
+def _with_other_tokens(like: Tensor, axes: Axes, base: Tensor, columns: Sequence[int | None]) -> Tensor:
+    """The tokens that first came in, for every copy, with one of the others at the position of each.
+
+    The first few ids are left alone: a model may make a mask of them, as of what is padding.
+    """
+    copies = []
+    for column in columns:
+        copy = base.reshape(-1).clone()
+        others = [] if column is None else copy[(copy != copy[column]) & (copy >= SPECIAL)].tolist()
+        if column is not None and others and int(copy[column]) >= SPECIAL:
+            copy[column] = others[column % len(others)]
+        copies.append(copy)
+    joined = copies[0] if axes.batch is None else torch.stack(copies)
+    return joined.to(like)
+
+
 @dataclass
 class Table:
     """Of one tensor, which rows see which keys: bool (L, L, groups), where ``known``, bool (L, L), says so."""
 
     found: Tensor
     known: Tensor
+
+
+# What is measured of a site. "by head": the gradients of keys and values where one head's output alone has an incoming one.
+# "own": with which keys the gradients at a row's own position change; "asked": with which its output does.
+WAYS = ("forward", "backward", "dependence", "keys alone", "by head", "own", "asked")
 
 
 @dataclass
@@ -364,7 +444,7 @@ class Measured:
     Attributes:
         key: of the site.
         length: L.
-        tables: by way, "forward", "backward", "dependence" or "keys alone", and by tensor.
+        tables: by way, of ``WAYS``, and by tensor.
         without_gradient: whether its output has no gradient.
         touched: whether any gradient is other than 0.
         not_finite: whether a gradient is not finite.
@@ -373,9 +453,7 @@ class Measured:
 
     key: Key
     length: int
-    tables: dict[str, dict[Any, Table]] = field(
-        default_factory=lambda: {"forward": {}, "backward": {}, "dependence": {}, "keys alone": {}}
-    )
+    tables: dict[str, dict[Any, Table]] = field(default_factory=lambda: {way: {} for way in WAYS})
     without_gradient: bool = False
     touched: bool = False
     not_finite: bool = False
@@ -396,6 +474,32 @@ class Measured:
             )
         tables[tensor].found[rows, columns] |= found
         tables[tensor].known[rows, columns] = True
+
+    def by_head(self) -> Seen:
+        """Of the gradients of keys and values what each head gives them: nothing, too, where the head sees any key."""
+        seen = Seen.nothing(self.length)
+        outputs = self.tables["forward"].get((self.key, "out", 0))
+        own = torch.eye(self.length, dtype=torch.bool)
+        for (place, head), table in self.tables["by head"].items():
+            sees = outputs is not None and bool((outputs.found[:, :, head] & ~own).any())
+            if sees and self.has_gradient(place[2]):
+                seen.add(Part(table.found[:, :, 0], table.known))
+        return seen
+
+    def own(self, *, apart: bool) -> Seen:
+        """With which of the keys that change a row's output its own gradients change, each head's where they are ``apart``.
+
+        A projection of the output has a gradient that no key changes: it tells nothing. That of a query must change.
+        """
+        seen = Seen.nothing(self.length)
+        for place, table in self.tables["own"].items():
+            asked = self.tables["asked"][place].found
+            for group in range(table.found.shape[2]):
+                found = table.found[:, :, group]
+                known = table.known & asked[:, :, group if asked.shape[2] == table.found.shape[2] else 0]
+                if found.any() or (apart and self.has_gradient(place[2])):
+                    seen.add(Part(found, known))
+        return seen
 
     def _is_output(self, place: Any) -> bool:
         return place in ((self.key, "out", 0), (self.key, "out with gradients", 0))
@@ -431,17 +535,21 @@ class Measured:
 class Probe:
     """The layers of a model under audit, measured in one way to run it."""
 
-    def __init__(self, sites: list[Site], run: Run, *, inner: bool = True) -> None:
+    def __init__(self, sites: list[Site], run: Run, *, inner: bool = True, only_first: bool = False) -> None:
         """Nothing is measured yet.
 
         Args:
             sites: the layers, with what came in.
             run: how the model is run.
             inner: whether what their children take and return is looked at, too.
+            only_first: whether of what comes in the first alone, the query, has a gradient.
         """
         self.sites = {site.key: site for site in sites}
         self.run = run
         self.inner = inner and len(run.steps) == 1
+        self.only_first = only_first
+        # Layers whose keys come from other ones.
+        self.through: set[Key] = set()
         modules = {site.key[0]: site.module for site in sites}
         self.children: dict[str, str] = {}
         if self.inner:
@@ -489,7 +597,7 @@ class Probe:
                 return None
             site, (begin, end) = self.sites[found[0]], found[1]
             replaced = list(given)
-            for place, (axes, base) in site.sources.items():
+            for place, (axes, base) in (site.sources or site.tokens).items():
                 if place >= len(given) or not isinstance(given[place], Tensor):
                     continue
                 here = list(columns) if only is None or place in only else [None] * len(columns)
@@ -499,7 +607,7 @@ class Probe:
                     raise ValueError(
                         f"{site.key[0]} takes a tensor of {tuple(given[place].shape)} here, expected {tuple(new.shape)}"
                     )
-                if leaves is not None:
+                if leaves is not None and place in site.sources and not (place and self.only_first):
                     leaf = new.detach().requires_grad_()
                     leaves[(found[0], "in", place)] = leaf
                     # A copy, as the layer may write into it.
@@ -563,9 +671,9 @@ class Probe:
                     if place in now and now[place][1].shape == base.shape:
                         self._differing("forward", place, axes, now[place][1], base, chunk, noises.get(place, 0.0))
 
-    def keys_alone(self, columns: Sequence[int], batch: int) -> None:
+    def keys_alone(self, columns: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
         """Of layers that take query, key and value, whether rows see their own key, and on which of the three they depend."""
-        draw, batch = DRAWS[0], _fitting(batch, len(columns))
+        batch = _fitting(batch, len(columns))
         with self.hooked.hooked(), torch.no_grad():
             before = self._record(batch, [None] * batch, draw)
             noises = self._noises(before, batch, draw)
@@ -574,8 +682,10 @@ class Probe:
                 for place, (axes, base) in before.items():
                     if place in now and now[place][1].shape == base.shape:
                         self._differing("keys alone", place, axes, now[place][1], base, chunk, noises.get(place, 0.0))
+            # A first row may have one key, and such a row's output does not depend on the query.
+            spread = [columns[copy * len(columns) // batch] for copy in range(batch)] if batch > 1 else columns[-1:]
             for tensor in range(3):
-                now = self._record(batch, list(columns[:1]) * batch, draw, only=(tensor,))
+                now = self._record(batch, spread, draw, only=(tensor,))
                 for place, (_, base) in before.items():
                     if place in now and now[place][1].shape == base.shape:
                         changed = _unlike(now[place][1], base, noises.get(place, 0.0)).any()
@@ -621,6 +731,112 @@ class Probe:
                             self.found[site.key].saw(
                                 "backward", place, torch.full_like(columns, row), columns, wrong[copy]
                             )
+                for key in self.through:
+                    self._backward_through(key, chunk, batch, draw)
+
+    def takes_keys_of_others(self) -> set[Key]:
+        """The layers whose output changes with other positions, and no gradient of it reaches one in what they take."""
+        own = torch.eye(self.run.length, dtype=torch.bool)
+        found = set()
+        for key in self.sites:
+            forward, backward = self.found[key].seen("forward"), self.found[key].seen("backward")
+            if (forward.some & ~own).any() and not (backward.some & ~own).any() and self.found[key].touched:
+                found.add(key)
+        return found if len(self.sites) > 1 else set()
+
+    def _backward_through(self, key: Key, rows: Sequence[int], batch: int, draw: Draw) -> None:
+        """What of one layer's output has a gradient in what other layers take: it may have its keys of them."""
+        columns = torch.arange(self.run.length)
+        gradients = self._gradients(batch, [None] * batch, rows, draw, of=key)
+        for place, (axes, gradient) in gradients.items():
+            if place[1] == "in" and place[0] in self.sites and place[0] != key:
+                wrong = _positions(axes, gradient != 0).cpu()
+                for copy, row in enumerate(rows[: len(wrong)]):
+                    self.found[key].saw("backward", place, torch.full_like(columns, row), columns, wrong[copy, :, None])
+
+    def by_head(self, rows: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
+        """Which positions' keys and values have a gradient of these rows' outputs, of one head at a time.
+
+        Where heads share keys and values the sum of their gradients hides what one of them lacks.
+        """
+        heads = {axes.first(base).shape[2] for site in self.sites.values() for axes, base in [site.sources[0]]}
+        pairs = [(row, head) for row in rows for head in range(max(heads))]
+        batch = _fitting(batch, len(pairs))
+        columns = torch.arange(self.run.length)
+        with self.hooked.hooked(), torch.enable_grad():
+            for chunk in _chunks(pairs, batch):
+                some = [row for row, _ in chunk]
+                gradients = self._gradients(batch, [None] * batch, some, draw, heads=[head for _, head in chunk])
+                for place, (axes, gradient) in gradients.items():
+                    if place[1] != "in" or place[2] not in (1, 2) or place[0] not in self.sites:
+                        continue
+                    wrong = _positions(axes, gradient != 0).cpu()
+                    for copy, (row, head) in enumerate(chunk[: len(wrong)]):
+                        self.found[place[0]].saw(
+                            "by head", (place, head), torch.full_like(columns, row), columns, wrong[copy, :, None]
+                        )
+
+    def own_gradients(
+        self, pairs: Sequence[tuple[int, int]], batch: int, draw: Draw = DRAWS[0], *, apart: bool
+    ) -> None:
+        """For pairs of a row and a key, whether the gradients at the row's own position change with the key.
+
+        That of a query does, with every key that changes the row's output: it is made of all that the row sees.
+
+        Args:
+            pairs: of a row and a key.
+            batch: how many copies are run at once.
+            draw: what replaces the key.
+            apart: whether the layers take query, key and value.
+        """
+        batch = _fitting(batch, len(pairs))
+        noises: dict[Place, float] | None = None
+        with self.hooked.hooked(), torch.enable_grad():
+            for chunk in _chunks(pairs, batch):
+                rows = [row for row, _ in chunk]
+                before = self._gradients(batch, [None] * batch, rows, draw, taken=True)
+                if noises is None:
+                    noises = self._noises_of_gradients(
+                        before, self._gradients(batch, [None] * batch, rows, draw, taken=True)
+                    )
+                now = self._gradients(batch, [key for _, key in chunk], rows, draw, taken=True)
+                changed = {
+                    place: _groups(
+                        axes, _unlike(now[place][1], base, noises[place]), self.sites[self._site_of(place)].head_dim
+                    ).cpu()
+                    for place, (axes, base) in before.items()
+                    if place in now and place in noises
+                }
+                self._note_own(chunk, changed, apart=apart)
+
+    def _note_own(self, pairs: Sequence[tuple[int, int]], changed: dict[Place, Tensor], *, apart: bool) -> None:
+        outputs = {
+            place[0]: each for place, each in reversed(changed.items()) if place[1] == "out" and place[0] in self.sites
+        }
+        for place, groups in changed.items():
+            site = self._site_of(place)
+            # What children return is looked at where a layer takes hidden states, else the query.
+            of_query = place == (site, "in", 0) if apart else place[0] not in self.sites
+            if not of_query or site not in outputs:
+                continue
+            output = outputs[site] if apart else outputs[site].any(2, keepdim=True)
+            if not apart:
+                # A head may choose other keys than the next: behind a projection they cannot be told apart.
+                groups = groups.any(2, keepdim=True)
+            for copy, (row, key) in enumerate(pairs[: len(groups)]):
+                pair = torch.tensor([row]), torch.tensor([key])
+                self.found[site].saw("own", place, *pair, groups[copy, row][None])
+                self.found[site].saw("asked", place, *pair, output[copy, row][None])
+
+    @staticmethod
+    def _noises_of_gradients(
+        first: dict[Place, tuple[Axes, Tensor]], again: dict[Place, tuple[Axes, Tensor]]
+    ) -> dict[Place, float]:
+        return {
+            place: NOISE * float((again[place][1] - base).abs().nan_to_num().max())
+            for place, (_, base) in first.items()
+            if place in again
+        }
 
     def dependence(self, rows: Sequence[int], columns: Sequence[int], batch: int, draw: Draw = DRAWS[0]) -> None:
         """Which positions the gradients of each of these rows' outputs change with; and the outputs, with gradients.
@@ -634,11 +850,7 @@ class Probe:
                 before = self._gradients(batch, [None] * batch, [row] * batch, draw, taken=True)
                 if row == rows[0]:
                     again = self._gradients(batch, [None] * batch, [row] * batch, draw, taken=True)
-                    noises = {
-                        place: NOISE * float((again[place][1] - first).abs().nan_to_num().max())
-                        for place, (_, first) in before.items()
-                        if place in again
-                    }
+                    noises = self._noises_of_gradients(before, again)
                 for chunk in _chunks(columns, batch):
                     now = self._gradients(batch, chunk, [row] * batch, draw, taken=True)
                     for place, (axes, base) in before.items():
@@ -678,8 +890,13 @@ class Probe:
         draw: Draw,
         *,
         taken: bool = False,
+        heads: Sequence[int] | None = None,
+        of: Key | None = None,
     ) -> dict[Place, tuple[Axes, Tensor]]:
-        """By what came in, and what children returned, its gradient where only these rows' outputs have an incoming one."""
+        """By what came in, and what children returned, its gradient where only these rows' outputs have an incoming one.
+
+        With ``heads`` only that head's output of each copy has one, with ``of`` only that layer's.
+        """
         leaves: dict[Place, Tensor] = {}
         outs = self._record(batch, columns, draw, leaves=leaves)
         results, incoming = [], []
@@ -688,16 +905,22 @@ class Probe:
         with_gradient: set[Key] = set()
         first_out: set[Key] = set()
         for place, (axes, out) in outs.items():
-            if place[0] in first_out:
+            # Of what takes tokens the gradients would be those of all its layers.
+            if place[0] in first_out or (place[0] in self.sites and not self.sites[place[0]].sources):
                 continue
             first_out.add(place[0])
             if not out.requires_grad:
                 continue
             with_gradient.add(place[0])
+            if of is not None and place[0] != of:
+                continue
             first = axes.first(torch.zeros_like(out, memory_format=torch.contiguous_format))
             one = torch.randn(first.shape[2:], generator=generator).to(first)
             for copy, row in enumerate(rows[: first.shape[0]]):
-                first[copy, row] = one
+                if heads is None:
+                    first[copy, row] = one
+                elif one.dim() == 2 and heads[copy] < len(one):
+                    first[copy, row, heads[copy]] = one[heads[copy]]
             base = (
                 first[0].movedim(0, axes.position)
                 if axes.batch is None
@@ -707,7 +930,9 @@ class Probe:
             incoming.append(base)
             if taken:
                 found[place] = (axes, out.detach())
-        for key in self.sites:
+        for key, site in self.sites.items():
+            if not site.sources:
+                continue
             self.found[key].without_gradient |= key not in with_gradient
         # A checkpoint runs its layers once more when gradients are asked for.
         self.hooked.counts.clear()
@@ -763,8 +988,8 @@ def _unlike(now: Tensor, base: Tensor, noise: float) -> Tensor:
     return ((now.float() - base.float()).abs() > noise) | (now.isnan() != base.isnan())
 
 
-def _chunks(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
-    """The numbers in pieces of one size: the last repeats its own last."""
+def _chunks(numbers: Sequence[Each], size: int) -> Iterator[list[Each]]:
+    """What there is in pieces of one size: the last repeats its own last."""
     for begin in range(0, len(numbers), size):
         piece = list(numbers[begin : begin + size])
         yield piece + [piece[-1]] * (size - len(piece))
