@@ -70,7 +70,11 @@ def in_a_fork(function, seconds=60):
     if not child:
         try:
             with os.fdopen(write, "wb") as file:
-                pickle.dump(function(), file)
+                try:
+                    returned = function()
+                except BaseException as error:
+                    returned = f"{type(error).__name__}: {error}"
+                pickle.dump(returned, file)
         finally:
             os._exit(0)
     os.close(write)
@@ -79,6 +83,8 @@ def in_a_fork(function, seconds=60):
         found = pickle.load(file) if ready else os.kill(child, 9)
         os.waitpid(child, 0)
     assert ready, "the forked process hangs"
+    if isinstance(found, str) and "autograd's threading in combination with fork" in found:
+        pytest.skip("where there is a GPU, torch differentiates nothing in a forked process")
     return found
 
 
