@@ -88,13 +88,15 @@ def without_own(row, key):
     return sliding(row, key) & ((row != key) | (row == 0))
 
 
-def best(query, key, value, rule=sliding, keep=4):
-    """Attention that chooses the keys with the largest scores."""
+def best(query, key, value, rule=sliding, keep=4, weigh=None):
+    """Attention that chooses the keys with the largest scores, and weighs them by these, in a softmax or each alone."""
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     position = torch.arange(query.shape[2])
     scores = (query @ key.mT / 4).masked_fill(~rule(position[:, None], position), -math.inf)
     least = scores.topk(keep).values[..., -1:]
+    if weigh is not None:
+        return torch.where(scores < least, 0.0, weigh(scores)) @ value
     return scores.masked_fill(scores < least, -math.inf).softmax(-1) @ value
 
 
@@ -275,6 +277,10 @@ SPARSE = {
     "blocks": (by(in_blocks), Window(31, 0)),
     "full": (lambda q, k, v: best(q, k, v, causal, 8), full()),
 }
+
+
+def test_an_attention_that_chooses_one_key_of_its_window_does_not_lie():
+    assert audit_window(lambda q, k, v: best(q, k, v, keep=1, weigh=torch.sigmoid), window=CLAIM).ok
 
 
 @pytest.mark.parametrize("sparse", SPARSE)

@@ -825,11 +825,13 @@ class _Auditor:
             self.notes.append(
                 f"{way.name}: the backward of {plain_name(site.key[0]) or 'the model'}, whose output gives no gradient"
             )
-        if claim is not None and not without and not noted:
+        # Where an attention chooses among its keys, each row and each head chooses others.
+        chooses = site.key in self.sparse
+        if claim is not None and not (without or noted or chooses):
             own = found.own(apart=self.layout is not None)
             wrong = faults(own, sequence, claim, "gradients")
             noted += [(way.name, "dependence", Fault(f"of the query, {fault.text}", fault.example)) for fault in wrong]
-        if self.layout is not None and not without:
+        if self.layout is not None and not (without or chooses):
             by_head = found.by_head()
             if by_head.known.any():
                 noted += [(way.name, "backward", fault) for fault in faults(by_head, sequence, claim, "gradients")]
