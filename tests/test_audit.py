@@ -1136,6 +1136,32 @@ def test_a_layer_that_has_its_keys_of_another_is_audited():
     lies_as(audit, r"layers\.1\.attention: forward and backward: left: 1 key too many")
 
 
+class GatingAttention(nn.Module):
+    """Joins nothing, whatever it is called."""
+
+    def forward(self, output):
+        return output * output.sigmoid()
+
+
+class GatedAttention(Attention):
+    def __init__(self, rule=sliding):
+        super().__init__(rule)
+        self.gate = GatingAttention()
+
+    def forward(self, hidden):
+        return self.out(self.gate(dense(*self.split(hidden), self.rule)).transpose(1, 2).flatten(2))
+
+
+def test_what_an_attention_does_position_by_position_is_no_layer_of_its_own():
+    audit = audit_window(Model(GatedAttention(), GatedAttention()), window=CLAIM, **SHORT)
+    assert audit.ok, str(audit)
+    assert [layer.name for layer in audit.layers] == ["layers.0.attention", "layers.1.attention"]
+    audit = audit_window(
+        Model(GatedAttention(), GatedAttention(lambda r, k: sliding(r, k, W - 1))), window=CLAIM, **SHORT
+    )
+    lies_as(audit, r"layers\.1\.attention: forward and backward: left: 1 key too few")
+
+
 class Experts(nn.Module):
     """Joins nothing; how it rounds depends on how many tokens each expert gets."""
 

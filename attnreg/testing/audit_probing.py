@@ -352,9 +352,13 @@ def discover(
     if unmeasured is not None:
         seen = {key[0] for key, each in taken.items() if each and given.get(key)}
         unmeasured |= {name for name, _ in taken if name not in seen}
+    attentions = [f"{key[0]}.".lstrip(".") for key in joins if looks_like_attention(modules[key[0]])]
     sites = []
     for key, sources in taken.items():
-        if sources and (key in joins or wanted(key[0], modules[key[0]])):
+        # What an attention does besides, position by position, is no layer of its own, whatever its class is called: with what
+        # comes into it put back, the attention around it would seem to see nothing.
+        is_part = key not in joins and key[0].startswith(tuple(attentions))
+        if sources and not is_part and (key in joins or wanted(key[0], modules[key[0]])):
             tokens = {place: each for place, each in sources.items() if not each[1].is_floating_point()}
             outs = {place: axes for place, (axes, _) in given.get(key, {}).items()}
             sites.append(Site(key, modules[key[0]], {} if tokens else sources, tokens, outs))
