@@ -250,16 +250,20 @@ def _is_cut_short(library: Path) -> bool:
 
     The header and the table of segments: https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.eheader.html and ch5.pheader.html.
     """
-    content = library.read_bytes()
-    if content[:5] != b"\x7fELF\x02":
-        return False
-    try:
-        (table,) = struct.unpack_from("<Q", content, 32)
-        size, count = struct.unpack_from("<HH", content, 54)
-        segments = [struct.unpack_from("<QQQQ", content, table + size * i + 8) for i in range(count)]
-    except struct.error:
-        return True
-    return any(offset + in_file > len(content) for offset, _, _, in_file in segments)
+    with library.open("rb") as file:
+        header = file.read(64)
+        if header[:5] != b"\x7fELF\x02":
+            return False
+        try:
+            (table,) = struct.unpack_from("<Q", header, 32)
+            size, count = struct.unpack_from("<HH", header, 54)
+            file.seek(table)
+            entries = file.read(size * count)
+            segments = [struct.unpack_from("<QQQQ", entries, size * i + 8) for i in range(count)]
+        except struct.error:
+            return True
+    length = library.stat().st_size
+    return any(offset + in_file > length for offset, _, _, in_file in segments)
 
 
 def why_not(load_library: Callable[[], object]) -> str | None:
