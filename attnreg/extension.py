@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from attnreg.memo import asked_once
-from attnreg.paths import NoCacheDir, cache_dir, make_folder, make_private, why_not_trusted
+from attnreg.paths import NoCacheDir, cache_dir, make_folder, why_not_trusted
 
 # Everything uses the stable ABI as it was in torch 2.11.
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch")
@@ -158,10 +158,9 @@ class Extension:
         if compiler is None:
             raise BuildError(self.no_compiler)
         library = self._folder(root or cache_dir()) / self._file_name(target, compiler)
-        if root is None:
-            make_private(library.parent)
-        else:
-            make_folder(library.parent)
+        # Never for a group to write, whatever the user's mask: such a library is not loaded.
+        mode = 0o700 if root is None else 0o755
+        make_folder(library.parent, mode)
         lock = Path(f"{library}.lock")
         with FileLock(lock, mode=0o600):
             reason = why_not_trusted(lock) if root is None else None
@@ -175,7 +174,7 @@ class Extension:
                     f"attnreg: building {self.name} for {target.title} with {compiler} (once; cached in {library.parent})",
                     file=sys.stderr,
                 )
-                self._compile(compiler, target, library, mode=0o700 if root is None else 0o755)
+                self._compile(compiler, target, library, mode)
         return library
 
     def _compile(self, compiler: str, target: Target, library: Path, mode: int) -> None:

@@ -91,7 +91,7 @@ def make_private(folder: Path) -> None:
     make_folder(folder, 0o700)
 
 
-def make_folder(folder: Path, mode: int = 0o777) -> None:
+def make_folder(folder: Path, mode: int) -> None:
     """Make a folder, and those above it that are missing, with this mode; one that is there is left as it is.
 
     Raises:

@@ -185,7 +185,7 @@ def test_nothing_is_built_where_it_would_not_be_loaded(library, tmp_path):
 
 
 def test_what_is_built_into_a_folder_is_for_whoever_may_read_it(library, tmp_path):
-    before = os.umask(0o022)
+    before = os.umask(0o002)
     try:
         built = library().build(build.TARGET, tmp_path / "out")
     finally:
