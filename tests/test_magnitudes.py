@@ -134,8 +134,12 @@ def test_sinks_of_every_magnitude(sink, backend, device, dtype):
 )
 @pytest.mark.parametrize(("backend", "device", "dtype"), runs(torch.float32))
 def test_every_scale_and_head_dim(length, head_dim, window, scale, backend, device, dtype):
+    # Of few rows, all may be those that hang on luck.
+    batch = max(1, 80 // length)
+
     def tensors_of(seed):
-        return [random(1, 2, length, head_dim, dtype=dtype, device=device, seed=3 * seed + place) for place in range(3)]
+        sizes = (batch, 2, length, head_dim)
+        return [random(*sizes, dtype=dtype, device=device, seed=3 * seed + place) for place in range(3)]
 
     assert_right(tensors_of, window, backend, scale=scale)
 

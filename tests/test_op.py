@@ -23,7 +23,7 @@ ADDED = {
     ],
     "functional.py": [
         (2, "    seed: Tensor | None = None,\n", "    limit: float | None = None,\n    gains: Tensor | None = None,\n"),
-        (2, "arguments = (bias, *rows, scale, softcap, sinks, *dropped", ", limit, gains"),
+        (2, "arguments = (bias, *rows, scale, softcap, sinks, dropout_p, seed", ", limit, gains"),
     ],
 }  # fmt: skip
 
