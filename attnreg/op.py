@@ -44,6 +44,7 @@ class Argument:
         at_most: the letter of the size that an integer must not exceed; it is then at least 0.
         ascends: whether integers are offsets: 0 first, and none under the one before.
         admits: what of numbers is admitted, in words and as a function; None for all that are finite.
+        within: the smallest and the largest number that backends get, for one that is beyond them; None for any.
         needs: the argument that has to be given with it.
         excludes: the arguments that must not be given with it.
         sizes: what sizes must be where it is given, by letter.
@@ -61,6 +62,7 @@ class Argument:
     at_most: str | None = None
     ascends: bool = False
     admits: tuple[str, Callable[[float], bool]] | None = None
+    within: tuple[float, float] | None = None
     needs: str | None = None
     excludes: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
@@ -184,7 +186,8 @@ ROWS_OF_CALL = (
     Argument("cu_seqlens_k", dims="S", kind="integer", at_most="K", ascends=True, needs="cu_seqlens_q"),
 )
 SCALE = Argument("scale", for_all=True, default=_softmax_scale)
-SOFTCAP = Argument("softcap", admits=("greater than 0", lambda number: number > 0))
+# What float32 cannot hold, or divide by, makes no difference to what it can.
+SOFTCAP = Argument("softcap", admits=("greater than 0", lambda number: number > 0), within=(1e-30, 1e30))
 SINKS = Argument("sinks", dims="H", differentiable=True)
 DROPOUT = (
     Argument("dropout_p", admits=("at least 0 and less than 1", lambda number: 0 <= number < 1), needs="seed"),

@@ -324,11 +324,14 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_argument_number(argument: Argument, value: object) -> float:
-    """A number as a float; a TypeError unless it is a real number, a ValueError unless the op's row admits it."""
+    """A number as backends get it; a TypeError unless it is a real number, a ValueError unless the op's row admits it."""
     number = check_number(argument.name, value)
     if argument.admits is not None and not argument.admits[1](number):
         raise ValueError(f"{argument.name} must be {argument.admits[0]}, got {value}")
-    return number
+    if argument.within is None:
+        return number
+    smallest, largest = argument.within
+    return min(max(number, smallest), largest)
 
 
 def prepared_integers(argument: Argument, bound: tuple[str, int] | None, value: Tensor) -> Tensor:

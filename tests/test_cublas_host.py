@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ WINDOWS = [Window(left, size - 1 - left) for size in (1, 2, 3, 5, 9) for left in
 def library(tmp_path_factory):
     if build.LIBRARY.find_compiler() is None:
         pytest.skip("no nvcc")
-    build.load(build.LIBRARY.build(build.target(["90"]), tmp_path_factory.mktemp("cublas")))
+    # Built once for all that run tests side by side, each in a folder of its own in this one.
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    build.load(build.LIBRARY.build(build.target(["90"]), folder / "cublas"))
 
 
 @pytest.fixture(autouse=True)

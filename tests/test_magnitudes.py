@@ -90,7 +90,8 @@ def taking(name, *dtypes):
 
 
 @pytest.mark.parametrize(
-    ("magnitude", "softcap"), [(1e-3, 50.0), (1.0, 1.0), (30.0, 50.0), (1e4, 50.0), (1.0, 1e6), (1.0, 1e30)]
+    ("magnitude", "softcap"),
+    [(1e-3, 50.0), (1.0, 1.0), (30.0, 50.0), (1e4, 50.0), (1.0, 1e6), (1.0, 1e30), (1.0, 1e300), (1.0, 1e-300)],
 )
 @pytest.mark.parametrize(("backend", "device", "dtype"), taking("softcap", torch.float32, torch.bfloat16))
 def test_soft_caps_of_every_magnitude(magnitude, softcap, backend, device, dtype):
