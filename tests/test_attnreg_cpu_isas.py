@@ -10,7 +10,7 @@ from attnreg.testing import conformance_tests
 PROPERTIES = ("values", "gradients", "windows", "layouts", "bias", "packed", "dropout", "hidden")
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def _isa(request, library_for_cpus):
     if request.param not in build.isas():
         pytest.skip(f"this processor has no {request.param}")

@@ -1,6 +1,7 @@
 """``attnreg_cpu`` under AddressSanitizer and UndefinedBehaviorSanitizer: calls of every kind, by the kernels of every instruction set.
 
-The library is built with them and loaded by child processes, which run this file; torch's tensors are watched as well.
+The library is built with them and loaded by child processes, which run this file; torch's tensors are watched as well. What this
+processor lacks, AVX-512 and the matrix unit, is emulated: ``tests/emulated``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +36,8 @@ SANITIZERS = (
     "-fno-sanitize=null,object-size,pointer-overflow,return,vptr",
 )
 FLAGS = tuple(flag for flag in build.LIBRARY.flags if flag != "-O3") + SANITIZERS
+
+EMULATED = Path(__file__).parent / "emulated"
 
 # How far a result may be off, by the largest number of the reference, which is made in float64.
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -148,6 +153,23 @@ CASES = {
         for name in ("query", "key", "value", "weights", "bias", "sinks")
     },
     "threads": Case(heads=4, kv_heads=2, queries=700, keys=700, head_dim=32, threads=3, bias="1H1W", sinks=True),
+}
+# Of sizes that the matrix unit multiplies.
+CASES |= {
+    f"{name}, in pairs": dataclasses.replace(CASES[name], head_dim=64, value_dim=32)
+    for name in (
+        *(
+            "nothing",
+            "one query",
+            "small window",
+            "window beyond the keys",
+            "more queries",
+            "several chunks",
+            "many heads",
+        ),
+        *("lengths", "all of rows", "packed", "packed, other keys", "bias NHLW", "bias 1H1W", "dropout"),
+        *("everything", "transposed tensors", "cut tensors", "expanded tensors", "gradient of key"),
+    )
 }
 
 
@@ -311,6 +333,21 @@ def sanitized(tmp_path: Path, **changes: Any) -> Path:
     return library.build(build.TARGET, tmp_path / "builds")
 
 
+def for_every_instruction_set(folder: Path) -> dict[str, Any]:
+    """What is to be changed of the library so that this machine runs all kernels: nothing where its processor does."""
+    if "amx" in build.isas():
+        return {}
+    shutil.copytree(build.LIBRARY.sources(), folder)
+    shutil.copy(EMULATED / "matrix_unit.h", folder)
+    by_avx2 = next(unit.flags for unit in build.LIBRARY.units if unit.file == "isa_avx2.cpp")
+    instead = {
+        **dict.fromkeys(("isa_avx512.cpp", "isa_amx.cpp"), (*by_avx2, "-include", str(EMULATED / "avx512.h"))),
+        "library.cpp": ("-include", str(EMULATED / "processor.h")),
+    }
+    units = [dataclasses.replace(unit, flags=instead.get(unit.file, unit.flags)) for unit in build.LIBRARY.units]
+    return {"checkout": folder, "units": tuple(units)}
+
+
 OVERFLOW = """
 extern "C" __attribute__((visibility("default"))) double read(const double* from, long index) { return from[index]; }
 extern "C" __attribute__((visibility("default"))) int add(int a, int b) { return a + b; }
@@ -330,9 +367,9 @@ def test_the_sanitizers_see_a_fault(tmp_path):
         assert report in done.stderr
 
 
-def test_no_call_of_any_kind_has_a_fault(tmp_path):
+def test_no_call_of_any_kind_has_a_fault(tmp_path, library_for_cpus):
     runtime()
-    library = sanitized(tmp_path)
+    library = sanitized(tmp_path, **for_every_instruction_set(tmp_path / "sources"))
     parts = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(parts) as pool:
         done = list(pool.map(lambda part: child("calls", str(library), str(part), str(parts)), range(parts)))
@@ -340,7 +377,8 @@ def test_no_call_of_any_kind_has_a_fault(tmp_path):
         assert each.returncode == 0, each.stdout + each.stderr[-8000:]
     reports = [each.stdout.split(maxsplit=3) for each in done]
     isas = reports[0][3].split()
-    assert isas[-1] == "baseline"
+    if platform.machine() == "x86_64":
+        assert isas == ["amx", "avx512", "avx2", "baseline"]
     assert sum(int(count) for count, *_ in reports) == len(CASES) * len(OPS) * len(CLOSE) * len(isas)
 
 

@@ -195,7 +195,6 @@ struct RunSums {
 };
 
 // sums [keys][width] += over the rows of a tile of `weights` [keys][kRows] times `rows` [kRows][width], for keys [first, last).
-// Where rows go in pairs, sums have room for kRowsOfPairs keys more.
 template <class T, int kN>
 inline void add_to_keys(const Tile& tile, int64_t first, int64_t last, const T* weights, const T* rows, int64_t width,
                         [[maybe_unused]] bool in_pairs, [[maybe_unused]] const PairSpace<T>& pairs, T* sums) {
@@ -210,7 +209,7 @@ inline void add_to_keys(const Tile& tile, int64_t first, int64_t last, const T* 
         split_pair(a, b, pairs.upper + k * kLanes<T>, pairs.lower + k * kLanes<T>);
       }
       for (; k % kRowsOfPairs != 0; ++k) split_pair(Vector<T>{}, Vector<T>{}, pairs.upper + k * kLanes<T>, pairs.lower + k * kLanes<T>);
-      return add_pairs_to_keys(k, width, pairs.upper, pairs.lower, rows, sums);
+      return add_pairs_to_keys(last - first, width, pairs.upper, pairs.lower, rows, sums);
     }
   }
 #endif
@@ -519,9 +518,8 @@ void go_back_through_item(const AttentionBackward& call, const Cut& cut, char* s
   T* const key_space = converts ? scratch.take<T>(room_of_keys(most_of_run, sizes.head_dim)) : nullptr;
   T* const value_space = converts ? scratch.take<T>(room_of_keys(most_of_run, sizes.value_dim)) : nullptr;
   RunSums<T> sums = {};
-  const int64_t room = kHasPairs ? most_of_run + kRowsOfPairs : most_of_run;
-  sums.keys = cut.keys ? scratch.take<T>(room * cut.key_width) : nullptr;
-  sums.values = cut.values ? scratch.take<T>(room * cut.value_width) : nullptr;
+  sums.keys = cut.keys ? scratch.take<T>(most_of_run * cut.key_width) : nullptr;
+  sums.values = cut.values ? scratch.take<T>(most_of_run * cut.value_width) : nullptr;
   T* const slot_of_keys =
       reinterpret_cast<T*>(shared_scratch + cut.slots) + item * cut.slot_keys * (cut.key_width + cut.value_width);
   T* const slot_of_values = slot_of_keys + cut.slot_keys * cut.key_width;

@@ -37,7 +37,9 @@ using MaybeTensor = std::optional<Tensor>;
 std::atomic<const Kernels*> chosen{nullptr};
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -61,9 +63,12 @@ bool has_amx() {
 // Calls `use` with the kernels of each instruction set that the processor has, the best one first, until it says that it is done.
 template <class Use>
 void for_each_isa(const Use& use) {
+#if defined(__x86_64__)
+  static const bool may_use_amx = has_amx();
+#endif
   const Kernels* all[] = {
 #if defined(__x86_64__)
-      has_amx() ? kernels_amx() : nullptr,
+      may_use_amx ? kernels_amx() : nullptr,
       has_avx512() ? kernels_avx512() : nullptr,
       has_avx2() ? kernels_avx2() : nullptr,
 #endif
@@ -121,7 +126,7 @@ void* data_of(const Tensor& tensor) { return const_cast<void*>(tensor.const_data
 // (N, H, L, X) of this type.
 View view(const Tensor& tensor, Type type, int64_t batch, int64_t heads, int64_t length, int64_t width) {
   STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(2) == length &&
-                      tensor.size(3) == width && (width == 1 || tensor.stride(3) == 1) && type_of(tensor) == type,
+                      tensor.size(3) == width && width > 0 && (width == 1 || tensor.stride(3) == 1) && type_of(tensor) == type,
                   "attnreg_cpu: it got tensors that do not fit");
   return {data_of(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
@@ -170,6 +175,8 @@ Integers offsets_of(const MaybeTensor& tensor, int64_t size) {
 
 Rows rows_of(const Sizes& sizes, int64_t left, int64_t right, const MaybeTensor& key_lengths, const MaybeTensor& key_starts,
              const MaybeTensor& query_starts, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k) {
+  constexpr int64_t kWidest = int64_t{1} << 62;
+  STD_TORCH_CHECK(left >= 0 && right >= 0 && left < kWidest && right < kWidest, "attnreg_cpu: it got a window that does not fit");
   Rows rows;
   rows.left = left;
   rows.right = right;
@@ -191,7 +198,8 @@ Sizes sizes_of(const Tensor& queries, const Tensor& keys, int64_t head_dim, int6
   STD_TORCH_CHECK(queries.dim() == 4 && keys.dim() == 4, "attnreg_cpu: it got tensors that do not fit");
   const Sizes sizes{queries.size(0), queries.size(1), keys.size(1), queries.size(2), keys.size(2), head_dim, value_dim};
   STD_TORCH_CHECK(sizes.kv_heads > 0 && sizes.heads % sizes.kv_heads == 0, "attnreg_cpu: it got heads that do not fit");
-  STD_TORCH_CHECK(sizes.query_length > 0 && sizes.key_length > 0, "attnreg_cpu: it got sequences without rows or keys");
+  STD_TORCH_CHECK(sizes.batch > 0 && sizes.heads > 0 && sizes.query_length > 0 && sizes.key_length > 0,
+                  "attnreg_cpu: it got tensors without sequences, heads, rows or keys");
   return sizes;
 }
 

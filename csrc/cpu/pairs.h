@@ -5,6 +5,7 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "matrix_unit.h"
 #include "vector.h"
 
 namespace attnreg::cpu {
@@ -26,36 +27,6 @@ inline bool goes_in_pairs(Type type, int64_t size) {
 }
 
 #if defined(ATTNREG_PAIRS)
-// The matrix unit's registers, as this thread has them while this exists: all of 16 rows of 64 bytes.
-class PairRegisters {
- public:
-  PairRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
-    asm volatile(".byte 0xc4,0xe2,0x78,0x49,0x00" ::"a"(&shapes), "m"(shapes));  // ldtilecfg (%rax)
-  }
-  ~PairRegisters() {
-    asm volatile(".byte 0xc4,0xe2,0x78,0x49,0xc0" ::: "memory");  // tilerelease
-  }
-  PairRegisters(const PairRegisters&) = delete;
-  PairRegisters& operator=(const PairRegisters&) = delete;
-};
-
-// The instructions as bytes, which older assemblers take, too: tilezero c; tileloadd (%rax,%rcx,1), c; tilestored c, (%rax,%rcx,1);
-// tdpbf16ps b, a, c.
-#define ATTNREG_PAIRS_ZERO(c) asm volatile(".byte 0xc4,0xe2,0x7b,0x49,0xc0+8*" #c ::)
-#define ATTNREG_PAIRS_LOAD(c, from, bytes)                                                                                     \
-  asm volatile(".byte 0xc4,0xe2,0x7b,0x4b,0x04+8*" #c ",0x08" ::"a"(static_cast<const void*>(from)),                           \
-               "c"(static_cast<int64_t>(bytes))                                                                                \
-               : "memory")
-#define ATTNREG_PAIRS_STORE(c, to, bytes)                                                                                      \
-  asm volatile(".byte 0xc4,0xe2,0x7a,0x4b,0x04+8*" #c ",0x08" ::"a"(static_cast<void*>(to)), "c"(static_cast<int64_t>(bytes)) \
-               : "memory")
-#define ATTNREG_PAIRS_ADD(c, a, b) asm volatile(".byte 0xc4,0xe2,0x7a-8*" #b ",0x5c,0xc0+8*" #c "+" #a ::)
-
 // C [16 * kM][16 * kN] = A [16 * kM][terms] * B, of which B holds [terms / 2][b_row] pairs; strides in elements.
 template <int kM, int kN>
 ATTNREG_INLINE void multiply_pairs_block(int64_t terms, const BFloat16* a, int64_t a_row, const float* b, int64_t b_row, float* c,
@@ -230,30 +201,36 @@ inline void pair_rows(const BFloat16* rows, int64_t row, int64_t size, float* to
   }
 }
 
-// sums [keys][size] += (upper + lower) [keys][kLanes] * rows [kLanes][size], of pairs; of whole blocks of keys.
+// sums [keys][size] += (upper + lower) [keys][kLanes] * rows [kLanes][size], of pairs. Weights are of whole blocks of keys.
 __attribute__((noinline)) inline void add_pairs_to_keys(int64_t keys, int64_t size, const float* upper, const float* lower,
                                                         const float* rows, float* sums) {
   constexpr int64_t lanes = kLanes<float>;
   for (int64_t c = 0; c < size; c += 2 * lanes) {
     ATTNREG_PAIRS_LOAD(6, rows + c, size * 4);
     ATTNREG_PAIRS_LOAD(7, rows + c + lanes, size * 4);
-    for (int64_t k = 0; k < keys; k += kRowsOfPairs) {
-      float* const to = sums + k * size + c;
-      ATTNREG_PAIRS_LOAD(0, to, size * 4);
-      ATTNREG_PAIRS_LOAD(1, to + lanes, size * 4);
+    const auto add = [&](int64_t k, float* to, int64_t row) {
+      ATTNREG_PAIRS_LOAD(0, to, row * 4);
+      ATTNREG_PAIRS_LOAD(1, to + lanes, row * 4);
       ATTNREG_PAIRS_LOAD(4, upper + k * lanes, 64);
       ATTNREG_PAIRS_LOAD(5, lower + k * lanes, 64);
       ATTNREG_PAIRS_ADD(0, 4, 6);
       ATTNREG_PAIRS_ADD(1, 4, 7);
       ATTNREG_PAIRS_ADD(0, 5, 6);
       ATTNREG_PAIRS_ADD(1, 5, 7);
-      ATTNREG_PAIRS_STORE(0, to, size * 4);
-      ATTNREG_PAIRS_STORE(1, to + lanes, size * 4);
-    }
+      ATTNREG_PAIRS_STORE(0, to, row * 4);
+      ATTNREG_PAIRS_STORE(1, to + lanes, row * 4);
+    };
+    int64_t k = 0;
+    for (; k + kRowsOfPairs <= keys; k += kRowsOfPairs) add(k, sums + k * size + c, size);
+    if (k == keys) continue;
+    // The keys behind the last one are no part of this, and a weight of 0 makes a NaN of a row's that is not finite.
+    alignas(64) float few[kRowsOfPairs * 2 * lanes];
+    memset(few, 0, sizeof(few));
+    for (int64_t i = 0; i < keys - k; ++i) memcpy(few + i * 2 * lanes, sums + (k + i) * size + c, 2 * lanes * sizeof(float));
+    add(k, few, 2 * lanes);
+    for (int64_t i = 0; i < keys - k; ++i) memcpy(sums + (k + i) * size + c, few + i * 2 * lanes, 2 * lanes * sizeof(float));
   }
 }
-#else
-struct PairRegisters {};
 #endif
 
 }  // namespace
