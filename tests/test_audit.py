@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -156,7 +157,7 @@ LIES = {
     "gradient of values": (backward(value=causal), r": backward: left: the window is ignored"),
     "gradient of values, less": (backward(value=lambda r, k: sliding(r, k, W - 1)), r": backward: left: 1 key too few"),
     "gradient of keys, less": (backward(key=lambda r, k: sliding(r, k, W - 2)), r": backward: left: 2 keys too few"),
-    "long": (when(lambda query: query.shape[2] > 256, causal), r"the window is ignored.*\(521 positions\)"),
+    "long": (when(lambda query: query.shape[2] > 256, causal), r"the window is ignored.*\(640 positions\)"),
     "short": (when(lambda query: query.shape[2] < 64, causal), r"the window is ignored.*\(21 positions\)"),
     "alone": (when(lambda query: query.shape[0] == 1, causal), r"the window is ignored.*\(a batch of one\)"),
     "bf16": (when(lambda query: query.dtype == torch.bfloat16, causal), r"the window is ignored.*\(bfloat16\)"),
@@ -376,7 +377,7 @@ def test_what_is_not_told_is_chosen():
         "a gradient of the query alone",
         "bfloat16",
         "21 positions",
-        "521 positions",
+        "640 positions",
     )
     assert str(audit).splitlines()[1].split() == ["attention", *["Window(7,", "0)"] * 3, "as", "claimed"]
 
@@ -782,9 +783,18 @@ def test_a_model_of_hugging_face_is_not_accused(family, implementation):
         tuple(str(each.forward) if isinstance(each.forward, Pattern) else each.forward for each in audit.layers)
         == found
     )
-    padded = ("12 padded on the left", "12 padded on the right")
-    cached = () if family == "modernbert" else ("with a cache, token by token", "with a cache, in pieces")
-    assert audit.ways == ("eval, 61 positions", "a batch of one", "training", *padded, *cached)
+    padded = ("12 padded on the left", "12 padded on the right", "12 padded on the left, training")
+    cached = (
+        ()
+        if family == "modernbert"
+        else (
+            "with a cache, token by token",
+            "with a cache, in pieces",
+            "with a cache, token by token, some padded on the left",
+        )
+    )
+    ways = tuple(re.sub(r"token, \d+ padded", "token, some padded", way) for way in audit.ways)
+    assert ways == ("eval, 61 positions", "a batch of one", "training", *padded, *cached)
 
 
 ON_A_GPU = [
@@ -889,13 +899,166 @@ def test_a_cache_that_forgets_the_window_is_named(extra, monkeypatch):
     assert all("cache" in fault for fault in audit.faults)
 
 
+def in_decoding(change):
+    """Changes what a model's forward does where it is called with a cache that holds something."""
+
+    def lie(model, monkeypatch):
+        right = model.forward
+
+        @functools.wraps(right)
+        def forward(*tensors, **given):
+            cache = given.get("cache", given.get("past_key_values"))
+            if cache is None or not cache.get_seq_length():
+                return right(*tensors, **given)
+            with monkeypatch.context() as patched:
+                given = change(model, patched, given) or given
+                return right(*tensors, **given)
+
+        model.forward = forward
+
+    return lie
+
+
+def positions_restart(model, patched, given):
+    tokens = given["input_ids"]
+    return {**given, "position_ids": torch.arange(tokens.shape[1])[None]}
+
+
+def no_last_norm(model, patched, given):
+    patched.setattr(model.model.norm, "forward", lambda hidden: hidden)
+
+
+def no_mlp(model, patched, given):
+    patched.setattr(model.model.layers[1].mlp, "forward", torch.zeros_like)
+
+
+def no_second_layer(model, patched, given):
+    def as_it_is(hidden, cache=None, past_key_values=None, **rest):
+        made = cache if past_key_values is None else past_key_values
+        empty = hidden.new_zeros(1, 2, hidden.shape[1], 8)
+        made.update(empty, empty, 1)
+        return hidden
+
+    patched.setattr(model.model.layers[1], "forward", as_it_is)
+
+
+@pytest.mark.parametrize("change", [positions_restart, no_last_norm, no_mlp, no_second_layer])
+def test_a_cache_path_that_differs_anywhere_in_the_model_is_named(change, monkeypatch):
+    model = hugging_face("mistral")
+    in_decoding(change)(model, monkeypatch)
+    audit = audit_window(model, **TOGETHER)
+    lies_as(
+        audit,
+        r"the whole model\): with a cache, token by token: logits: the output differs from that without a cache: rows",
+    )
+
+
+LOST_WHERE = {
+    "in training with padding": lambda training, dtype, padded, cached: training and padded,
+    "in bfloat16 with padding": lambda training, dtype, padded, cached: dtype == torch.bfloat16 and padded,
+    "with padding and a cache": lambda training, dtype, padded, cached: padded and cached,
+}
+
+
+@pytest.mark.parametrize("when_lost", LOST_WHERE)
+def test_a_window_that_is_lost_where_two_things_come_together_is_named(when_lost, monkeypatch):
+    from transformers import masking_utils
+    from transformers.models.mistral import modeling_mistral
+
+    right = masking_utils.create_sliding_window_causal_mask
+    model = hugging_face("mistral")
+
+    class Keeps(modeling_mistral.DynamicCache):
+        def __init__(self, config=None):
+            super().__init__()
+
+    def wrong(config, **given):
+        mask, cache = given.get("attention_mask"), given.get("cache", given.get("past_key_values"))
+        padded = mask is not None and not bool(mask.all())
+        cached = cache is not None and bool(cache.get_seq_length())
+        if LOST_WHERE[when_lost](
+            torch.is_grad_enabled() and model.training, given["inputs_embeds"].dtype, padded, cached
+        ):
+            config = type(config)(**{**config.to_dict(), "sliding_window": 1000})
+            config._attn_implementation = "eager"
+        return right(config=config, **given)
+
+    monkeypatch.setattr(modeling_mistral, "DynamicCache", Keeps)
+    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", wrong)
+    # A copy in another dtype is another model.
+    audit = audit_window(model, length=61)
+    lies_as(audit, r"layers\.0\.self_attn: .*left: .*(too many|the window is ignored)")
+    assert all("padded" in fault for fault in audit.faults)
+
+
+@pytest.mark.parametrize(("reach", "tile", "border"), [(16, 128, "last"), (64, 64, "first")])
+def test_rows_at_the_borders_of_tiles_that_lack_a_key_are_no_chance(reach, tile, border):
+    def attention(query, key, value):
+        row = torch.arange(query.shape[2])
+        distance = row[:, None] - row
+        short = (row % tile == (0 if border == "first" else tile - 1))[:, None]
+        mask = (distance >= 0) & (distance <= reach) & ~(short & (distance == reach))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    audit = audit_window(attention, window=Window(reach, 0), kv_heads=4, train=False, dtypes=())
+    assert not audit.ok
+    lies_as(audit, r"attention: .*left: .*too few")
+
+
+def test_a_window_that_is_wrong_at_lengths_of_whole_tiles_is_named():
+    def attention(query, key, value):
+        length = query.shape[2]
+        row = torch.arange(length)
+        distance = row[:, None] - row
+        mask = (distance >= 0) & (distance <= (9 if length % 64 == 0 else 8))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    audit = audit_window(attention, window=Window(8, 0), kv_heads=4, train=False, dtypes=())
+    lies_as(audit, r"attention: .*left: 1 key too many.*\(640 positions\)")
+
+
+def test_what_a_layer_adds_up_at_padding_that_it_zeroed_is_no_leak():
+    """As linear attentions of Hugging Face do: positions are zeroed, and then joined behind a projection with a bias."""
+
+    class Joins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nn.Linear(16, 16)
+
+        def forward(self, hidden):
+            kept = hidden * (torch.arange(hidden.shape[1]) >= 9)[:, None]
+            return self.inside(kept).cumsum(1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Joins()
+            self.attention.causal = True
+
+        def forward(self, hidden):
+            return self.attention(hidden)
+
+    torch.manual_seed(0)
+    audit = audit_window(
+        Model(), inputs=torch.randn(1, 31, 16), window={"attention": full()}, padding=(9, 0), dtypes=(), train=False
+    )
+    assert not [fault for fault in audit.faults if "padding" in fault], audit.faults
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_packed_documents_that_leak_are_named(family, monkeypatch):
     from transformers import masking_utils
 
-    options = {"documents": (20, 30, 13), "train": False, "dtypes": ()}
+    options = {"documents": (20, 30, 13), "train": False, "dtypes": (), "cache": False}
     model = hugging_face(family)
     assert audit_window(model, **options).ok
+    # Without being told, the model makes a cache, and with one the library looks for no documents.
+    audit = audit_window(model, **{**options, "cache": None})
+    assert len(audit.faults) == len(audit.layers)
+    lies_as(
+        audit,
+        r"layers\.0\.self_attn: .*documents are mixed \(with the cache that it makes unasked\): row 2\d sees key 1\d",
+    )
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     audit = audit_window(model, **options)
     assert all(layer.faults for layer in audit.layers)

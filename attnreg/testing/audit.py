@@ -62,6 +62,8 @@ __all__ = ["Audit", "LayerAudit", "Pattern", "WindowLie", "audit_window", "chunk
 # Past the borders of the tiles that kernels have, and no size of anything in a model.
 SHORTEST = 149
 LONG = 521
+# Of which lengths that people train with are multiples.
+LARGEST_TILE = 128
 # Longer ones are not tried unasked: a dense mask of a row and a key each takes a while.
 LONGEST = 2100
 # Up to this length every position is tried; of longer sequences those at the ends, in the middle and at the borders of tiles.
@@ -338,6 +340,8 @@ class _Way:
     dropout: bool = False
     # Whether the user asked for it: then it must run.
     asked: bool = False
+    # Whether a language model may make the cache that it makes unasked.
+    with_cache: bool = False
 
 
 @dataclass
@@ -493,15 +497,23 @@ class _Auditor:
             short = self._free(border + 13)
             if short < main:
                 yield _Way(f"{short} positions", short, padding, thorough=True)
-            longer = self._free(max(LONG, 2 * main + 1))
+            longer = self._free_of_tiles(max(LONG, 2 * main + 1))
             if main < longer <= LONGEST:
                 yield _Way(f"{longer} positions", longer, padding)
             else:
                 self.notes.append(f"sequences of more than {main} positions: give length=")
+        if language and self.documents is not None and cache is not False and inputs_.takes(self.model, "use_cache"):
+            yield _Way("with the cache that it makes unasked", main, padding, with_cache=True)
         if language and self.padding is None and self.documents is None:
             some = max(main // 5, 3)
             yield _Way(f"{some} padded on the left", main, (some, 0))
             yield _Way(f"{some} padded on the right", main, (0, some))
+            if train:
+                yield _Way(f"{some} padded on the left, training", main, (some, 0), training=True)
+            for dtype in (torch.bfloat16,) if dtypes is None else dtypes:
+                if dtype != self._dtype():
+                    name = str(dtype).removeprefix("torch.")
+                    yield _Way(f"{some} padded on the left, {name}", main, (some, 0), dtype=dtype)
         can_cache = language and inputs_.takes(self.model, "use_cache") and self.documents is None
         if cache or (cache is None and can_cache and self.padding is None and not _is_encoder(self.model)):
             if not can_cache:
@@ -538,6 +550,8 @@ class _Auditor:
                 pieces.append((at, min(at + size, total)))
                 at = pieces[-1][1]
         yield _Way("with a cache, in pieces", total, steps=tuple(pieces), asked=asked)
+        some = max(begin // 3, 1)
+        yield _Way(f"with a cache, token by token, {some} padded on the left", total, (some, 0), steps=singles)
 
     def _fixed_length(self) -> int | None:
         if self.documents is not None:
@@ -563,6 +577,16 @@ class _Auditor:
             length += 2
         return min(length, most - (most % 2 == 0)) if isinstance(most, int) and most > 2 else length
 
+    def _free_of_tiles(self, least: int) -> int:
+        """Such a length that is a multiple of the tiles of kernels, where there is one."""
+        taken = {size for each in self.model.parameters() for size in each.shape} | set(self.sizes.values())
+        most = read(getattr(self.model, "config", None), "max_position_embeddings")
+        for length in range(least - least % -LARGEST_TILE, min(2 * least, LONGEST) + 1, LARGEST_TILE):
+            fits = not isinstance(most, int) or length <= most
+            if fits and length not in taken and not any(size % length == 0 for size in taken):
+                return length
+        return self._free(least)
+
     def _arguments(self, way: _Way) -> Arguments:
         if self.layout is not None:
             return inputs_.attention_arguments(
@@ -581,7 +605,9 @@ class _Auditor:
                 given = given(way.length)
             return inputs_.given_arguments(given).cast(way.dtype)
         if inputs_.is_language_model(self.model):
-            return inputs_.language_arguments(self.model, way.length, padding=way.padding, documents=self.documents)
+            return inputs_.language_arguments(
+                self.model, way.length, padding=way.padding, documents=self.documents, with_cache=way.with_cache
+            )
         return inputs_.guessed_arguments(self.model, way.length).cast(way.dtype)
 
     def _run(self, way: _Way) -> None:
@@ -600,6 +626,8 @@ class _Auditor:
                     )
                     self._compare(way, model, arguments)
             else:
+                if way.steps is not None:
+                    self._compare_in_steps(way, model, arguments)
                 self._measure(way, model, model, sites, arguments, sequence, batch)
 
     def _sites(self, model: nn.Module, arguments: Arguments, way: _Way) -> tuple[list[Site], int]:
@@ -674,8 +702,7 @@ class _Auditor:
             run = Run(lambda count: _called(called, arguments, count), way.length, steps)
         else:
             batch = min(batch, 16)
-            # The name has changed in version 5.24 of transformers, which takes the other with a warning.
-            cache = "cache" if inputs_.takes(model, "cache") else "past_key_values"
+            cache = _name_of_cache(model)
             run = Run(lambda count: _in_steps(called, cache, arguments.repeated(count), steps), way.length, steps)
         probe = Probe(sites, run, inner=way.compiled is None, only_first=way.of_query)
         thorough = way.thorough and way.length <= EXHAUSTIVE and way.length <= 6 * batch
@@ -794,7 +821,8 @@ class _Auditor:
                 continue
             if name == "backward" and way.of_query:
                 continue
-            seen = found.seen(name)
+            padded = sequence.document < 0 if name != "forward" and way.padding != (0, 0) else None
+            seen = found.seen(name, padded)
             parts = "heads" if name == "forward" else "gradients"
             sparse = None
             if site.key in self.sparse:
@@ -862,12 +890,32 @@ class _Auditor:
         )
         once, pieces = whole.reference(2), probe.reference(2)
         for place, expected in once.items():
-            rows = _apart(pieces.get(place), expected)
+            rows = [row for row in _apart(pieces.get(place), expected) if sequence.document[row] >= 0]
             if rows:
                 fault = Fault(
                     "the output differs from that without a cache", f"rows {rows[0]} to {rows[-1]} of {way.length}"
                 )
                 self.found.setdefault(place[0], []).append((way.name, "forward", fault))
+
+    def _compare_in_steps(self, way: _Way, model: nn.Module, arguments: Arguments) -> None:
+        """What the whole model gives with a cache, against what it gives without."""
+        assert way.steps is not None
+        with torch.no_grad():
+            plain = _called(model, arguments, 1)
+            pieces = _in_steps(model, _name_of_cache(model), arguments, way.steps)
+        for name in (name for name in RESULTS if isinstance(getattr(plain, name, None), Tensor)):
+            wanted = getattr(plain, name)[0]
+            given = torch.cat([getattr(piece, name)[0] for piece in pieces])
+            # What a model gives of the last position alone cannot be compared.
+            if given.shape != wanted.shape:
+                self.notes.append(
+                    f"{way.name}: {name}, of which it gives {tuple(given.shape)}, not {tuple(wanted.shape)}"
+                )
+                continue
+            rows = [row for row in _apart(given, wanted) if row >= way.padding[0]]
+            if rows:
+                where = f"rows {rows[0]} to {rows[-1]} of {way.length}"
+                self.whole.append(f"{WHOLE}: {way.name}: {name}: the output differs from that without a cache: {where}")
 
     def _compare(self, way: _Way, model: nn.Module, arguments: Arguments) -> None:
         """The whole compiled model, without hooks, against the model as it is."""
@@ -953,16 +1001,33 @@ def _called(model: Callable[..., Any], arguments: Arguments, batch: int) -> Any:
     return model(*repeated.positional, **dict(repeated.named))
 
 
-def _in_steps(model: Callable[..., Any], name: str, arguments: Arguments, steps: tuple[tuple[int, int], ...]) -> None:
-    """The sequence in pieces, with what the model gives as its cache."""
+# What transformers' models give for each position.
+RESULTS = ("logits", "last_hidden_state")
+
+
+def _name_of_cache(model: nn.Module) -> str:
+    """It has changed in version 5.24 of transformers, which takes the other with a warning."""
+    return "cache" if inputs_.takes(model, "cache") else "past_key_values"
+
+
+def _in_steps(
+    model: Callable[..., Any], name: str, arguments: Arguments, steps: tuple[tuple[int, int], ...]
+) -> list[Any]:
+    """The sequence in pieces, with what the model gives as its cache: what it gives of each."""
     named = dict(arguments.named)
-    tokens = named["input_ids"]
+    tokens, mask, positions = named["input_ids"], named.get("attention_mask"), named.get("position_ids")
     cache: dict[str, Any] = {}
+    outputs = []
     for begin, end in steps:
-        output = model(input_ids=tokens[:, begin:end], use_cache=True, **cache)
+        given: dict[str, Any] = {} if mask is None else {"attention_mask": mask[:, :end]}
+        if positions is not None:
+            given["position_ids"] = positions[:, begin:end]
+        output = model(input_ids=tokens[:, begin:end], use_cache=True, **given, **cache)
         if getattr(output, name, None) is None:
             raise ValueError(f"the model gives no {name}")
         cache = {name: getattr(output, name)}
+        outputs.append(output)
+    return outputs
 
 
 def _outputs(output: Any, length: int) -> list[Tensor]:
@@ -996,7 +1061,9 @@ def _sampled(sequence: Sequence) -> list[int]:
     wished = [begin - 1, begin, begin + 1, 63, 64, 128, length // 2, end - 2, end - 1, end]
     for border in (sequence.document.diff().nonzero()[:, 0] + 1).tolist():
         wished += [border - 1, border, border + 1]
-    wished += [256, 512] if length > EXHAUSTIVE else [0, begin + 3, 16, 65, 127, 3 * length // 4, length - 1]
+    wished += (
+        [127, 255, 256, 511, 512] if length > EXHAUSTIVE else [0, begin + 3, 16, 65, 127, 3 * length // 4, length - 1]
+    )
     return sorted({each for each in wished if 0 <= each < length})
 
 

@@ -111,9 +111,17 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def language_arguments(
-    model: nn.Module, length: int, *, padding: tuple[int, int] = (0, 0), documents: tuple[int, ...] | None = None
+    model: nn.Module,
+    length: int,
+    *,
+    padding: tuple[int, int] = (0, 0),
+    documents: tuple[int, ...] | None = None,
+    with_cache: bool = False,
 ) -> Arguments:
-    """Random tokens; padding by ``attention_mask``, packed documents by position ids that restart."""
+    """Random tokens; padding by ``attention_mask``, packed documents by position ids that restart.
+
+    The model makes no cache, or where ``with_cache`` what it makes unasked.
+    """
     size = _vocabulary(model)
     assert size is not None
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
@@ -133,7 +141,7 @@ def language_arguments(
         named["decoder_input_ids"] = tokens
         if "attention_mask" in named and takes(model, "decoder_attention_mask"):
             named["decoder_attention_mask"] = named["attention_mask"]
-    if takes(model, "use_cache"):
+    if takes(model, "use_cache") and not with_cache:
         named["use_cache"] = False
     return Arguments((), tuple(named.items()))
 

@@ -262,12 +262,14 @@ def _systematic_of_sparse(
 ) -> tuple[Tensor, Claim | None]:
     if not sparse.few:
         return _systematic(part, missing, asked, sequence, claim)
+    distance = (sequence.position[:, None] - sequence.position[None]).abs()
+    if missing.any() and _at_borders(missing, asked, distance):
+        return missing, Pattern(IRREGULAR, lambda row, key: row == key)
     if sparse.pairs is None:
         return torch.zeros_like(missing), claim
     missing, asked = missing & ~sparse.pairs, asked & ~sparse.pairs
     if not missing.any():
         return missing, claim
-    distance = (sequence.position[:, None] - sequence.position[None]).abs()
     whole = _whole_distances(missing, asked, distance, FEWEST_OF_SPARSE)
     return (whole, Pattern(IRREGULAR, lambda row, key: row == key)) if whole.any() else (whole, claim)
 
@@ -295,6 +297,8 @@ def _systematic(
         return whole, rule
     # Of few positions chance would say so, too.
     if part.known.all() and _at_the_ends(missing, asked, distance):
+        return missing, rule
+    if _at_borders(missing, asked, distance):
         return missing, rule
     if int(missing.sum()) < NO_CHANCE:
         return whole, claim
@@ -324,6 +328,21 @@ def _at_the_ends(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:
         [full_rows[-1]],
     )
     return here and _cut(missing, asked, distance)
+
+
+# Tiles of kernels, and at how many of their borders it is no chance that rows miss their far end and others do not.
+TILES = ((128, 2), (64, 2), (32, NO_CHANCE), (16, NO_CHANCE))
+
+
+def _at_borders(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:
+    """Whether only rows at the borders of tiles miss their far end: each tile's first one, or its last one."""
+    rows = missing.any(1).nonzero()[:, 0]
+    at_borders = any(
+        len(rows) >= fewest and bool((rows % tile == border).all())
+        for tile, fewest in TILES
+        for border in (0, tile - 1)
+    )
+    return at_borders and _cut(missing, asked, distance)
 
 
 def _cut(missing: Tensor, asked: Tensor, distance: Tensor) -> bool:

@@ -508,22 +508,28 @@ class Measured:
     def _is_output(self, place: Any) -> bool:
         return place in ((self.key, "out", 0), (self.key, "out with gradients", 0))
 
-    def seen(self, way: str) -> Seen:
-        """Of the tensors and groups that see any key but the row's own, what some and what every one sees."""
+    def seen(self, way: str, padded: Tensor | None = None) -> Seen:
+        """Of the tensors and groups that see any key but the row's own, what some and what every one sees.
+
+        What is added up at ``padded`` positions (L,) inside of the layer says nothing: it may have been zeroed on its way in.
+        """
         seen = Seen.nothing(self.length)
         seen.every |= True
         own = torch.eye(self.length, dtype=torch.bool)[:, :, None]
         active = torch.zeros(self.length, self.length, dtype=torch.bool)
         for place, table in self.tables[way].items():
             seen.known |= table.known
-            sees = (table.found & ~own).any(0).any(0)
+            found = table.found
+            if padded is not None and place[0] != self.key:
+                found = found & ~padded[None, :, None]
+            sees = (found & ~own).any(0).any(0)
             if sees.any():
                 if self._is_output(place):
                     # A head that sees nothing but itself, beside heads that see more.
-                    sees |= table.found.any(0).any(0)
-                seen.parts += [Part(table.found[:, :, group], table.known) for group in sees.nonzero()[:, 0].tolist()]
+                    sees |= found.any(0).any(0)
+                seen.parts += [Part(found[:, :, group], table.known) for group in sees.nonzero()[:, 0].tolist()]
                 active |= table.known
-                some, every = table.found[:, :, sees].any(2), table.found[:, :, sees].all(2)
+                some, every = found[:, :, sees].any(2), found[:, :, sees].all(2)
                 seen.some |= some
                 seen.every &= every | ~table.known
                 seen.parted |= some & ~every
