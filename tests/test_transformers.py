@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +19,18 @@ from transformers_models import (  # noqa: E402
     ELSEWHERE,
     FAMILIES,
     LENGTH,
+    UNPACKED,
     WINDOW,
+    WINDOWLESS,
     build,
+    build_windowless,
     families_installed,
+    families_with_classes,
     inputs_of,
     installed,
+    not_among,
+    packs,
+    small_text_model,
     table,
     use,
 )
@@ -108,8 +116,21 @@ def assert_same(
 
 
 def test_every_family_of_the_installed_version_is_built_or_has_a_reason() -> None:
-    assert families_installed() <= FAMILIES.keys() | ELSEWHERE.keys()
-    assert not FAMILIES.keys() & ELSEWHERE.keys()
+    assert families_installed() <= FAMILIES.keys() | ELSEWHERE.keys() | WINDOWLESS.keys()
+    assert not FAMILIES.keys() & (ELSEWHERE.keys() | WINDOWLESS.keys())
+
+
+@pytest.mark.parametrize("family", sorted(WINDOWLESS.keys() & families_installed()))
+def test_a_window_of_which_a_model_makes_nothing_is_none_on_eager_and_on_attnreg(family: str) -> None:
+    model = build_windowless(family)
+    # Kyutai's tokens are those of a text and of one codebook.
+    shape = (1, LENGTH, 2) if family == "kyutai_speech_to_text" else (1, LENGTH)
+    texts = torch.randint(4, 60, shape, generator=torch.Generator().manual_seed(5))
+    use(model, "attnreg")
+    assert {layer.kind for layer in integration.explain(model, input_ids=texts).layers} == {"full"}
+    found = output_of(model, input_ids=texts)
+    use(model, "eager")
+    torch.testing.assert_close(found, output_of(model, input_ids=texts), atol=1e-4, rtol=1e-4)
 
 
 PADDED = [
@@ -176,11 +197,75 @@ def test_it_generates_the_tokens_that_eager_generates(family: str) -> None:
     assert torch.equal(model.generate(**tokens, **asked), expected)
 
 
-def test_the_page_says_what_runs_fused(request: pytest.FixtureRequest) -> None:
-    page = (request.config.rootpath / "docs" / "integrations" / "transformers.md").read_text()
-    if f"transformers {transformers.__version__}" not in page:
+@pytest.fixture
+def page(request: pytest.FixtureRequest) -> str:
+    """The page, which is about one version."""
+    text: str = (request.config.rootpath / "docs" / "integrations" / "transformers.md").read_text()
+    if f"transformers {transformers.__version__}" not in text:
         pytest.skip(f"the page's table is that of another version than {transformers.__version__}")
+    return text
+
+
+def families_in(page: str, begin: str, end: str) -> set[str]:
+    """The families in backticks between two places of the page."""
+    found = re.search(f"{re.escape(begin)}(.*?){re.escape(end)}", " ".join(page.split()))
+    assert found is not None, begin
+    return set(re.findall(r"`([a-z0-9_]+)`", found[1]))
+
+
+def families_that(verdict: str) -> set[str]:
+    return {family for family, found in packs().items() if found == verdict}
+
+
+def test_the_page_says_what_runs_fused(page: str) -> None:
     assert table() in page
+    assert not_among() in page
+
+
+def test_the_page_names_the_families_whose_packs_are_mixed(page: str) -> None:
+    failed = {family: found for family, found in packs().items() if found.startswith("failed")}
+    assert failed.keys() <= UNPACKED.keys(), failed
+    assert families_that("offsets") == families_in(page, "nor do these decoders:", "Give them `cu_seq_lens_q`")
+    assert families_that("no cache") == families_in(
+        page, "For these `cu_seq_lens_q` does not do:", "keeps documents apart"
+    )
+    assert not families_that("never")
+
+
+def test_the_page_names_the_families_that_choose_keys_for_themselves(page: str) -> None:
+    # By default Dots3-Note has layers that choose keys; that of the table has none.
+    assert families_that("chosen") | {"dots3_note"} == families_in(
+        page, "choose keys for themselves:", "their models make"
+    )
+
+
+def test_the_page_names_the_families_with_a_table_of_attention_classes(page: str) -> None:
+    named = families_in(page, "**`KeyError: 'attnreg'`**", "Name the text model alone")
+    # A SAM is in DeepSeek-VL-hybrid.
+    assert families_with_classes() | {"deepseek_vl_hybrid"} == named
+
+
+@pytest.mark.parametrize("name", ["Bloom", "BigBird", "RoFormer", "Mpt", "XGLM"])
+def test_a_model_beside_the_registry_takes_the_name_and_explain_lists_no_layer(name: str) -> None:
+    model = small_text_model(f"{name}ForCausalLM")
+    use(model, "attnreg")
+    assert integration.explain(model, length=LENGTH).layers == ()
+
+
+@pytest.mark.parametrize("family", ["unlimited_ocr", "deepseek_vl_hybrid"])
+def test_a_text_model_beside_such_a_table_is_named_alone(family: str) -> None:
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip("this version has no such family")
+    config = transformers.CONFIG_MAPPING[family]
+    with torch.device("meta"):
+        with pytest.raises(KeyError, match="attnreg"):
+            transformers.AutoModel.from_config(config(), attn_implementation="attnreg")
+        model = transformers.AutoModel.from_config(config(), attn_implementation={"text_config": "attnreg"})
+        assert model.config.text_config._attn_implementation == "attnreg"
+        assert model.config.vision_config._attn_implementation != "attnreg"
+        later = transformers.AutoModel.from_config(config())
+        later.set_attn_implementation("attnreg")
+        assert later.config.text_config._attn_implementation == "attnreg"
 
 
 # Masks
@@ -956,6 +1041,25 @@ def test_explain_names_layers_kinds_paths_and_backends() -> None:
     assert "no layer ran" in str(integration.explain(model))
     with pytest.raises(ValueError, match="batch and length must be at least 1, got 1 and 0"):
         integration.explain(model, length=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        ("t5gemma", "explain(model, input_ids=..., decoder_input_ids=...)"),
+        ("mimi", "explain(model, hidden_states=...)"),
+    ],
+)
+def test_explain_says_what_a_model_needs_for_which_tokens_alone_do_not_do(family: str, wanted: str) -> None:
+    model = build(family)
+    use(model, "attnreg")
+    with pytest.raises(ValueError, match=rf"attnreg: explain gave \w+ input_ids alone.*{re.escape(wanted)}"):
+        integration.explain(model, length=32)
+    # What the model says of arguments that were given is left as it is.
+    with pytest.raises((TypeError, ValueError, AttributeError)) as told:
+        integration.explain(model, input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert "attnreg" not in str(told.value)
+    assert integration.explain(model, **inputs_of(family)).layers
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "holes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnreg import Decision
+from attnreg import BackendError, Decision
 from attnreg.integrations._transformers_mask import BandMask, is_full, window_of
 
 __all__ = ["LayerPath", "ModelPaths", "explain", "is_recorded", "record"]
@@ -60,12 +61,13 @@ def explain(model: nn.Module, *, batch: int = 1, length: int = 64, **inputs: Any
         **inputs: the forward's arguments, instead of tokens that are all 1.
 
     Raises:
-        ValueError: batch or length is less than 1.
+        ValueError: batch or length is less than 1, or tokens alone do not do for this model.
     """
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length must be at least 1, got {batch} and {length}")
     model = getattr(model, "_orig_mod", model)
-    if not inputs:
+    are_given = bool(inputs)
+    if not are_given:
         device = next(model.parameters()).device
         inputs = {"input_ids": torch.ones(batch, length, dtype=torch.long, device=device)}
     names = {module: name for name, module in model.named_modules()}
@@ -74,9 +76,35 @@ def explain(model: nn.Module, *, batch: int = 1, length: int = 64, **inputs: Any
         with torch.set_grad_enabled(model.training and torch.is_grad_enabled()):
             model(**inputs)
         log = _LOG.get() or []
+    except (AttributeError, TypeError, ValueError) as error:
+        # What attnreg refuses is told already.
+        if are_given or isinstance(error, BackendError) or str(error).startswith("attnreg"):
+            raise
+        raise ValueError(
+            f"attnreg: explain gave {type(model).__name__} input_ids alone, and its forward failed ({error}); give explain what "
+            f"the forward takes: explain(model, {_inputs_of(model)})"
+        ) from error
     finally:
         _LOG.reset(token)
     return ModelPaths(tuple(LayerPath(names.get(module, "?"), kind, path, found) for module, kind, path, found in log))
+
+
+# What models compute from, of which each has some.
+_INPUTS = (
+    *("input_ids", "decoder_input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values"),
+    *("audio_codes", "hidden_states", "inputs_embeds"),
+)
+
+
+def _inputs_of(model: nn.Module) -> str:
+    """The inputs that a model's forward takes, as arguments to write."""
+    taken = inspect.signature(model.forward).parameters
+    needed = [name for name, each in taken.items() if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
+    names = dict.fromkeys([*needed, *(name for name in _INPUTS if name in taken)])
+    if "input_ids" in names:
+        # Tokens and their embeddings are never given both.
+        names.pop("inputs_embeds", None)
+    return ", ".join(f"{name}=..." for name in names) or "..."
 
 
 def is_recorded() -> bool:

@@ -58,6 +58,7 @@ _HARMLESS = frozenset(
             "attention_mask",
             "cache_position",
             "deterministic",
+            "input_ids",
             "layer_idx",
             "logits_to_keep",
             "max_length_k",
