@@ -889,7 +889,7 @@ def test_a_cache_that_forgets_the_window_is_named(extra, monkeypatch):
     audit = audit_window(model, **TOGETHER)
     lies_as(
         audit,
-        r"layers\.0\.self_attn: forward: left: up to (1 key|33 keys) too many in some rows; .*\(with a cache, token by token\)",
+        r"layers\.0\.self_attn: forward: left: up to (1 key|33 keys) too many in some rows; .*\(with a cache, token by token[;)]",
     )
     lies_as(
         audit,
