@@ -134,6 +134,12 @@ def test_an_op_refuses_tensors_that_do_not_fit_before_it_touches_memory(library_
     lengths = torch.tensor([8, 8])
     with pytest.raises(RuntimeError, match="integers that do not fit"):
         ops.dot_product(query, query, torch.empty(1, 2, 8, 3), None, lengths, *rows[1:], 2, 0, 1.0)
+    with pytest.raises(RuntimeError, match="tensors that do not fit"):
+        ops.dot_product(query[..., :0], query[..., :0], torch.empty(1, 2, 8, 3), None, *rows, 2, 0, 1.0)
+    with pytest.raises(RuntimeError, match="window that does not fit"):
+        ops.dot_product(query, query, torch.empty(1, 2, 8, 0), None, *rows, -1, 0, 1.0)
+    with pytest.raises(RuntimeError, match="without sequences"):
+        ops.dot_product(query[:0], query[:0], torch.empty(0, 2, 8, 3), None, *rows, 2, 0, 1.0)
 
 
 def test_a_row_may_see_more_keys_than_an_int32_can_count(library_for_cpus):
