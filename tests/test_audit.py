@@ -899,24 +899,20 @@ def test_a_cache_that_forgets_the_window_is_named(extra, monkeypatch):
     assert all("cache" in fault for fault in audit.faults)
 
 
-def in_decoding(change):
+def change_in_decoding(model, change, monkeypatch):
     """Changes what a model's forward does where it is called with a cache that holds something."""
+    right = model.forward
 
-    def lie(model, monkeypatch):
-        right = model.forward
+    @functools.wraps(right)
+    def forward(*tensors, **given):
+        cache = given.get("cache", given.get("past_key_values"))
+        if cache is None or not cache.get_seq_length():
+            return right(*tensors, **given)
+        with monkeypatch.context() as patched:
+            given = change(model, patched, given) or given
+            return right(*tensors, **given)
 
-        @functools.wraps(right)
-        def forward(*tensors, **given):
-            cache = given.get("cache", given.get("past_key_values"))
-            if cache is None or not cache.get_seq_length():
-                return right(*tensors, **given)
-            with monkeypatch.context() as patched:
-                given = change(model, patched, given) or given
-                return right(*tensors, **given)
-
-        model.forward = forward
-
-    return lie
+    model.forward = forward
 
 
 def positions_restart(model, patched, given):
@@ -945,7 +941,7 @@ def no_second_layer(model, patched, given):
 @pytest.mark.parametrize("change", [positions_restart, no_last_norm, no_mlp, no_second_layer])
 def test_a_cache_path_that_differs_anywhere_in_the_model_is_named(change, monkeypatch):
     model = hugging_face("mistral")
-    in_decoding(change)(model, monkeypatch)
+    change_in_decoding(model, change, monkeypatch)
     audit = audit_window(model, **TOGETHER)
     lies_as(
         audit,
@@ -985,7 +981,6 @@ def test_a_window_that_is_lost_where_two_things_come_together_is_named(when_lost
 
     monkeypatch.setattr(modeling_mistral, "DynamicCache", Keeps)
     monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", wrong)
-    # A copy in another dtype is another model.
     audit = audit_window(model, length=61)
     lies_as(audit, r"layers\.0\.self_attn: .*left: .*(too many|the window is ignored)")
     assert all("padded" in fault for fault in audit.faults)

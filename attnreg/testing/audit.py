@@ -490,9 +490,13 @@ class _Auditor:
             yield _Way("training", main, padding, training=True)
             if any(True for _ in _dropouts(self.model)):
                 yield _Way("training with dropout", main, padding, training=True, dropout=True)
-        for dtype in (torch.bfloat16,) if dtypes is None else dtypes:
-            if dtype != self._dtype():
-                yield _Way(str(dtype).removeprefix("torch."), main, padding, dtype=dtype, asked=dtypes is not None)
+        others = {
+            str(dtype).removeprefix("torch."): dtype
+            for dtype in ((torch.bfloat16,) if dtypes is None else dtypes)
+            if dtype != self._dtype()
+        }
+        for name, dtype in others.items():
+            yield _Way(name, main, padding, dtype=dtype, asked=dtypes is not None)
         if fixed is None and length is None:
             short = self._free(border + 13)
             if short < main:
@@ -510,10 +514,8 @@ class _Auditor:
             yield _Way(f"{some} padded on the right", main, (0, some))
             if train:
                 yield _Way(f"{some} padded on the left, training", main, (some, 0), training=True)
-            for dtype in (torch.bfloat16,) if dtypes is None else dtypes:
-                if dtype != self._dtype():
-                    name = str(dtype).removeprefix("torch.")
-                    yield _Way(f"{some} padded on the left, {name}", main, (some, 0), dtype=dtype)
+            for name, dtype in others.items():
+                yield _Way(f"{some} padded on the left, {name}", main, (some, 0), dtype=dtype)
         can_cache = language and inputs_.takes(self.model, "use_cache") and self.documents is None
         if cache or (cache is None and can_cache and self.padding is None and not _is_encoder(self.model)):
             if not can_cache:
@@ -569,23 +571,27 @@ class _Auditor:
 
     def _free(self, least: int) -> int:
         """A length that is no size of anything in the model, and that it can take."""
-        taken = {size for each in self.model.parameters() for size in each.shape} | set(self.sizes.values())
-        config = getattr(self.model, "config", None)
-        most = read(config, "max_position_embeddings")
+        most, taken = self._longest(), self._taken()
         length = least | 1
-        while length in taken or any(size % length == 0 for size in taken):
+        while any(size % length == 0 for size in taken):
             length += 2
-        return min(length, most - (most % 2 == 0)) if isinstance(most, int) and most > 2 else length
+        return min(length, most - (most % 2 == 0)) if most is not None and most > 2 else length
 
     def _free_of_tiles(self, least: int) -> int:
         """Such a length that is a multiple of the tiles of kernels, where there is one."""
-        taken = {size for each in self.model.parameters() for size in each.shape} | set(self.sizes.values())
-        most = read(getattr(self.model, "config", None), "max_position_embeddings")
+        most, taken = self._longest(), self._taken()
         for length in range(least - least % -LARGEST_TILE, min(2 * least, LONGEST) + 1, LARGEST_TILE):
-            fits = not isinstance(most, int) or length <= most
-            if fits and length not in taken and not any(size % length == 0 for size in taken):
+            if (most is None or length <= most) and not any(size % length == 0 for size in taken):
                 return length
         return self._free(least)
+
+    def _taken(self) -> set[int]:
+        """The sizes of anything in the model."""
+        return {size for each in self.model.parameters() for size in each.shape} | set(self.sizes.values())
+
+    def _longest(self) -> int | None:
+        most = read(getattr(self.model, "config", None), "max_position_embeddings")
+        return most if isinstance(most, int) else None
 
     def _arguments(self, way: _Way) -> Arguments:
         if self.layout is not None:

@@ -263,7 +263,7 @@ def _systematic_of_sparse(
     if not sparse.few:
         return _systematic(part, missing, asked, sequence, claim)
     distance = (sequence.position[:, None] - sequence.position[None]).abs()
-    if missing.any() and _at_borders(missing, asked, distance):
+    if _at_borders(missing, asked, distance):
         return missing, Pattern(IRREGULAR, lambda row, key: row == key)
     if sparse.pairs is None:
         return torch.zeros_like(missing), claim
