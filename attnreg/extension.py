@@ -32,7 +32,11 @@ from attnreg.memo import asked_once
 from attnreg.paths import NoCacheDir, cache_dir, make_folder, why_not_trusted
 
 # Everything uses the stable ABI as it was in torch 2.11.
-TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch")
+_TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch")
+# Where the compiler links libstdc++.a, that copy shares no symbol with the process's own: with the facets of the one and
+# the code of the other, a number written into a message crashes.
+_STATIC_STAYS_HIDDEN = ("-Xlinker", "--exclude-libs=ALL")
+_COMMON_FLAGS = (*_TORCH_FLAGS, *_STATIC_STAYS_HIDDEN)
 
 _SOURCES = (".cpp", ".cu", ".cuh", ".h")
 _LINES_SHOWN = 20
@@ -83,7 +87,7 @@ class Extension:
         package: the folder of the backend's package. A wheel has the sources in ``csrc`` there, and may have builds in ``lib``.
         checkout: the sources in a checkout.
         units: the files there that are compiled: side by side, and then linked; a single one in one go.
-        flags: of every compilation and of linking, beside ``TORCH_FLAGS`` and torch's folders.
+        flags: of every compilation and of linking, beside those that all have and torch's folders.
         find_compiler: the command of the compiler, as a shell takes it, or None where there is none.
         no_compiler: says so, and where it was looked for.
     """
@@ -185,7 +189,7 @@ class Extension:
             unfinished = Path(scratch) / library.name
 
             def run(unit: Unit, *files: Path | str) -> None:
-                flags = (*self.flags, *TORCH_FLAGS, *target.flags, *unit.flags, *torch_folders)
+                flags = (*self.flags, *_COMMON_FLAGS, *target.flags, *unit.flags, *torch_folders)
                 self._run([*shlex.split(compiler), *flags, *map(str, files)])
 
             if len(self.units) == 1:
@@ -210,7 +214,7 @@ class Extension:
             raise BuildError(f"building {self.name} failed: {shlex.join(command)}\n{last_lines}")
 
     def _folder(self, root: Path) -> Path:
-        flags = (*self.flags, *TORCH_FLAGS, *(word for unit in self.units for word in (unit.file, *unit.flags)))
+        flags = (*self.flags, *_COMMON_FLAGS, *(word for unit in self.units for word in (unit.file, *unit.flags)))
         return root / self.name / _fingerprint(self.sources(), flags)
 
     def _file_name(self, target: Target, compiler: str | None) -> str:

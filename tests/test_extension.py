@@ -127,6 +127,48 @@ def test_what_a_command_with_arguments_builds_is_named_after_all_of_it(library, 
     assert made.find((build.TARGET,)) is None
 
 
+REFUSES = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+void refuse(torch::stable::Tensor given) { STD_TORCH_CHECK(given.dim() == 4, "four dimensions, got ", given.dim()); }
+
+STABLE_TORCH_LIBRARY(a_library_that_refuses, library) { library.def("refuse(Tensor given) -> ()"); }
+STABLE_TORCH_LIBRARY_IMPL(a_library_that_refuses, CPU, library) { library.impl("refuse", TORCH_BOX(&refuse)); }
+"""
+REFUSED = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+try:
+    torch.ops.a_library_that_refuses.refuse(torch.zeros(2))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("option", ["", " -static-libstdc++"], ids=["shared", "static"])
+def test_a_refusal_arrives_whole_whichever_way_the_compiler_links_its_own_library(option, tmp_path):
+    compiler = extension.find_cxx()
+    if compiler is None:
+        pytest.skip(extension.NO_CXX)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "refuses.cpp").write_text(REFUSES)
+    made = dataclasses.replace(
+        build.LIBRARY, package=tmp_path, units=(Unit("refuses.cpp"),), find_compiler=lambda: compiler + option
+    )
+    try:
+        library = made.build(build.TARGET, tmp_path / "out")
+    except BuildError as error:
+        if not option:
+            raise
+        pytest.skip(f"this compiler has no static library of its own: {error}")
+    # In a process of its own, which a fault may kill.
+    done = subprocess.run([sys.executable, "-c", REFUSED, str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "four dimensions, got 1" in done.stdout
+
+
 # What is loaded, and what is not
 
 
