@@ -15,6 +15,7 @@ os.environ.pop("ATTNREG_TABLE", None)
 os.environ.pop("ATTNREG_AUTOTUNE", None)
 
 import pytest
+from interpreted import run_faster
 
 import attnreg
 
@@ -36,6 +37,14 @@ def _no_tables(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "table_dir", lambda: folder)
         patch.setattr(store, "SHIPPED", folder / "shipped")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted_triton_runs_faster():
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            run_faster(patch)
         yield
 
 
