@@ -1,6 +1,7 @@
 """Every built-in backend goes through the kit that anybody's goes through: ``attnreg.testing``.
 
-Triton's interpreter takes a second for what a GPU does in no time: there, what other tests hold for it is left to them.
+Triton's interpreter takes a second for what a GPU does in no time: there, what other tests hold for it is left to them. It runs
+one program after the other, so that nothing in it can differ from one run to the next.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from attnreg.testing.subject import find
 CASES_OF = {case.name: case for case in CASES}
 NUMBERS = ("gradients", "windows")
 HELD_ELSEWHERE = ("values", "hidden", "magnitudes", "memory_order", "autocast")
-QUICKLY = [each.name for each in chosen_properties(None) if each.name not in (*NUMBERS, *HELD_ELSEWHERE)]
+HELD_BY_A_GPU = ("repeatable",)
+QUICKLY = [
+    each.name for each in chosen_properties(None) if each.name not in (*NUMBERS, *HELD_ELSEWHERE, *HELD_BY_A_GPU)
+]
 
 test_torch = conformance_tests("torch")
 test_torch_block = conformance_tests("torch_block")

@@ -47,7 +47,7 @@ bool has_avx512() {
 }
 
 // The processor's matrix unit, for bfloat16. Linux lets a process use it that has asked for it.
-bool has_amx() {
+bool may_use_amx() {
 #if defined(__linux__)
   constexpr unsigned kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;
   constexpr long kAskFor = 0x1023, kTileData = 18;
@@ -58,17 +58,19 @@ bool has_amx() {
   return false;
 #endif
 }
+
+bool has_amx() {
+  static const bool answer = may_use_amx();
+  return answer;
+}
 #endif
 
 // Calls `use` with the kernels of each instruction set that the processor has, the best one first, until it says that it is done.
 template <class Use>
 void for_each_isa(const Use& use) {
-#if defined(__x86_64__)
-  static const bool may_use_amx = has_amx();
-#endif
   const Kernels* all[] = {
 #if defined(__x86_64__)
-      may_use_amx ? kernels_amx() : nullptr,
+      has_amx() ? kernels_amx() : nullptr,
       has_avx512() ? kernels_avx512() : nullptr,
       has_avx2() ? kernels_avx2() : nullptr,
 #endif
