@@ -204,6 +204,8 @@ class Extension:
                     for each in compiled:
                         each.result()
                 run(Unit("linked"), *objects, "-o", unfinished)
+            if not unfinished.is_file():
+                raise BuildError(f"building {self.name} failed: {compiler} ended without an error and made no file")
             unfinished.chmod(mode)
             unfinished.replace(library)
 
@@ -223,6 +225,13 @@ class Extension:
             return f"*-{target.name}.so"
         words = [re.sub(r"[^\w.+-]", "_", Path(word).name) for word in shlex.split(compiler)]
         return f"{'-'.join(words)}-{_version(compiler)}-{target.name}.so"
+
+
+def folder(given: str) -> Path:
+    """The folder that somebody names to build into, whole, as ``ATTNREG_CACHE_DIR`` has it; ValueError where there is no name."""
+    if not given:
+        raise ValueError("a folder, not an empty name")
+    return Path(given).absolute()
 
 
 def load(library: Path) -> None:

@@ -151,3 +151,29 @@ def test_a_row_may_see_more_keys_than_an_int32_can_count(library_for_cpus):
     assert output.item() == pytest.approx(1.0)
     # A sum of so many terms in fp32 is off by a share of it; a key that is not counted at all would make it -inf.
     assert log_sum_exp.item() == pytest.approx(math.log(length), rel=0.01)
+
+
+def test_a_single_query_over_many_keys_goes_to_torch_by_itself(library_for_cpus):
+    def chosen(queries, keys, window, **given):
+        query, key = torch.randn(1, 2, queries, 16), torch.randn(1, 1, keys, 16)
+        return attnreg.explain(query, key, key, window, **given).backend
+
+    assert chosen(1, 2048, Window.causal(1024)) == "torch_block"
+    for call in ((2, 2048, Window.causal(1024)), (1, 300, Window.causal(1024)), (1, 2048, Window.causal(64))):
+        assert chosen(*call) == "attnreg_cpu"
+    assert chosen(1, 2048, Window.causal(1024), key_lengths=torch.tensor([2000])) == "attnreg_cpu"
+
+
+def test_a_row_without_keys_has_zeros_beside_rows_that_see_nan(library_for_cpus):
+    """The rows of a tile share its keys."""
+    for spoilt in ("key", "value"):
+        tensors = {name: torch.randn(1, 2, 40, 16) for name in ("query", "key", "value")}
+        tensors[spoilt][:, :, 30] = math.nan
+        tensors = {name: each.requires_grad_() for name, each in tensors.items()}
+        output = attnreg.local_attention(
+            **tensors, window=Window(7, 4), cu_seqlens_q=torch.tensor([0, 35]), backend="attnreg_cpu"
+        )
+        output.backward(torch.ones_like(output))
+        assert output[:, :, 30].isnan().all()
+        assert not output[:, :, 35:].any()
+        assert not tensors["query"].grad[:, :, 35:].any()

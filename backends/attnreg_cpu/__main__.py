@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from attnreg.extension import BuildError
+from attnreg.extension import BuildError, folder
 from attnreg.paths import NoCacheDir
 from attnreg_cpu.build import LIBRARY, TARGET
 
@@ -16,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m attnreg_cpu", description=__doc__)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="build under DIR instead of the cache directory; ATTNREG_CACHE_DIR=DIR then finds it",
     )

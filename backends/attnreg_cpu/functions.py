@@ -116,13 +116,13 @@ def local_attention(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (N, H, Lq, D) and log-sum-exp (N, H, Lq): softmax over tiles of keys, of which no band is ever made."""
-    rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, cu_seqlens_k)
     plain_rows = key_lengths is key_starts is query_starts is cu_seqlens_q is None
     plain_softmax = bias is sinks is None and softcap is dropout_p is None
     if plain_rows and plain_softmax and query.is_contiguous():
         # Half of what a tiny call costs is what is handed over.
         results: tuple[Tensor, Tensor] = ops().plain_attention(query, key, value, window.left, window.right, scale)
         return results
+    rows = (key_lengths, key_starts, query_starts, cu_seqlens_q, cu_seqlens_k)
     output = empty_like(query, value.shape[3])
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     log_sum_exp = torch.empty(query.shape[:3], dtype=dtype)

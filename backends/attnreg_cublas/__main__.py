@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from attnreg.extension import BuildError
+from attnreg.extension import BuildError, folder
 from attnreg.paths import NoCacheDir
 from attnreg_cublas.build import LIBRARY, PORTABLE_ARCHS, target
 
@@ -22,7 +21,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="build under DIR instead of the cache directory; ATTNREG_CACHE_DIR=DIR then finds it",
     )

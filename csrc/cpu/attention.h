@@ -11,6 +11,19 @@ namespace {
 
 // Rows of a unit.
 constexpr int64_t kForwardRows = 256;
+// Enough units for the threads of most machines; no unit has fewer rows than a tile.
+constexpr int64_t kManyUnits = 64, kFewestRows = 32;
+
+// Rows of a unit, which has all query heads of a key head: fewer where these are many and there would be few units.
+inline int64_t rows_of_unit(const Sizes& sizes) {
+  const int64_t group = sizes.heads / sizes.kv_heads;
+  int64_t rows = kForwardRows;
+  while (rows > kFewestRows && rows * group > kForwardRows &&
+         sizes.batch * sizes.kv_heads * chunks_of(sizes, rows) < kManyUnits) {
+    rows /= 2;
+  }
+  return rows;
+}
 
 template <class T>
 struct AttentionSpace {
@@ -133,14 +146,14 @@ __attribute__((noinline)) void attend_tile(const Attention& call, Scoring<T>& sc
 template <class T>
 void attend(const Attention& call, int64_t begin, int64_t end) {
   const Sizes& sizes = call.sizes;
-  const int64_t chunks = chunks_of(sizes, kForwardRows), group = sizes.heads / sizes.kv_heads;
-  const int64_t rows_at_most = least(kForwardRows, sizes.query_length);
+  const int64_t unit_rows = rows_of_unit(sizes), chunks = chunks_of(sizes, unit_rows);
+  const int64_t group = sizes.heads / sizes.kv_heads, rows_at_most = least(unit_rows, sizes.query_length);
   const Sums sums = slots_of(sizes, call.rows) < kManyKeys ? Sums::kFew : Sums::kMany;
   [[maybe_unused]] const PairRegisters registers;
   for (int64_t unit = begin; unit < end; ++unit) {
     Scratch& scratch = Scratch::begin();
     const int64_t n = unit / chunks / sizes.kv_heads, kv_head = unit / chunks % sizes.kv_heads;
-    const int64_t row = unit % chunks * kForwardRows, count = least(kForwardRows, sizes.query_length - row);
+    const int64_t row = unit % chunks * unit_rows, count = least(unit_rows, sizes.query_length - row);
     Place* const places = scratch.take<Place>(rows_at_most);
     Tile* const tiles = scratch.take<Tile>(rows_at_most);
     place_rows(sizes, call.rows, n, row, count, places);
@@ -179,7 +192,7 @@ void attend(const Attention& call, int64_t begin, int64_t end) {
 inline Work plan_attention(const Attention& call) {
   const Sizes& sizes = call.sizes;
   Work work;
-  work.units = sizes.batch * sizes.kv_heads * chunks_of(sizes, kForwardRows);
+  work.units = sizes.batch * sizes.kv_heads * chunks_of(sizes, rows_of_unit(sizes));
   work.operations = static_cast<double>(sizes.batch * sizes.heads) * static_cast<double>(sizes.query_length) *
                     static_cast<double>(slots_of(sizes, call.rows) + kSlotsOfARow) *
                     static_cast<double>(sizes.head_dim + sizes.value_dim);

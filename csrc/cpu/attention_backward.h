@@ -268,7 +268,7 @@ class TileBackward {
     }
     if (call_.grad_query.data == nullptr) return;
     alignas(64) T factor[kRows<T>];
-    for (int i = 0; i < kRows<T>; ++i) factor[i] = scoring_.scale;
+    for (int i = 0; i < kRows<T>; ++i) factor[i] = used_[i] ? scoring_.scale : T(0);
     unpack<T>(space_.sums, factor, space_.spare, call_.grad_query, call_.type, n_, h_, tile_, sizes.head_dim);
   }
 

@@ -284,10 +284,12 @@ inline void unpack(T* by_lane, const T* factor, T* spare, const View& view, Type
   const int lanes = tile.vectors * kLanes<T>;
   const int64_t width = padded<T>(size);
   for (int v = 0; v < tile.vectors; ++v) {
+    // A row that sees nothing has the factor 0: what was summed for it may be NaN, of keys that its tile sees.
     const Vector<T> factors = load(factor + v * kLanes<T>);
     T* const column = by_lane + v * kLanes<T>;
     for (int64_t c = 0; c < size; ++c) {
-      store(column + c * kRows<T>, load(column + c * kRows<T>) * factors);
+      const Vector<T> sum = load(column + c * kRows<T>);
+      store(column + c * kRows<T>, factors == T(0) ? Vector<T>{} : sum * factors);
     }
   }
   void* const to = at(view.data, type, n * view.n + h * view.h + tile.row * view.l);
@@ -552,11 +554,6 @@ inline int64_t part_begin(const Tile& tile, int64_t part, int64_t parts) {
   const int64_t size = (tile.last - tile.first + parts - 1) / (parts > 0 ? parts : 1);
   return least(tile.first + part * size, tile.last);
 }
-
-// A unit of work: a chunk of rows of the query heads of one key head.
-struct Unit {
-  int64_t n, kv_head, chunk;
-};
 
 inline int64_t chunks_of(const Sizes& sizes, int64_t rows) { return (sizes.query_length + rows - 1) / rows; }
 

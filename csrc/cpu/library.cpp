@@ -91,13 +91,19 @@ std::string isas() {
   return names;
 }
 
-// Runs those of this name from now on, of the best one where it is empty; returns the name.
-std::string choose_isa(std::string name) {
+// Those of this name, the best ones where it is empty.
+const Kernels* find_isa(const std::string& name) {
   const Kernels* found = nullptr;
   for_each_isa([&](const Kernels& each) {
     if (name.empty() || name == each.name) found = &each;
     return found != nullptr;
   });
+  return found;
+}
+
+// Runs those of this name from now on, of the best one where it is empty; returns the name.
+std::string choose_isa(std::string name) {
+  const Kernels* const found = find_isa(name);
   STD_TORCH_CHECK(found != nullptr, "attnreg_cpu: no kernels for the instruction set '", name, "'");
   chosen = found;
   return found->name;
@@ -221,8 +227,8 @@ std::unique_ptr<void, Free> scratch_of(size_t bytes) {
 
 // To be asked for once in a call: other kernels may be chosen meanwhile, which cut it in another way.
 const Kernels& kernels() {
-  if (chosen.load() == nullptr) choose_isa("");
-  return *chosen.load();
+  const Kernels* const now = chosen.load();
+  return now != nullptr ? *now : *find_isa("");
 }
 
 template <class Call>
