@@ -83,6 +83,25 @@ def test_scores_of_every_magnitude(magnitude, head_dim, with_bias, backend, devi
     assert_right(tensors_of, Window(3, 0), backend, **bias)
 
 
+# These take D = rowsum(dO * O) of the output that was rounded, unless scores are large: docs/numerics.md.
+OF_ROUNDED_OUTPUT = ("triton", "flash", "flash4", "flex")
+EXACT = [run for run in runs(torch.bfloat16, torch.float16) if run.values[0] not in OF_ROUNDED_OUTPUT]
+
+
+@pytest.mark.parametrize("mean", [2.0, 8.0])
+@pytest.mark.parametrize(("backend", "device", "dtype"), EXACT)
+def test_keys_and_values_far_from_zero(mean, backend, device, dtype):
+    """What they have in common has no gradient: ``dP`` and its mean under ``P`` cancel, also where the output is rounded."""
+
+    def tensors_of(seed):
+        query, key, value = (
+            random(1, 1, 130, 64, dtype=torch.float32, device=device, seed=3 * seed + place) for place in range(3)
+        )
+        return query.to(dtype), (key + mean).to(dtype), (value + mean).to(dtype)
+
+    assert_right(tensors_of, Window.causal(64), backend)
+
+
 def taking(name, *dtypes):
     """Where a backend takes an argument."""
     taken = {status.name: status.backend.taken for status in attnreg.backends() if status.backend is not None}

@@ -237,11 +237,7 @@ def local_attention(
         return None
     factor, power = _split(scale)
     wide = (_times(query.float(), factor), key.float(), value.float())
-    unseeing = None
-    if at_once is not None:
-        output, log_sum_exp = at_once.forward(*wide, power, query)
-    else:
-        output, log_sum_exp, unseeing = _forward(*wide, power, query, pieces)
+    output, log_sum_exp, unseeing = _forward(*wide, power, query, at_once, pieces)
     seen = log_sum_exp if unseeing is None else log_sum_exp.masked_fill(unseeing, 1.0)
     lowest, highest = _range(seen)
     if not _is_moderate(lowest, highest):
@@ -249,21 +245,37 @@ def local_attention(
     # The kernel returns 0 for rows that see nothing; and it takes for such a row one whose scores all lie below the range.
     if lowest <= 0.0 <= highest and not seen.all() and not _scores_are_in_range(*wide[:2], power):
         return None
-    if sinks is not None:
-        sink = sinks.float()[:, None]
-        shares = (log_sum_exp - sink).sigmoid_()
-        log_sum_exp = torch.logaddexp(log_sum_exp, sink)
-        if unseeing is not None:
-            shares.masked_fill_(unseeing, 0.0)
-            log_sum_exp.masked_fill_(unseeing, -torch.inf)
-        output.mul_(shares.unsqueeze(-1))
+    output, log_sum_exp = _with_sinks(output, log_sum_exp, unseeing, sinks)
     return output if query.dtype == output.dtype else empty_like(query).copy_(output), log_sum_exp
 
 
+def _with_sinks(
+    output: Tensor, log_sum_exp: Tensor, unseeing: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both as they are with the sinks, of what they are without; ``output`` is written to."""
+    if sinks is None:
+        return output, log_sum_exp
+    sink = sinks.float()[:, None]
+    shares = (log_sum_exp - sink).sigmoid_()
+    log_sum_exp = torch.logaddexp(log_sum_exp, sink)
+    if unseeing is not None:
+        shares.masked_fill_(unseeing, 0.0)
+        log_sum_exp.masked_fill_(unseeing, -torch.inf)
+    return output.mul_(shares.unsqueeze(-1)), log_sum_exp
+
+
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, like: Tensor, pieces: Sequence[Piece]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    like: Tensor,
+    at_once: AtOnce | None,
+    pieces: Sequence[Piece],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output in float32, in memory as ``like``, log-sum-exp, and which rows see nothing; None for none."""
+    if at_once is not None:
+        return *at_once.forward(query, key, value, scale, like), None
     output = empty_like(like, dtype=torch.float32)
     log_sum_exp = query.new_empty(query.shape[:3])
     covers = _cover(pieces, query)
@@ -303,8 +315,11 @@ def local_attention_backward(
     if not _is_moderate(*_range(log_sum_exp if unseeing is None else log_sum_exp.masked_fill(unseeing, 1.0))):
         return None
     factor, power = _split(scale)
-    wide_query = _times(query.float(), factor)
-    wide = (grad_output.float(), wide_query, key.float(), value.float(), output.float())
+    inputs = (_times(query.float(), factor), key.float(), value.float())
+    if output.dtype != torch.float32:
+        # D = rowsum(dO * O) has to cancel what P * dP sums to, in which nothing is rounded to 16 bits.
+        output, log_sum_exp = _with_sinks(*_forward(*inputs, power, query, at_once, pieces), sinks)
+    wide = (grad_output.float(), *inputs, output)
     if at_once is not None:
         found = at_once.backward(*wide, log_sum_exp, power, (query, key, value))
     else:
