@@ -108,7 +108,6 @@ class Op:
         arguments: the optional arguments.
         keeps_results: whether its backward gets the results.
         has_slots: whether a tensor or a result has a column for each slot of the window.
-        has_values: whether it has values to average.
         incoming: the incoming gradients of results but the first, which a call asks for that differentiates these: backward
             functions get them, by name.
         optional: the names of the arguments and incoming gradients that a backend may not handle.
@@ -120,14 +119,12 @@ class Op:
     arguments: tuple[Argument, ...]
     keeps_results: bool = False
     has_slots: bool = field(init=False)
-    has_values: bool = field(init=False)
     incoming: tuple[Argument, ...] = field(init=False)
     optional: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         tensors, results = self.tensors.values(), [row.dims for row in self.results.values()]
         object.__setattr__(self, "has_slots", any("W" in dims for dims in (*tensors, *results)))
-        object.__setattr__(self, "has_values", any("D" in dims for dims in tensors))
         object.__setattr__(self, "incoming", tuple(Argument(f"grad_{name}") for name in [*self.results][1:]))
         optional = frozenset(argument.name for argument in self.extras if not argument.for_all)
         object.__setattr__(self, "optional", optional)

@@ -101,10 +101,7 @@ class Problem:
     @property
     def is_empty(self) -> bool:
         """Whether a tensor of the call has no element, so that a backend would have nothing to compute."""
-        op = ROWS[self.op]
-        return 0 in (self.batch, self.heads, self.kv_heads, self.query_length, self.key_length) or (
-            self.value_dim == 0 and op.has_values
-        )
+        return 0 in (self.batch, self.heads, self.kv_heads, self.query_length, self.key_length)
 
     def __str__(self) -> str:
         letters = "".join(ROWS[self.op].tensors.values())
@@ -240,8 +237,11 @@ def check(op: Op, tensors: Sequence[object], window: object, arguments: Sequence
         raise ValueError(
             f"window: {window} makes W = {window.size} columns, more than {op.name} can have, {MOST_SLOTS}"
         )
-    if sizes.get("E") == 0:
-        raise ValueError(f"{first_name}: head_dim must be at least 1, got shape {_shape(first)}")
+    for letter in ("E", "D"):
+        if sizes.get(letter) == 0:
+            owner = owners[letter]
+            shape = _shape(tensors[list(op.tensors).index(owner)])
+            raise ValueError(f"{owner}: head_dim must be at least 1, got shape {shape}")
     heads, kv_heads = sizes["H"], sizes["G"]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         second_name, second = list(op.tensors)[1], tensors[1]

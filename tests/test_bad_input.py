@@ -52,6 +52,7 @@ BAD = [
     ("local_attention", {"query": QUERY.to_sparse()}, TypeError, "must be a dense"),
     ("local_attention", {"query": QUERY[..., :7]}, ValueError, "head_dim must be query's, 7.*(2, 4, 5, 7).*(2, 2, 6, 8)"),
     ("local_attention", {"query": QUERY[..., :0], "key": KEY[..., :0]}, ValueError, "head_dim must be at least 1"),
+    ("local_attention", {"value": VALUE[..., :0]}, ValueError, "value: head_dim must be at least 1, got shape (2, 2, 6, 0)"),
     ("local_attention", {"query": QUERY[:1]}, ValueError, "key: its batch size must be query's, 1"),
     ("local_attention", {"query": QUERY[:, :3]}, ValueError, "H = 3.*must be a multiple of.*Hkv = 2"),
     ("local_attention", {"key": KEY[:, :0], "value": VALUE[:, :0]}, ValueError, "Hkv = 0"),

@@ -450,6 +450,15 @@ def test_documents_of_a_pack_do_not_see_each_other(family: str, use_cache: bool,
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_offsets_of_keys_without_those_of_queries_are_refused(family: str) -> None:
+    model, given = build(family), packed()
+    use(model, "attnreg")
+    del given["cu_seq_lens_q"]
+    with pytest.raises(TypeError, match=r"was given cu_seq_lens_k=a tensor \(4,\) without cu_seq_lens_q"):
+        output_of(model, **given)
+
+
 @pytest.mark.parametrize(("family", "use_cache"), [("mistral", True), ("gemma3", True), ("llama4", False)])
 def test_a_compiled_model_keeps_documents_apart_too(family: str, use_cache: bool, quiet: None) -> None:
     if family == "llama4" and not COUNTS_CHUNKS:

@@ -307,6 +307,11 @@ def _check(options: Options, module: nn.Module, kwargs: dict[str, Any]) -> None:
             f"attnreg: {type(module).__name__} was given {name}={_shown(value)}, which attnreg does not know and will not drop; "
             f"where it changes no number, allow it by attnreg.integrations.transformers.register(ignored=[{name!r}])"
         )
+    if kwargs.get("cu_seq_lens_k") is not None and kwargs.get("cu_seq_lens_q") is None:
+        raise TypeError(
+            f"attnreg: {type(module).__name__} was given cu_seq_lens_k={_shown(kwargs['cu_seq_lens_k'])} without cu_seq_lens_q; "
+            f"packed sequences need the offsets of their queries"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -382,14 +387,24 @@ def _positions(call: _Call) -> Tensor | None:
 
 def _apart(options: Options, call: _Call) -> Any:
     """A mask that the model made, or none, with the documents of packed sequences told by their offsets."""
-    offsets = call.get("cu_seq_lens_q")
-    if offsets is None or (call.mask is None and options.full not in _OWN):
+    offsets_q, offsets_k = call.get("cu_seq_lens_q"), call.get("cu_seq_lens_k")
+    if offsets_q is None or (call.mask is None and options.full not in _OWN):
         return call.mask
     _check_packed(call, has_past=False)
     _check_offsets(call, looks=False)
-    number = torch.searchsorted(offsets, torch.arange(call.query.shape[2], device=offsets.device), right=True)
-    apart = (number[:, None] != number)[None, None]
+
+    def documents(offsets: Tensor, length: int) -> Tensor:
+        return torch.searchsorted(offsets, torch.arange(length, device=offsets.device), right=True)
+
+    of_queries = documents(offsets_q, call.query.shape[2])
+    of_keys = of_queries if offsets_k is None else documents(offsets_k, call.key.shape[2])
+    apart = (of_queries[:, None] != of_keys)[None, None]
     if isinstance(call.mask, Tensor):
+        if call.mask.dim() != 4:
+            raise NotImplementedError(
+                f"attnreg: cu_seq_lens_q was given together with a mask of shape {tuple(call.mask.shape)} for "
+                f"full={options.full!r}; attnreg keeps documents apart in masks (N, 1, L, S) alone"
+            )
         hidden = False if call.mask.dtype is torch.bool else torch.finfo(call.mask.dtype).min
         return call.mask.masked_fill(apart, hidden)
     return (~apart).tril() if _is_causal(call) else ~apart
