@@ -80,6 +80,32 @@ def test_the_unit_that_fails_is_quoted_and_leaves_nothing_to_load(library, tmp_p
     assert broken.find((build.TARGET,)) is None
 
 
+def test_a_compiler_that_makes_no_file_is_named_as_such(library, tmp_path):
+    idle = tmp_path / "idle"
+    idle.write_text("#!/bin/sh\necho g++ 12.3.4\n")
+    idle.chmod(0o755)
+    made = dataclasses.replace(library(), find_compiler=lambda: str(idle))
+    with pytest.raises(
+        BuildError, match=r"building attnreg_cpu failed: .*idle ended without an error and made no file"
+    ):
+        made.build(build.TARGET)
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize("package", ["attnreg_cpu", "attnreg_cublas"])
+def test_nothing_is_built_into_a_folder_without_a_name(package, tmp_path):
+    command = [sys.executable, "-m", package, "--output", ""]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "argument --output: invalid folder value: ''" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_named_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert extension.folder("out") == tmp_path / "out"
+
+
 def test_a_build_with_other_flags_of_a_unit_is_another_one(library):
     one = library(units=(Unit("isa_baseline.cpp"), Unit("library.cpp")))
     built = one.build(build.TARGET)

@@ -450,6 +450,18 @@ def test_documents_of_a_pack_do_not_see_each_other(family: str, use_cache: bool,
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_documents_of_keys_count_where_the_model_makes_the_mask() -> None:
+    """A layer whose mask is no band: the queries of a document see the keys that the keys' own offsets give it."""
+    query, key, value = (torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(each)) for each in range(3))
+    offsets = {"cu_seq_lens_q": torch.tensor([0, 2, 6]), "cu_seq_lens_k": torch.tensor([0, 4, 6])}
+    everything = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    found, _ = transformers.AttentionInterface()["attnreg"](nn.Module(), query, key, value, everything, **offsets)
+    visible = torch.zeros(6, 6, dtype=torch.bool)
+    visible[:2, :4] = visible[2:, 4:] = True
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, visible)
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_offsets_of_keys_without_those_of_queries_are_refused(family: str) -> None:
     model, given = build(family), packed()
