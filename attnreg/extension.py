@@ -31,12 +31,13 @@ import torch
 from attnreg.memo import asked_once
 from attnreg.paths import NoCacheDir, cache_dir, make_folder, why_not_trusted
 
-# Everything uses the stable ABI as it was in torch 2.11.
-_TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch")
-# Where the compiler links libstdc++.a, that copy shares no symbol with the process's own: with the facets of the one and
-# the code of the other, a number written into a message crashes.
-_STATIC_STAYS_HIDDEN = ("-Xlinker", "--exclude-libs=ALL")
-_COMMON_FLAGS = (*_TORCH_FLAGS, *_STATIC_STAYS_HIDDEN)
+_COMMON_FLAGS = (
+    # Everything uses the stable ABI as it was in torch 2.11.
+    *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch"),
+    # Where the compiler links libstdc++.a, that copy shares no symbol with the process's own: with the facets of the one and
+    # the code of the other, a number written into a message crashes.
+    *("-Xlinker", "--exclude-libs=ALL"),
+)
 
 _SOURCES = (".cpp", ".cu", ".cuh", ".h")
 _LINES_SHOWN = 20

@@ -462,6 +462,12 @@ def test_documents_of_keys_count_where_the_model_makes_the_mask() -> None:
     torch.testing.assert_close(found.transpose(1, 2), expected)
 
 
+def test_documents_beside_a_mask_that_cannot_hold_them_are_refused() -> None:
+    query, padding, offsets = torch.randn(1, 2, 6, 8), torch.ones(1, 6), torch.tensor([0, 2, 6])
+    with pytest.raises(NotImplementedError, match=r"cu_seq_lens_q was given together with a mask of shape \(1, 6\)"):
+        transformers.AttentionInterface()["attnreg"](nn.Module(), query, query, query, padding, cu_seq_lens_q=offsets)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_offsets_of_keys_without_those_of_queries_are_refused(family: str) -> None:
     model, given = build(family), packed()
